@@ -1,0 +1,448 @@
+"""A joint forward+backward FX graph read into a `StepGraph`, with the way back to its nodes.
+
+Every node that allocates becomes an `Operation`; nodes that only look at a storage (views, items of
+tuples) are folded into the `Buffer` they look at and are made again wherever they are needed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from packlight.capture.measure import CallFacts, allocated_bytes
+from packlight.errors import UnsupportedModelError
+from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
+
+RNG_STATE = "packlight.rng_state"
+TANGENT = "packlight.tangent"
+SNAPSHOT = "packlight.snapshot"
+CPU_GENERATOR_BYTES = 5056
+CUDA_GENERATOR_BYTES = 16
+
+Measure = Callable[[torch._ops.OpOverload, Any, Any], CallFacts]
+
+
+@dataclass
+class JointStep:
+    """A captured step: the data to plan with, and what the runtime needs to emit graphs from it.
+
+    Attributes:
+        graph: the step as data.
+        module: the joint FX graph that it was read from.
+        node_of_operation: the FX node that an operation calls (for pseudo operations, the node
+            whose generator state, tangent or snapshot they stand for).
+        root_of_buffer: the FX node whose value owns the buffer's whole storage.
+        buffer_of_node: the buffer behind each tensor-valued node.
+        sources: for nodes that are views or items, True.
+        overwritten_argument: (operation, read buffer) -> index of the tensor argument to overwrite.
+        primals, tangents: placeholders in order.
+        forward_results, backward_results: what the two graphs must return (nodes, None, constants).
+        rng_state_of: random operation -> the buffer with the generator's state before it.
+    """
+
+    graph: StepGraph
+    module: fx.GraphModule
+    node_of_operation: list[fx.Node]
+    root_of_buffer: list[fx.Node | None]
+    buffer_of_node: dict[fx.Node, int]
+    folded: set[fx.Node]
+    overwritten_argument: dict[tuple[int, int], int]
+    primals: list[fx.Node]
+    tangents: list[fx.Node]
+    forward_results: list[Any]
+    backward_results: list[Any]
+    rng_state_of: dict[int, int]
+
+
+def read_joint_graph(
+    module: fx.GraphModule,
+    num_forward_outputs: int,
+    measure: Measure,
+    *,
+    mutated_primals: frozenset[int] = frozenset(),
+    pinned_outputs: Callable[[int], bool] = lambda index: True,
+) -> JointStep:
+    """Return the step behind a joint graph.
+
+    Args:
+        module: traced by AOTAutograd; placeholders are primals then tangents, outputs are the
+            forward's `num_forward_outputs` then one gradient (or None) per primal.
+        num_forward_outputs: how many of the outputs belong to the forward.
+        measure: observes a call: (target, args with fake tensors, kwargs) -> CallFacts.
+        mutated_primals: primals that the caller overwrites when the forward has returned.
+        pinned_outputs: whether forward output i is held by the caller until the step's end.
+
+    Raises:
+        UnsupportedModelError: a node that is no ATen call on tensors.
+    """
+    return _Reader(module, num_forward_outputs, measure, mutated_primals, pinned_outputs).read()
+
+
+class _Reader:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        num_forward_outputs: int,
+        measure: Measure,
+        mutated_primals: frozenset[int],
+        pinned_outputs: Callable[[int], bool],
+    ) -> None:
+        self.module = module
+        self.measure = measure
+        self.mutated_primals = mutated_primals
+        self.pinned_outputs = pinned_outputs
+        self.nodes = list(module.graph.nodes)
+        results = list(self.nodes[-1].args[0])  # type: ignore[arg-type]
+        self.forward_results = results[:num_forward_outputs]
+        self.backward_results = results[num_forward_outputs:]
+        self.buffers: list[Buffer] = []
+        self.root_of_buffer: list[fx.Node | None] = []
+        self.operations: list[dict[str, Any]] = []
+        self.node_of_operation: list[fx.Node] = []
+        self.buffer_of_node: dict[fx.Node, int] = {}
+        self.items: dict[fx.Node, list[int | None]] = {}
+        self.folded: set[fx.Node] = set()
+        self.primals: list[fx.Node] = []
+        self.tangents: list[fx.Node] = []
+        self.overwrites: dict[tuple[int, int], int] = {}
+        self.rng_state_of: dict[int, int] = {}
+        self.tangent_buffers: list[int] = []
+        self.layers = _layers(self.nodes)
+
+    def read(self) -> JointStep:
+        forward_nodes = self._forward_nodes()
+        ordered = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
+        ordered.sort(key=lambda n: "tangent" in n.name)
+        calls = [n for n in self.nodes if n.op not in ("placeholder", "get_attr", "output")]
+        primals = [n for n in ordered if not _is_tangent(n)]
+        tangents = [n for n in ordered if _is_tangent(n)]
+        for node in primals:
+            self._read_placeholder(node)
+        for node in calls:
+            if node in forward_nodes:
+                self._read_call(node, Phase.FORWARD)
+        num_forward = len(self.operations)
+        for node in tangents:
+            self._read_tangent(node)
+        for node in calls:
+            if node not in forward_nodes:
+                self._read_call(node, Phase.BACKWARD)
+        return self._finish(num_forward)
+
+    # -- which part of the step a node belongs to
+
+    def _forward_nodes(self) -> set[fx.Node]:
+        """Return calls that run in the forward: what its outputs need, and whatever else was traced there."""
+        needed: set[fx.Node] = set()
+        stack = [n for n in pytree.tree_leaves(self.forward_results) if isinstance(n, fx.Node)]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        after_tangents: set[fx.Node] = set()
+        for node in self.nodes:
+            if _is_tangent(node) or any(i in after_tangents for i in node.all_input_nodes):
+                after_tangents.add(node)
+        wrong = needed & after_tangents
+        if wrong:
+            raise UnsupportedModelError(f"forward outputs depend on gradients: {sorted(map(str, wrong))}")
+        return {
+            n
+            for n in self.nodes
+            if n in needed
+            or (n not in after_tangents and n.meta.get("partitioner_tag") != "is_backward")
+        }
+
+    # -- nodes
+
+    def _read_placeholder(self, node: fx.Node) -> None:
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            self.primals.append(node)
+        if not isinstance(value, torch.Tensor):
+            if node.op == "get_attr" and isinstance(getattr(self.module, str(node.target), None),
+                                                    torch.Tensor):
+                value = getattr(self.module, str(node.target))
+            else:
+                return
+        if node.op == "placeholder" and value.requires_grad:
+            kind = BufferKind.PARAMETER  # or an input that needs a gradient: the same to a planner
+        else:
+            kind = BufferKind.INPUT if value.dtype in _INDEX_DTYPES else BufferKind.STATE
+        buffer = self._new_buffer(_storage_bytes(value), kind, node.name, node)
+        self.buffer_of_node[node] = buffer
+        if node.op == "placeholder" and len(self.primals) - 1 in self.mutated_primals:
+            # The caller overwrites this input when the forward has returned: whatever runs in the
+            # backward must read a copy.
+            name = f"{node.name} before the step"
+            copy = self._new_buffer(_storage_bytes(value), BufferKind.ACTIVATION, name, node)
+            self._new_operation(
+                node, SNAPSHOT, (buffer,), (copy,), Phase.FORWARD, can_recompute=False
+            )
+            self.buffer_of_node[node] = copy
+
+    def _read_tangent(self, node: fx.Node) -> None:
+        """A tangent arrives when the backward starts; autograd holds it until the backward's end."""
+        self.tangents.append(node)
+        value = node.meta["val"]
+        buffer = self._new_buffer(_storage_bytes(value), BufferKind.GRADIENT, node.name, node)
+        self.buffer_of_node[node] = buffer
+        self.tangent_buffers.append(buffer)
+        self._new_operation(node, TANGENT, (), (buffer,), Phase.BACKWARD, can_recompute=False)
+
+    def _read_call(self, node: fx.Node, phase: Phase) -> None:
+        if node.target is operator.getitem:
+            self._read_item(node)
+            return
+        value = node.meta.get("val")
+        if isinstance(value, (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return  # a size: constant after specialisation
+        if not isinstance(node.target, torch._ops.OpOverload):
+            raise UnsupportedModelError(
+                f"{node.target} in {self.layers.get(node, 'the model')} is no ATen operation"
+            )
+        reads = self._buffers_read(node)
+        if value is None:
+            self._new_operation(node, str(node.target), reads, (), phase, can_recompute=False)
+            return
+        args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
+        facts = self.measure(node.target, args, kwargs)
+        argument_nodes = [
+            leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
+            if isinstance(leaf, fx.Node) and leaf in self.buffer_of_node
+        ]
+        if facts.is_view:
+            self._fold_view(node, facts, argument_nodes, value)
+            return
+        self._read_allocating_call(node, phase, reads, facts, argument_nodes, value)
+
+    def _read_allocating_call(
+        self,
+        node: fx.Node,
+        phase: Phase,
+        reads: tuple[int, ...],
+        facts: CallFacts,
+        argument_nodes: list[fx.Node],
+        value: Any,
+    ) -> None:
+        kind = BufferKind.ACTIVATION if phase is Phase.FORWARD else BufferKind.GRADIENT
+        owned: list[int] = []
+        created: list[int] = []
+        for index, output in enumerate(facts.outputs):
+            if output.same_storage_as is not None:
+                owned.append(owned[output.same_storage_as])
+                continue
+            # An output that shares an argument's storage beside outputs that do not is counted as a
+            # storage of its own: too much, never too little.
+            name = node.name if len(facts.outputs) == 1 else f"{node.name}[{index}]"
+            buffer = self._new_buffer(output.storage_bytes, kind, name, node)
+            owned.append(buffer)
+            created.append(buffer)
+        if isinstance(value, torch.Tensor):
+            self.buffer_of_node[node] = owned[0]
+        else:
+            self.items[node] = _spread(value, owned)
+        is_random = torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+        rng_state = None
+        if is_random:
+            rng_state = self._new_rng_state(node, phase)
+            reads = (*reads, rng_state)
+        overwrites = ()
+        if facts.in_place is not None and facts.in_place < len(argument_nodes):
+            overwrites = self._overwrites(node, facts.in_place, argument_nodes, created[0])
+        operation = self._new_operation(
+            node, str(node.target), reads, tuple(created), phase,
+            facts=facts, is_random=is_random, overwrites=overwrites,
+        )
+        if rng_state is not None:
+            self.rng_state_of[operation] = rng_state
+        for _, read in overwrites:
+            self.overwrites[operation, read] = facts.in_place  # type: ignore[assignment]
+
+    def _overwrites(
+        self, node: fx.Node, index: int, argument_nodes: list[fx.Node], created: int
+    ) -> tuple[tuple[int, int], ...]:
+        victim = self.buffer_of_node[argument_nodes[index]]
+        others = [self.buffer_of_node[a] for i, a in enumerate(argument_nodes) if i != index]
+        mine = self.buffers[victim]
+        if mine.kind.is_resident or victim in others or victim in self.tangent_buffers:
+            return ()
+        if mine.bytes != self.buffers[created].bytes:
+            return ()
+        return ((created, victim),)
+
+    def _read_item(self, node: fx.Node) -> None:
+        parent, index = node.args
+        assert isinstance(parent, fx.Node) and isinstance(index, int)
+        self.folded.add(node)
+        if parent in self.items:
+            buffer = self.items[parent][index]
+            if buffer is None:
+                return
+            self.buffer_of_node[node] = buffer
+            if self.root_of_buffer[buffer] is parent:
+                self.root_of_buffer[buffer] = node
+        elif parent in self.buffer_of_node:
+            self.buffer_of_node[node] = self.buffer_of_node[parent]
+
+    def _fold_view(
+        self, node: fx.Node, facts: CallFacts, argument_nodes: list[fx.Node], value: Any
+    ) -> None:
+        self.folded.add(node)
+        sources = [
+            self.buffer_of_node[argument_nodes[o.alias_of]] if o.alias_of is not None else None
+            for o in facts.outputs
+        ]
+        if isinstance(value, torch.Tensor):
+            assert sources[0] is not None
+            self.buffer_of_node[node] = sources[0]
+        else:
+            self.items[node] = _spread(value, sources)
+            if sources and sources[0] is not None and len(set(sources)) == 1:
+                self.buffer_of_node[node] = sources[0]
+
+    def _buffers_read(self, node: fx.Node) -> tuple[int, ...]:
+        reads: dict[int, None] = {}
+        for argument in node.all_input_nodes:
+            if argument in self.buffer_of_node:
+                reads.setdefault(self.buffer_of_node[argument])
+            for buffer in self.items.get(argument, []):
+                if buffer is not None:
+                    reads.setdefault(buffer)
+        return tuple(reads)
+
+    # -- pseudo operations
+
+    def _new_rng_state(self, node: fx.Node, phase: Phase) -> int:
+        value = next(v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor))
+        size = CUDA_GENERATOR_BYTES if value.device.type == "cuda" else CPU_GENERATOR_BYTES
+        kind = BufferKind.ACTIVATION if phase is Phase.FORWARD else BufferKind.GRADIENT
+        buffer = self._new_buffer(size, kind, f"generator state before {node.name}", node)
+        self._new_operation(node, RNG_STATE, (), (buffer,), phase, can_recompute=False)
+        return buffer
+
+    # -- building
+
+    def _new_buffer(self, size: int, kind: BufferKind, name: str, root: fx.Node | None) -> int:
+        self.buffers.append(Buffer(len(self.buffers), size, kind, name))
+        self.root_of_buffer.append(root)
+        return len(self.buffers) - 1
+
+    def _new_operation(
+        self,
+        node: fx.Node,
+        name: str,
+        reads: tuple[int, ...],
+        creates: tuple[int, ...],
+        phase: Phase,
+        *,
+        facts: CallFacts | None = None,
+        is_random: bool = False,
+        can_recompute: bool = True,
+        overwrites: tuple[tuple[int, int], ...] = (),
+    ) -> int:
+        self.operations.append(dict(
+            name=name, reads=reads, creates=creates, phase=phase, is_random=is_random,
+            seconds=facts.seconds if facts else 0.0,
+            workspace_bytes=facts.workspace_bytes if facts else 0,
+            can_recompute=can_recompute, overwrites=overwrites, layer=self.layers.get(node, ""),
+        ))
+        self.node_of_operation.append(node)
+        return len(self.operations) - 1
+
+    def _finish(self, num_forward: int) -> JointStep:
+        forward_outputs = self._result_buffers(self.forward_results)
+        pinned = self._result_buffers(
+            [r for i, r in enumerate(self.forward_results) if self.pinned_outputs(i)]
+        )
+        outputs = (*pinned, *self.tangent_buffers, *self._result_buffers(self.backward_results))
+        graph = StepGraph(
+            tuple(Operation(id=i, **o) for i, o in enumerate(self.operations)),
+            tuple(self._with_kinds(forward_outputs)),
+            num_forward,
+            forward_outputs,
+            tuple(dict.fromkeys(outputs)),
+        )
+        return JointStep(
+            graph, self.module, self.node_of_operation, self.root_of_buffer, self.buffer_of_node,
+            self.folded, self.overwrites, self.primals, self.tangents, self.forward_results,
+            self.backward_results, self.rng_state_of,
+        )
+
+    def _result_buffers(self, results: list[Any]) -> tuple[int, ...]:
+        found: dict[int, None] = {}
+        for node in pytree.tree_leaves(results):
+            if isinstance(node, fx.Node) and node in self.buffer_of_node:
+                buffer = self.buffer_of_node[node]
+                if not self.buffers[buffer].kind.is_resident:
+                    found.setdefault(buffer)
+        return tuple(found)
+
+    def _with_kinds(self, forward_outputs: tuple[int, ...]) -> list[Buffer]:
+        results = set(forward_outputs)
+        return [
+            Buffer(b.id, b.bytes, BufferKind.OUTPUT, b.name) if b.id in results else b
+            for b in self.buffers
+        ]
+
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)
+
+
+def _is_tangent(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def _fake_value(node: fx.Node) -> Any:
+    value = node.meta["val"]
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if isinstance(value, torch.SymFloat):
+        return float(value)
+    return value
+
+
+def _storage_bytes(value: torch.Tensor) -> int:
+    return allocated_bytes(int(value.untyped_storage().nbytes()), value.device)
+
+
+def _spread(value: Any, buffers: list[Any]) -> list[Any]:
+    """Place buffers, which are listed for tensors only, where the tensors stand in a tuple."""
+    remaining = iter(buffers)
+    return [next(remaining) if isinstance(v, torch.Tensor) else None for v in value]
+
+
+def _layers(nodes: list[fx.Node]) -> dict[fx.Node, str]:
+    """Return the module path of each node; nodes outside of every module take their neighbour's."""
+    layers: dict[fx.Node, str] = {}
+    by_sequence: dict[int, str] = {}
+    for node in nodes:
+        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
+        path = ""
+        if stack:
+            path = _module_path(list(stack.values())[-1][0])
+        sequence = node.meta.get("seq_nr")
+        if sequence is not None:
+            if path:
+                by_sequence.setdefault(sequence, path)
+            else:
+                path = by_sequence.get(sequence, "")
+        if path:
+            layers[node] = path
+    return layers
+
+
+def _module_path(qualified: str) -> str:
+    """Turn dynamo's "L['self']._modules['h']._modules['3'].attn" into "h.3.attn"."""
+    import re
+
+    names = re.findall(r"_modules\['([^']+)'\]|\.([A-Za-z_][A-Za-z_0-9]*)|\[(\d+)\]", qualified)
+    parts = [next(x for x in match if x) for match in names]
+    return ".".join(p for p in parts if p not in ("_modules",))

@@ -1,0 +1,98 @@
+"""The exact peak of the allocator while a function runs.
+
+On CPU the profiler's memory events name every allocation and free of torch's allocator, kernels'
+own temporaries included, so their running sum is exact. On CUDA the caching allocator counts itself.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """What a function allocated.
+
+    Attributes:
+        peak_bytes: the most that torch's allocator held at once above what it held at the start.
+        end_bytes: what it held above the start when the function returned.
+        resident_high_water_bytes: the process's resident-set high-water mark since it started
+            (CPU; includes everything, never falls), or None where the system does not tell.
+        result: what the function returned.
+    """
+
+    peak_bytes: int
+    end_bytes: int
+    resident_high_water_bytes: int | None
+    result: Any
+
+
+def measure_peak(fn: Callable[[], Any], device: torch.device | str | None = None) -> MemoryPeak:
+    """Run `fn()` and return the allocator's exact peak above where it started.
+
+    Args:
+        fn: called once, without arguments.
+        device: whose allocator to watch; the CPU's by default.
+
+    Cost: 6 to 8% of time on CPU, none on CUDA.
+
+    >>> measure_peak(lambda: torch.ones(256) + torch.ones(256)).peak_bytes
+    3072
+    """
+    gc.collect()  # what earlier calls left in reference cycles must not be freed inside this one
+    kind = torch.device(device or "cpu")
+    if kind.type == "cuda":
+        torch.cuda.synchronize(kind)
+        before = torch.cuda.memory_allocated(kind)
+        torch.cuda.reset_peak_memory_stats(kind)
+        result = fn()
+        torch.cuda.synchronize(kind)
+        peak = torch.cuda.max_memory_allocated(kind) - before
+        end = torch.cuda.memory_allocated(kind) - before
+    else:
+        result, events = record_allocations(fn)
+        peak, end = running_peak(events)
+    return MemoryPeak(peak, end, _resident_high_water_bytes(), result)
+
+
+def record_allocations(fn: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """Run `fn()` and return its result and every CPU allocation (+bytes) and free (-bytes) in order."""
+    # The profiler's library prints a line at each start unless told otherwise before its first use.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:
+        result = fn()
+    cpu = torch.profiler.DeviceType.CPU if hasattr(torch.profiler, "DeviceType") else None
+    results = profiler.kineto_results
+    assert results is not None
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in results.events()
+        if event.name() == "[memory]" and (cpu is None or event.device_type() == cpu)
+    ]
+    events.sort(key=lambda event: event[0])
+    return result, [num_bytes for _, num_bytes in events]
+
+
+def running_peak(events: list[int]) -> tuple[int, int]:
+    """Return the highest and the last value of the running sum of allocations and frees.
+
+    >>> running_peak([100, 50, -100, 20])
+    (150, 70)
+    """
+    live = peak = 0
+    for num_bytes in events:
+        live += num_bytes
+        peak = max(peak, live)
+    return peak, live
+
+
+def _resident_high_water_bytes() -> int | None:
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * 1024 if kibibytes > 0 else None

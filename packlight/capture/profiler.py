@@ -1,0 +1,67 @@
+"""Observes each distinct call of a step once, with progress, through the disk cache."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+from packlight.capture.cache import CallCache
+from packlight.capture.measure import CallFacts, call_signature, observe_call, tensor_arguments
+
+
+class CallProfiler:
+    """Use as a context manager: facts are written to the disk cache when it closes.
+
+    Args:
+        progress: show a line while calls are being measured (on a terminal only).
+    """
+
+    def __init__(self, progress: bool = True) -> None:
+        self._caches: dict[torch.device, CallCache] = {}
+        self._known: dict[str, CallFacts] = {}
+        self.num_measured = 0
+        console = Console(stderr=True)
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("profiling operations: {task.completed:.0f} measured"),
+            console=console, transient=True, disable=not (progress and console.is_terminal),
+        )
+        self._task = self._progress.add_task("profile", total=None)
+
+    def __enter__(self) -> CallProfiler:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+        for cache in self._caches.values():
+            cache.save()
+
+    def measure(self, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallFacts:
+        """Return the facts of a call, from memory, from disk, or by running it."""
+        signature = call_signature(target, args, kwargs)
+        if signature not in self._known:
+            cache = self._cache(args, kwargs)
+            facts = cache.get(signature)
+            if facts is None:
+                facts = observe_call(target, args, kwargs)
+                cache.put(signature, facts)
+                self.num_measured += 1
+                self._progress.update(self._task, completed=self.num_measured)
+            self._known[signature] = facts
+        return self._known[signature]
+
+    def _cache(self, args: Any, kwargs: Any) -> CallCache:
+        devices = [t.device for t in tensor_arguments(args, kwargs)]
+        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        if device not in self._caches:
+            self._caches[device] = CallCache(device)
+        return self._caches[device]

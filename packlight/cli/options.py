@@ -1,0 +1,86 @@
+"""Command line options that several commands share, and their checks before the long work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+from packlight.errors import MissingExtraError, OptionError
+from packlight.units import parse_bytes
+
+
+def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
+    """Add FILE, --device, --seed and --report, and where wanted --budget and --allow."""
+    parser.add_argument("file", metavar="FILE", help="Python file with model(), loss(), ...")
+    if with_budget:
+        parser.add_argument(
+            "--budget",
+            metavar="BYTES",
+            help="for example 300MiB: parameters, gradients, optimizer state, batch, activations "
+            "and workspace together (default: no limit)",
+        )
+        parser.add_argument(
+            "--allow",
+            metavar="NAME",
+            action="append",
+            default=[],
+            help="allow an approximate technique by name; may be given several times",
+        )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--report", metavar="DIR", help="write an HTML page with pictures to DIR")
+
+
+def parsed_budget(arguments: argparse.Namespace) -> int | None:
+    """Return the budget in bytes, or None for no limit.
+
+    Raises:
+        BudgetFormatError: it is not a number of bytes.
+    """
+    return None if arguments.budget is None else parse_bytes(arguments.budget)
+
+
+def positive_int(text: str) -> int:
+    """Return a positive int, for argparse."""
+    value = int(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def check_report(directory: str | None) -> Path | None:
+    """Return the report directory, created and writable, or None where no report is wanted.
+
+    Called first, so that nobody profiles for a minute to learn that the result cannot be saved.
+
+    Raises:
+        OptionError: the directory cannot be created or written to.
+        MissingExtraError: reports need matplotlib, which is not installed.
+    """
+    if directory is None:
+        return None
+    path = writable_directory(directory, "--report")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise MissingExtraError("matplotlib", "report", "--report") from None
+    return path
+
+
+def writable_directory(directory: str, option: str) -> Path:
+    """Return the directory, created if needed.
+
+    Raises:
+        OptionError: it cannot be created or written to.
+    """
+    path = Path(directory)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OptionError(f"{option} {directory}: cannot write there: {reason}") from None
+    return path

@@ -1,0 +1,120 @@
+"""`packlight plan FILE --budget 300MiB`: what would be kept and recomputed, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from packlight.cli import options
+from packlight.cli.profile import capture
+from packlight.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from packlight.cli.breakdown import PlanRow
+    from packlight.step import Plan
+    from packlight.step.profile import StepProfile
+
+HELP = "show how a training step would fit in a budget, and what other budgets cost"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    options.add_common(parser, with_budget=True)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Capture the step of the example, plan it and print the plan."""
+    report = options.check_report(arguments.report)
+    budget_bytes = options.parsed_budget(arguments)
+    from packlight.cli import breakdown
+    from packlight.planner import pareto
+    from packlight.runtime.backend import check_allowed
+
+    check_allowed(arguments.allow)
+    console = Console()
+    profile, _ = capture(arguments)
+    plan = breakdown.plan_whole_step(profile, budget_bytes)
+    console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
+    for line in summary(profile, plan, budget_bytes):
+        console.print(line, highlight=False)
+    plans = pareto(profile.graph)
+    console.print(pareto_table(profile, plans))
+    if report is not None:
+        from packlight.report import write_report
+
+        page = write_report(report, profile, plans, plan, arguments.file)
+        console.print(f"report: {page}")
+    return 0
+
+
+def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[str]:
+    """Return the lines that say what the plan promises."""
+    from packlight.cli.breakdown import headline
+
+    budget = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
+    bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+    return [
+        f"budget           {budget}, for the whole step",
+        f"predicted peak   {headline(profile.memory, plan.peak_bytes)}",
+        f"plain step       {headline(profile.memory, plan.plain_peak_bytes)}",
+        f"predicted time   {format_seconds(plan.seconds)}, {plan.slowdown:.3f} x the plain step's "
+        f"{format_seconds(plan.plain_seconds)} (forward and backward)",
+        f"lower bound      {bound:.3f} x: no schedule within this budget is faster",
+        f"status           {plan.status.value}",
+    ]
+
+
+def plan_table(rows: list[PlanRow]) -> Table:
+    """Return what is kept and recomputed by layer."""
+    table = Table(title="Kept for the backward, and computed again")
+    table.add_column("layer", overflow="fold")
+    table.add_column("layers", justify="right")
+    table.add_column("kept, each", justify="right")
+    table.add_column("kept", overflow="fold")
+    table.add_column("recomputed (times)", overflow="fold")
+    table.add_column("costs, each", justify="right")
+    for row in rows:
+        table.add_row(
+            row.layer,
+            str(row.num_layers),
+            format_bytes(row.kept_bytes),
+            ", ".join(_counted(list(row.kept))),
+            ", ".join(f"{name} ({times})" for name, times in _merged(row.recomputed)),
+            format_seconds(row.extra_seconds) if row.recomputed else "",
+        )
+    return table
+
+
+def pareto_table(profile: StepProfile, plans: list[Plan]) -> Table:
+    """Return other budgets and what they cost."""
+    from packlight.cli.breakdown import whole_step_peak_bytes
+
+    table = Table(title="Other budgets")
+    for name in ("whole step", "allocated by the step", "slowdown", "bound", "status"):
+        table.add_column(name, justify="right")
+    for plan in plans:
+        bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+        table.add_row(
+            format_bytes(whole_step_peak_bytes(profile.memory, plan.peak_bytes)),
+            format_bytes(plan.peak_bytes),
+            f"{plan.slowdown:.3f}",
+            f"{bound:.3f}",
+            plan.status.value,
+        )
+    return table
+
+
+def _counted(names: list[str]) -> list[str]:
+    counts = {name: names.count(name) for name in names}
+    return [name if count == 1 else f"{count} {name}" for name, count in counts.items()]
+
+
+def _merged(recomputed: tuple[tuple[str, int], ...]) -> list[tuple[str, int]]:
+    """Return one entry per operation name: how often operations of that name run again."""
+    merged: dict[str, int] = {}
+    for name, times in recomputed:
+        merged[name] = merged.get(name, 0) + times
+    return list(merged.items())

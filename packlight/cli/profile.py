@@ -1,0 +1,130 @@
+"""`packlight profile FILE`: where the bytes of the plain training step are."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from packlight.cli import options
+from packlight.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from packlight.cli.breakdown import LayerRow, PeakBreakdown
+    from packlight.step.profile import StepProfile
+
+HELP = "show where the memory of a training step goes, by kind and by layer"
+KIND_BAR_WIDTH = 40
+LAYER_BAR_WIDTH = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    options.add_common(parser, with_budget=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Capture and profile the step of the example, and print it."""
+    report = options.check_report(arguments.report)
+    from packlight.cli import breakdown
+
+    console = Console()
+    profile, parameter_bytes = capture(arguments)
+    console.print(kind_table(breakdown.peak_breakdown(profile), profile))
+    rows = breakdown.layer_rows(profile, parameter_bytes)
+    console.print(layer_table(rows))
+    if report is not None:
+        from packlight.report import write_report
+
+        page = write_report(report, profile, [], None, arguments.file)
+        console.print(f"report: {page}")
+    return 0
+
+
+def capture(arguments: argparse.Namespace) -> tuple[StepProfile, dict[str, int]]:
+    """Return the profile of the example's step, and the bytes of each parameter by name."""
+    import packlight
+    from packlight.cli.example import BatchStream, build, load_example
+
+    example = load_example(arguments.file)
+    model, optimizer = build(example, arguments.device, arguments.seed)
+    batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
+    profile = packlight.profile(model, example.loss, batch, optimizer)
+    return profile, {name: p.nbytes for name, p in model.named_parameters()}
+
+
+def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:
+    """Return the kinds of memory at the plain step's peak, with a bar for each."""
+    graph = profile.graph
+    table = Table(
+        title="Plain step: what is in memory at its peak",
+        caption=(
+            f"{len(graph.operations)} operations, {format_seconds(graph.seconds)} without the "
+            f"update, on {profile.device_name} with torch {profile.torch_version}\n"
+            f"the update then holds {format_bytes(profile.memory.gradient_bytes)} gradients and "
+            f"{format_bytes(profile.memory.update_workspace_bytes)} workspace"
+        ),
+    )
+    table.add_column("kind")
+    table.add_column("bytes", justify="right")
+    table.add_column("share", justify="right")
+    table.add_column("")
+    kinds = [
+        ("parameters", peak.parameter_bytes),
+        ("model buffers", peak.state_bytes),
+        ("batch", peak.input_bytes),
+        ("optimizer state", peak.optimizer_bytes),
+        ("gradients", peak.gradient_bytes),
+        ("activations", peak.activation_bytes),
+        ("workspace", peak.workspace_bytes),
+    ]
+    for kind, size in kinds:
+        share = size / max(1, peak.peak_bytes)
+        table.add_row(kind, format_bytes(size), f"{share:.1%}", bar(share, KIND_BAR_WIDTH))
+    table.add_section()
+    table.add_row("whole step", format_bytes(peak.peak_bytes), "", "")
+    return table
+
+
+def layer_table(rows: list[LayerRow]) -> Table:
+    """Return the three kinds of memory by layer, with a bar for all three."""
+    table = Table(
+        title="By layer",
+        caption="activations: at the peak; gradients and optimizer state: by share of parameters",
+    )
+    table.add_column("layer", overflow="fold")
+    for name in ("parameters", "gradients + optimizer", "activations"):
+        table.add_column(name, justify="right")
+    table.add_column("", no_wrap=True, min_width=LAYER_BAR_WIDTH)
+    largest = max((row.total_bytes for row in rows), default=1)
+    for row in rows:
+        table.add_row(
+            row.layer,
+            format_bytes(row.parameter_bytes),
+            format_bytes(row.optimizer_bytes),
+            format_bytes(row.activation_bytes),
+            bar(row.total_bytes / max(1, largest), LAYER_BAR_WIDTH),
+        )
+    table.add_section()
+    table.add_row(
+        "all",
+        format_bytes(sum(row.parameter_bytes for row in rows)),
+        format_bytes(sum(row.optimizer_bytes for row in rows)),
+        format_bytes(sum(row.activation_bytes for row in rows)),
+        "",
+    )
+    return table
+
+
+def bar(share: float, width: int) -> str:
+    """Return a bar of eighths of characters.
+
+    >>> bar(0.5, 4), bar(0.03, 4), bar(0.0, 4)
+    ('██', '▏', '')
+    """
+    eighths = round(share * width * 8)
+    if share > 0:
+        eighths = max(1, eighths)
+    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]

@@ -1,0 +1,314 @@
+"""`packlight train FILE --budget 300MiB`: train inside the budget, with checkpoints.
+
+`--steps` counts from the very start, so the same command line started again after an interruption
+goes on where the last checkpoint was written and ends at the same step, with the same bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shlex
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from packlight.cli import options
+from packlight.errors import OptionError, PacklightError
+from packlight.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    import torch
+
+    from packlight.cli.example import BatchStream, Example
+    from packlight.runtime.checkpoint import Checkpoint
+
+HELP = "train inside a budget; the same command resumes from its last checkpoint"
+
+MEASURE_EVERY = 50
+NUM_VALIDATION_BATCHES = 10
+NUM_LINES = 20
+EXIT_INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    options.add_common(parser, with_budget=True)
+    parser.add_argument(
+        "--steps",
+        type=options.positive_int,
+        default=100,
+        help="train until this step, counted from the first run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="write checkpoints to DIR and resume from there"
+    )
+    parser.add_argument(
+        "--save-every",
+        metavar="N",
+        type=options.positive_int,
+        default=100,
+        help="with --checkpoint: steps between checkpoints (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train the example."""
+    report = options.check_report(arguments.report)
+    budget_bytes = options.parsed_budget(arguments)
+    if arguments.checkpoint is not None:
+        options.writable_directory(arguments.checkpoint, "--checkpoint")
+    import packlight
+    from packlight.cli.example import BatchStream, build, load_example, seed_everything
+    from packlight.runtime.backend import check_allowed
+    from packlight.runtime.checkpoint import newest_checkpoint
+
+    allow = check_allowed(arguments.allow)
+    console = Console()
+    example = load_example(arguments.file)
+    found = newest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
+    if found is not None:
+        _check_same_run(found, arguments)
+        if found.step >= arguments.steps:
+            console.print(f"{found.path} is at step {found.step} already; --steps asks for no more")
+            return 0
+    model, optimizer = build(example, arguments.device, arguments.seed)
+    done = 0
+    if found is not None:
+        found.restore(model, optimizer)
+        done = found.step
+        console.print(f"resuming from {found.path}, step {done}")
+    stream = BatchStream(example, "train", arguments.device, arguments.seed, num_skipped=done)
+    batch = next(stream)
+    step = packlight.fit(
+        model, example.loss, optimizer, batch, budget=budget_bytes, allow=allow
+    )
+    console.print(step.describe(), highlight=False, markup=False)
+    if report is not None:
+        from packlight.planner import pareto
+        from packlight.report import write_report
+
+        plans = pareto(step.profile.graph)
+        page = write_report(report, step.profile, plans, step.plan, arguments.file)
+        console.print(f"report: {page}")
+    # Capturing and planning may have drawn numbers; the run's own start here.
+    seed_everything(arguments.seed)
+    if found is not None:
+        found.restore_rng()
+    trainer = _Trainer(arguments, example, model, optimizer, step, stream, console, done)
+    return trainer.run(batch)
+
+
+def _check_same_run(found: Checkpoint, arguments: argparse.Namespace) -> None:
+    for name, value in _identity(arguments).items():
+        saved = found.extra.get(name)
+        if saved != value:
+            raise OptionError(
+                f"{found.path} is of a run with {name} {saved!r}, not {value!r}\n"
+                "hint: give the run a --checkpoint directory of its own"
+            )
+
+
+def _identity(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what a run must have in common with the one that it resumes."""
+    return {"file": Path(arguments.file).name, "seed": arguments.seed}
+
+
+@dataclass
+class _Trainer:
+    """The training loop, and what it needs at every step."""
+
+    arguments: argparse.Namespace
+    example: Example
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Any
+    stream: BatchStream
+    console: Console
+    num_done: int
+    measured_bytes: int = 0
+
+    def run(self, batch: Any) -> int:
+        """Train from the step after `num_done`, on this batch first."""
+        arguments = self.arguments
+        started, first = time.perf_counter(), self.num_done
+        num_tokens = 0
+        with self._progress() as (progress, task), _interrupts_noted() as interrupt:
+            while True:
+                loss = self._one_step(batch, is_measured=self._is_measured(first))
+                self.num_done += 1
+                self._check_finite(loss)
+                if self.example.tokens_per_batch is not None:
+                    num_tokens += self.example.tokens_per_batch(batch)
+                seconds = time.perf_counter() - started
+                rate = _rate(num_tokens, self.num_done - first, seconds)
+                status = f"loss {loss:.4f}  {rate}  {self._peak_text()}"
+                progress.update(task, completed=self.num_done, status=status)
+                if not self.console.is_terminal and self._is_line_due(first):
+                    self.console.print(f"step {self.num_done}/{arguments.steps}  {status}")
+                if interrupt.is_set:
+                    break
+                is_last = self.num_done >= arguments.steps
+                if arguments.checkpoint and (is_last or self.num_done % arguments.save_every == 0):
+                    self._save(Path(arguments.checkpoint))
+                if is_last:
+                    break
+                batch = next(self.stream)
+        if interrupt.is_set and self.num_done < arguments.steps:
+            return self._interrupted()
+        self._finish()
+        return 0
+
+    def _one_step(self, batch: Any, *, is_measured: bool) -> float:
+        if not is_measured:
+            return float(self.step(batch))
+        import packlight
+        from packlight.cli.example import tensor_bytes
+
+        before = tensor_bytes([self.model, self.optimizer, batch])
+        peak = packlight.measure_peak(lambda: self.step(batch), self.arguments.device)
+        self.measured_bytes = max(self.measured_bytes, before + peak.peak_bytes)
+        return float(peak.result)
+
+    def _is_measured(self, first: int) -> bool:
+        return self.num_done == first or self.num_done % MEASURE_EVERY == 0
+
+    def _is_line_due(self, first: int) -> bool:
+        every = max(1, self.arguments.steps // NUM_LINES)
+        return self.num_done % every == 0 or self.num_done in (first + 1, self.arguments.steps)
+
+    def _check_finite(self, loss: float) -> None:
+        if math.isfinite(loss):
+            return
+        from packlight.runtime.checkpoint import newest_checkpoint
+
+        hint = "lower the learning rate, or check the data"
+        found = newest_checkpoint(self.arguments.checkpoint) if self.arguments.checkpoint else None
+        kept = f"\n  {found.path} is from step {found.step}, before it" if found else ""
+        raise PacklightError(
+            f"the loss of step {self.num_done} is {loss}; training stops{kept}\nhint: {hint}"
+        )
+
+    def _save(self, directory: Path) -> Path:
+        from packlight.runtime.checkpoint import save_checkpoint
+
+        return save_checkpoint(
+            directory,
+            self.model,
+            self.optimizer,
+            step=self.num_done,
+            extra=_identity(self.arguments) | {"num_batches": self.num_done},
+        )
+
+    def _interrupted(self) -> int:
+        directory = self.arguments.checkpoint
+        if directory is None:
+            directory = _unused_directory(f"{Path(self.arguments.file).stem}-checkpoint")
+        path = self._save(Path(directory))
+        self.console.print(f"interrupted after step {self.num_done}; saved {path}")
+        self.console.print(
+            f"resume: {_resume_command(self.arguments, str(directory))}",
+            highlight=False, markup=False, soft_wrap=True,
+        )
+        return EXIT_INTERRUPTED
+
+    def _finish(self) -> None:
+        self.console.print(f"done: {self.num_done} steps, {self._peak_text()}", highlight=False)
+        validation = self._validation_loss()
+        if validation is not None:
+            self.console.print(f"validation loss {validation:.4f}", highlight=False)
+        if self.example.sample is not None:
+            text = self.example.sample(self.model)
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _validation_loss(self) -> float | None:
+        """Return the mean loss over the first validation batches, or None where there are none."""
+        from packlight.cli.example import BatchStream, ExampleError
+
+        arguments = self.arguments
+        try:
+            stream = BatchStream(self.example, "validation", arguments.device, arguments.seed)
+        except ExampleError:
+            return None
+        losses = []
+        for batch, _ in zip(stream, range(NUM_VALIDATION_BATCHES), strict=False):
+            losses.append(float(self.step.evaluate(batch)))
+        return sum(losses) / len(losses) if losses else None
+
+    def _peak_text(self) -> str:
+        if not self.measured_bytes:
+            return ""
+        text = f"peak {format_bytes(self.measured_bytes)}"
+        if self.step.budget_bytes is not None:
+            text += f" of {format_bytes(self.step.budget_bytes)}"
+        return text
+
+    @contextmanager
+    def _progress(self) -> Iterator[tuple[Progress, Any]]:
+        columns = (
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+        )
+        is_shown = self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=not is_shown) as progress:
+            total = self.arguments.steps
+            yield progress, progress.add_task("", total=total, completed=self.num_done, status="")
+
+
+@dataclass
+class _Interrupt:
+    is_set: bool = False
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[_Interrupt]:
+    """Note the first Ctrl-C, so that the step under way ends whole; a second one stops at once."""
+    interrupt = _Interrupt()
+
+    def note(signal_number: int, frame: FrameType | None) -> None:
+        if interrupt.is_set:
+            raise KeyboardInterrupt
+        interrupt.is_set = True
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _rate(num_tokens: int, num_steps: int, seconds: float) -> str:
+    if num_tokens:
+        return f"{num_tokens / seconds:,.0f} tokens/s"
+    return f"{format_seconds(seconds / max(1, num_steps))} per step"
+
+
+def _unused_directory(name: str) -> str:
+    """Return a name that no directory has: an older run's checkpoints are not mixed with these."""
+    number, candidate = 1, name
+    while Path(candidate).exists():
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
+
+
+def _resume_command(arguments: argparse.Namespace, directory: str) -> str:
+    words = ["packlight", "train", arguments.file]
+    if arguments.budget is not None:
+        words += ["--budget", arguments.budget]
+    words += ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
+    words += ["--device", arguments.device, "--checkpoint", directory]
+    words += ["--save-every", str(arguments.save_every)]
+    for name in arguments.allow:
+        words += ["--allow", name]
+    return shlex.join(words)

@@ -1,0 +1,101 @@
+"""Every error that Packlight raises for something its user can change.
+
+Each one says what, where and the numbers, carries those numbers as attributes, and ends in a hint
+that was computed. `str(error)` is meant to be read on a terminal.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class PacklightError(Exception):
+    """Base class of all errors in this module."""
+
+
+class BudgetFormatError(PacklightError, ValueError):
+    """A budget that is not a positive number of bytes."""
+
+    def __init__(self, budget: Any, hint: str) -> None:
+        self.budget = budget
+        super().__init__(f"not a memory budget: {budget!r}" + (f"\nhint: {hint}" if hint else ""))
+
+
+class InfeasibleBudgetError(PacklightError, ValueError):
+    """No schedule fits in the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        smallest_bytes: the smallest budget for which a schedule was found.
+        peak_operation: the operation at which that schedule peaks.
+        peak_buffers: (name, bytes) of what is live there, largest first.
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        smallest_bytes: int,
+        peak_operation: str,
+        peak_buffers: list[tuple[str, int]],
+        hint: str = "",
+    ) -> None:
+        from packlight.units import format_bytes
+
+        self.budget_bytes = budget_bytes
+        self.smallest_bytes = smallest_bytes
+        self.peak_operation = peak_operation
+        self.peak_buffers = peak_buffers
+        live = " + ".join(f"{format_bytes(size)} {name}" for name, size in peak_buffers[:4])
+        more = f" + {len(peak_buffers) - 4} smaller" if len(peak_buffers) > 4 else ""
+        super().__init__(
+            f"budget {format_bytes(budget_bytes)} is below the smallest feasible peak, "
+            f"{format_bytes(smallest_bytes)} ({smallest_bytes} bytes)\n"
+            f"  the peak is at {peak_operation}: {live}{more}"
+            + (f"\nhint: {hint}" if hint else "")
+        )
+
+
+class ScheduleError(PacklightError, ValueError):
+    """A schedule that cannot run: a buffer read, freed or returned while it is not in memory."""
+
+    def __init__(self, instruction_index: int, message: str) -> None:
+        self.instruction_index = instruction_index
+        super().__init__(f"instruction {instruction_index}: {message}")
+
+
+class GraphBreakError(PacklightError, ValueError):
+    """The model does not trace into one graph, so its step cannot be planned as a whole.
+
+    Attributes:
+        file, line: where the graph breaks, in the user's code.
+        cause: why.
+    """
+
+    def __init__(self, file: str, line: int, cause: str, hint: str) -> None:
+        self.file = file
+        self.line = line
+        self.cause = cause
+        super().__init__(f"the model breaks into several graphs at {file}:{line}\n  {cause}\nhint: {hint}")
+
+
+class UnsupportedModelError(PacklightError, ValueError):
+    """The model (or what is asked of it) is outside of what can be planned."""
+
+
+class OptionError(PacklightError, ValueError):
+    """An unknown option, or an option with a value that it does not take."""
+
+
+class FormatError(PacklightError, ValueError):
+    """A saved plan, graph or checkpoint that cannot be read."""
+
+
+class MissingExtraError(PacklightError, ImportError):
+    """A feature needs a package that is not installed; names the extra that brings it."""
+
+    def __init__(self, package: str, extra: str, feature: str) -> None:
+        self.package = package
+        self.extra = extra
+        super().__init__(
+            f"{feature} needs the package {package!r}\nhint: pip install 'packlight[{extra}]'"
+        )

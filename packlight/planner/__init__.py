@@ -1,0 +1,15 @@
+"""From a step and a budget to the fastest schedule that fits. No torch."""
+
+from packlight.planner.bound import lower_bound_seconds
+from packlight.planner.plain import plain_schedule, schedule_from_order
+from packlight.planner.plan import Planner, pareto, plan_schedule, smallest_plan
+
+__all__ = [
+    "Planner",
+    "lower_bound_seconds",
+    "pareto",
+    "plain_schedule",
+    "plan_schedule",
+    "schedule_from_order",
+    "smallest_plan",
+]

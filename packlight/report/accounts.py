@@ -1,0 +1,239 @@
+"""What the report shows, as numbers: curves over the step, the peak's contents, layers.
+
+Bytes come from `simulate`; this module only groups and names them. No torch, no matplotlib.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from packlight.step import (
+    Action,
+    BufferKind,
+    Operation,
+    Phase,
+    Plan,
+    Schedule,
+    StepGraph,
+    Timeline,
+    simulate,
+)
+
+if TYPE_CHECKING:
+    from packlight.step.profile import StepMemory
+
+OUTSIDE = "(outside of modules)"
+_MAX_CURVE_POINTS = 4000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Memory over one step.
+
+    Attributes:
+        seconds: of the corners of the curve; two corners per operation.
+        bytes: at those corners, without resident bytes.
+        forward_seconds: when the forward ends.
+        peak_seconds: the middle of the operation at which the peak is.
+        peak_bytes: the peak, without resident bytes.
+        peak_name: that operation and its layer.
+    """
+
+    seconds: tuple[float, ...]
+    bytes: tuple[int, ...]
+    forward_seconds: float
+    peak_seconds: float
+    peak_bytes: int
+    peak_name: str
+
+    @property
+    def total_seconds(self) -> float:
+        """Duration of the whole step."""
+        return self.seconds[-1] if self.seconds else 0.0
+
+
+def curve(graph: StepGraph, schedule: Schedule) -> Curve:
+    """Return a schedule's memory over time; an operation holds its workspace while it runs."""
+    timeline = simulate(graph, schedule)
+    now = 0.0
+    corners: list[tuple[float, int]] = []
+    forward_seconds, peak_seconds, peak_name = 0.0, 0.0, ""
+    for index, instruction in enumerate(schedule.instructions):
+        if instruction.action is not Action.COMPUTE:
+            continue
+        operation = graph.operations[instruction.target]
+        during = timeline.live_bytes[index] + operation.workspace_bytes
+        end = now + operation.seconds
+        corners += [(now, during), (end, during)]
+        if index == timeline.peak_index:
+            peak_seconds, peak_name = (now + end) / 2, place_name(operation)
+        now = end
+        if index < schedule.num_forward:
+            forward_seconds = now
+    if timeline.live_bytes:
+        corners.append((now, timeline.live_bytes[-1]))
+    corners = _thin(corners)
+    return Curve(
+        seconds=tuple(seconds for seconds, _ in corners),
+        bytes=tuple(held for _, held in corners),
+        forward_seconds=forward_seconds,
+        peak_seconds=peak_seconds,
+        peak_bytes=timeline.peak_bytes,
+        peak_name=peak_name,
+    )
+
+
+def _thin(corners: list[tuple[float, int]]) -> list[tuple[float, int]]:
+    """Keep the highest and the lowest corner of each narrow slice of time, so no peak is lost."""
+    if len(corners) <= _MAX_CURVE_POINTS or corners[-1][0] <= 0:
+        return corners
+    num_slices = _MAX_CURVE_POINTS // 4
+    slices: dict[int, list[int]] = defaultdict(list)
+    for position, (seconds, _) in enumerate(corners):
+        slices[int(seconds / corners[-1][0] * num_slices)].append(position)
+    kept: set[int] = {0, len(corners) - 1}
+    for positions in slices.values():
+        kept.update((positions[0], positions[-1]))
+        kept.add(max(positions, key=lambda p: corners[p][1]))
+        kept.add(min(positions, key=lambda p: corners[p][1]))
+    return [corners[position] for position in sorted(kept)]
+
+
+def short_name(operation_name: str) -> str:
+    """Return an operation's name without what all ATen names share.
+
+    >>> short_name("aten.native_layer_norm.default")
+    'native_layer_norm'
+    """
+    return operation_name.removeprefix("aten.").removesuffix(".default")
+
+
+def place_name(operation: Operation) -> str:
+    """Return where an operation is, for people: "lm_head backward (mm)"."""
+    name = short_name(operation.name)
+    if not operation.layer:
+        return name if operation.phase is Phase.FORWARD else f"{name} ({operation.phase.value})"
+    phase = "" if operation.phase is Phase.FORWARD else f" {operation.phase.value}"
+    return f"{operation.layer}{phase} ({name})"
+
+
+def whole_step_bytes(memory: StepMemory | None, allocated_bytes: int) -> int:
+    """Return a whole step's peak: resident bytes, and the plan's peak or the update's."""
+    if memory is None:
+        return allocated_bytes
+    update_bytes = memory.gradient_bytes + memory.update_workspace_bytes
+    return memory.resident_bytes + max(allocated_bytes, update_bytes)
+
+
+def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
+    """Return the bytes live at the peak by what they are; they add up to the peak."""
+    outputs = set(graph.outputs)
+    groups = {
+        "activations": 0,
+        "activation gradients": 0,
+        "parameter gradients": 0,
+        "outputs": 0,
+        "workspace": timeline.peak_workspace_bytes,
+    }
+    for b in timeline.peak_buffers:
+        buffer = graph.buffers[b]
+        if buffer.kind is BufferKind.OUTPUT:
+            group = "outputs"
+        elif buffer.kind is BufferKind.GRADIENT:
+            group = "parameter gradients" if b in outputs else "activation gradients"
+        else:
+            group = "activations"
+        groups[group] += buffer.bytes
+    return groups
+
+
+def peak_by_layer(graph: StepGraph, timeline: Timeline, groups: dict[str, str]) -> dict[str, int]:
+    """Return the bytes live at the peak by the layer that made them, workspace with its operation.
+
+    Args:
+        graph: the step.
+        timeline: of the schedule in question.
+        groups: the name to show for each layer, see `layer_groups`.
+    """
+    creator = {b: operation for operation in graph.operations for b in operation.creates}
+    found: dict[str, int] = defaultdict(int)
+    for b in timeline.peak_buffers:
+        found[groups[creator[b].layer]] += graph.buffers[b].bytes
+    return dict(found)
+
+
+def layer_groups(graph: StepGraph, max_groups: int) -> dict[str, str]:
+    """Return for each layer the path to show: as deep as `max_groups` different paths allow."""
+    layers = {operation.layer for operation in graph.operations}
+    depth = max((layer.count(".") + 1 for layer in layers), default=1)
+    while True:
+        groups = {layer: ".".join(layer.split(".")[:depth]) or OUTSIDE for layer in layers}
+        if depth <= 1 or len(set(groups.values())) <= max_groups:
+            return groups
+        depth -= 1
+
+
+@dataclass
+class LayerAccount:
+    """What a plan does with one layer.
+
+    Attributes:
+        layer: its path.
+        plain_bytes: made by its forward and in memory when the plain forward ends.
+        kept_bytes: the same when the planned forward ends.
+        num_reruns: how many more operations run than in the plain step.
+        rerun_seconds: what they cost.
+        reruns: how often each operation runs again, by name.
+    """
+
+    layer: str
+    plain_bytes: int = 0
+    kept_bytes: int = 0
+    num_reruns: int = 0
+    rerun_seconds: float = 0.0
+    reruns: dict[str, int] | None = None
+
+
+def layer_accounts(
+    graph: StepGraph, plain: Schedule, plan: Plan | None, max_layers: int = 48
+) -> list[LayerAccount]:
+    """Return what the plan keeps and recomputes in each layer, in the order of the forward."""
+    groups = layer_groups(graph, max_layers)
+    accounts: dict[str, LayerAccount] = {}
+    creator: dict[int, str] = {}
+    for operation in graph.operations:
+        name = groups[operation.layer]
+        accounts.setdefault(name, LayerAccount(name, reruns={}))
+        creator.update(dict.fromkeys(operation.creates, name))
+    for b in live_after_forward(graph, plain):
+        accounts[creator[b]].plain_bytes += graph.buffers[b].bytes
+    if plan is not None:
+        for b in live_after_forward(graph, plan.schedule):
+            accounts[creator[b]].kept_bytes += graph.buffers[b].bytes
+        for op, runs in plan.schedule.compute_counts().items():
+            operation = graph.operations[op]
+            account = accounts[groups[operation.layer]]
+            if runs > 1:
+                account.num_reruns += runs - 1
+                account.rerun_seconds += (runs - 1) * operation.seconds
+                assert account.reruns is not None
+                name = short_name(operation.name)
+                account.reruns[name] = account.reruns.get(name, 0) + runs - 1
+    return list(accounts.values())
+
+
+def live_after_forward(graph: StepGraph, schedule: Schedule) -> set[int]:
+    """Return the buffers that a schedule carries from the forward to the backward."""
+    live: set[int] = set()
+    for instruction in schedule.instructions[: schedule.num_forward]:
+        if instruction.action is Action.COMPUTE:
+            live.update(graph.operations[instruction.target].creates)
+            if instruction.overwrite is not None:
+                live.discard(instruction.overwrite[1])
+        elif instruction.action is Action.FREE:
+            live.discard(instruction.target)
+    return live
+
+

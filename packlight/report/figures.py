@@ -1,0 +1,340 @@
+"""The report's figures. Each function returns a matplotlib Figure; none touches global state.
+
+Memory is shown for the whole step where a `StepMemory` is given: resident bytes (parameters,
+optimizer state, batch) lie under what forward and backward allocate.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from packlight.planner import plain_schedule
+from packlight.report.accounts import (
+    Curve,
+    curve,
+    layer_groups,
+    peak_by_kind,
+    peak_by_layer,
+    whole_step_bytes,
+)
+from packlight.report.style import LIGHT, drawing
+from packlight.step import Plan, Schedule, StepGraph, simulate
+from packlight.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from packlight.step.profile import StepMemory
+
+_MAX_BARS = 8
+_WIDTH_INCHES = 10.2
+
+
+def memory_over_time(
+    graph: StepGraph,
+    plan: Plan | None,
+    *,
+    plain: Schedule | None = None,
+    memory: StepMemory | None = None,
+    height_inches: float = 4.3,
+) -> Figure:
+    """Return the picture of memory over one step, planned against plain.
+
+    Args:
+        graph: the step.
+        plan: the plan; None draws the plain step alone.
+        plain: the schedule of the plain step, made here if not given.
+        memory: what is in memory besides what the step allocates; None leaves it out.
+        height_inches: of the figure; its width is fixed.
+    """
+    base = 0 if memory is None else memory.resident_bytes
+    plain_curve = curve(graph, plain or plain_schedule(graph))
+    plan_curve = None if plan is None else curve(graph, plan.schedule)
+    curves = [c for c in (plain_curve, plan_curve) if c is not None]
+    budget = None if plan is None or plan.budget_bytes is None else base + plan.budget_bytes
+    top = max([base + c.peak_bytes for c in curves] + [budget or 0, 1])
+    end = max([c.total_seconds for c in curves] + [1e-9])
+    with drawing() as matplotlib:
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height_inches))
+        axes = figure.add_axes((0.075, 0.12, 0.905, 0.70))
+        if base:
+            axes.fill_between(
+                [0, end], [base, base], color=LIGHT["resident"], linewidth=0,
+                label=f"resident: parameters, optimizer state, batch, {format_bytes(base)}",
+            )
+        _draw_curve(axes, plain_curve, base, "plain", "plain step", alpha=0.35)
+        if plan_curve is not None and plan is not None:
+            label = f"planned, {plan.slowdown:.2f}x the time"
+            _draw_curve(axes, plan_curve, base, "planned", label, alpha=0.40)
+        if budget is not None:
+            axes.axhline(
+                budget, color=LIGHT["budget"], linewidth=1.4, linestyle=(0, (5, 3)),
+                label=f"budget {format_bytes(budget)}",
+            )
+        axes.set_xlim(0, end)
+        axes.set_ylim(0, top * 1.17)
+        shown = plan_curve or plain_curve
+        _mark_boundary(axes, shown, end, planned=plan_curve is not None)
+        _mark_peak(axes, plain_curve, base, "plain", end)
+        if plan_curve is not None:
+            _mark_peak(axes, plan_curve, base, "planned", end, budget)
+        _byte_axis(axes.yaxis, top)
+        _second_axis(axes.xaxis, end)
+        axes.set_xlabel("seconds into the step" if end >= 1 else "milliseconds into the step")
+        handles, labels = axes.get_legend_handles_labels()
+        order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("resident"))
+        figure.legend(
+            [handles[i] for i in order], [labels[i] for i in order],
+            loc="upper left", bbox_to_anchor=(0.066, 1.0), ncols=2,
+            columnspacing=2.0, handlelength=1.6, borderaxespad=0.4,
+        )
+    return figure
+
+
+def _draw_curve(
+    axes: Axes, drawn: Curve, base: int, colour: str, label: str, *, alpha: float
+) -> None:
+    heights = [base + b for b in drawn.bytes]
+    axes.fill_between(
+        drawn.seconds, [base] * len(heights), heights, color=LIGHT[colour], alpha=alpha, linewidth=0
+    )
+    where = f", peak {format_bytes(base + drawn.peak_bytes)} at {_clip(drawn.peak_name, 48)}"
+    axes.plot(drawn.seconds, heights, color=LIGHT[colour], linewidth=1.3, label=label + where)
+
+
+def _mark_boundary(axes: Axes, drawn: Curve, end: float, *, planned: bool) -> None:
+    at = drawn.forward_seconds
+    axes.axvline(at, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)))
+    inside = {
+        "transform": axes.get_xaxis_transform(), "color": LIGHT["muted"], "va": "top",
+        "bbox": {"boxstyle": "square,pad=0.1", "fc": LIGHT["surface"], "ec": "none"},
+    }
+    gap = 0.008 * end
+    who = " (planned)" if planned else ""
+    if at > 0.14 * end:
+        axes.text(at - gap, 0.985, f"forward{who}", ha="right", **inside)
+    if at < 0.86 * end:
+        axes.text(at + gap, 0.985, f"backward{who}", ha="left", **inside)
+
+
+def _mark_peak(
+    axes: Axes, drawn: Curve, base: int, colour: str, end: float, budget: int | None = None
+) -> None:
+    height = base + drawn.peak_bytes
+    axes.plot(
+        [drawn.peak_seconds], [height], marker="o", markersize=6.5, color=LIGHT[colour],
+        markeredgecolor=LIGHT["surface"], markeredgewidth=1.4, zorder=5, linestyle="none",
+    )
+    # Before the peak memory is lower than after it, so there is room; and a good plan's peak is
+    # close under its budget, so the words go above that line.
+    beyond_left = drawn.peak_seconds < 0.10 * end
+    axes.annotate(
+        format_bytes(height), (drawn.peak_seconds, max(height, budget or 0)),
+        xytext=(9 if beyond_left else -9, 5), textcoords="offset points",
+        ha="left" if beyond_left else "right", va="bottom", fontweight="bold", zorder=6,
+        bbox={"boxstyle": "round,pad=0.2", "fc": LIGHT["surface"], "ec": "none", "alpha": 0.75},
+    )
+
+
+def peak_breakdown(
+    graph: StepGraph, plan: Plan | None, *, plain: Schedule | None = None
+) -> Figure:
+    """Return two bar charts: what is live at the peak, by kind and by layer, plain and planned."""
+    schedules = {"plain": plain or plain_schedule(graph)}
+    if plan is not None:
+        schedules["planned"] = plan.schedule
+    timelines = {name: simulate(graph, schedule) for name, schedule in schedules.items()}
+    groups = layer_groups(graph, 30)
+    by_kind = {name: peak_by_kind(graph, timeline) for name, timeline in timelines.items()}
+    by_layer = {name: peak_by_layer(graph, found, groups) for name, found in timelines.items()}
+    for name, timeline in timelines.items():
+        operation = graph.operations[schedules[name].instructions[timeline.peak_index].target]
+        layer = groups[operation.layer]
+        by_layer[name][layer] = by_layer[name].get(layer, 0) + timeline.peak_workspace_bytes
+    kinds = [k for k in next(iter(by_kind.values())) if any(v[k] for v in by_kind.values())]
+    # The layers in question are those at the peak of what is asked about: the plan if there is one.
+    asked = by_layer["planned" if plan is not None else "plain"]
+    layers = sorted(asked, key=lambda layer: -asked[layer])[:_MAX_BARS]
+    rest = {name: sum(v for k, v in found.items() if k not in layers)
+            for name, found in by_layer.items()}
+    if any(rest.values()):
+        layers.append("all others")
+        for name, found in by_layer.items():
+            found["all others"] = rest[name]
+    rows = max(len(kinds), len(layers))
+    row_inches = 0.46 if plan is not None else 0.30
+    with drawing() as matplotlib:
+        height = 1.0 + row_inches * rows
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height))
+        bottom, span = 0.12 / height, 1 - 0.75 / height
+        panels = []
+        for left, names, found in ((0.145, kinds, by_kind), (0.63, layers, by_layer)):
+            share = len(names) / rows
+            panels.append(figure.add_axes((left, bottom + span * (1 - share), 0.28, span * share)))
+            _bars(panels[-1], names, found)
+        left, right = panels
+        left.set_title("by kind", loc="left", fontsize=9.5, fontweight="bold", pad=4)
+        right.set_title("by layer", loc="left", fontsize=9.5, fontweight="bold", pad=4)
+        if plan is not None:
+            handles, labels = left.get_legend_handles_labels()
+            figure.legend(handles, labels, loc="upper left", bbox_to_anchor=(0.0, 1.0), ncols=2,
+                          borderaxespad=0.2, handlelength=1.2)
+    return figure
+
+
+def _bars(axes: Axes, names: list[str], values: dict[str, dict[str, int]]) -> None:
+    top = max([found.get(name, 0) for found in values.values() for name in names] + [1])
+    thickness = 0.76 / len(values)
+    labels = {"plain": "at the plain step's peak", "planned": "at the planned peak"}
+    for row, (series, found) in enumerate(values.items()):
+        places = [i - 0.38 + thickness * (row + 0.5) for i in range(len(names))]
+        lengths = [found.get(name, 0) for name in names]
+        axes.barh(
+            places, lengths, height=thickness * 0.88, color=LIGHT[series], label=labels[series]
+        )
+        for place, length in zip(places, lengths, strict=True):
+            axes.text(length + 0.015 * top, place, format_bytes(length), va="center", fontsize=8.0,
+                      color=LIGHT["muted"])
+    shown = [_clip(name, 28) for name in names]
+    axes.set_yticks(range(len(names)), shown, color=LIGHT["ink"])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1.02 * top)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_xticks([])
+
+
+def pareto_curve(
+    plans: list[Plan], plan: Plan | None, *, memory: StepMemory | None = None
+) -> Figure:
+    """Return peak against slowdown for plans of several budgets, and the bound below them.
+
+    Args:
+        plans: at least one, of the same graph.
+        plan: the current one, marked.
+        memory: adds resident bytes to every peak, as in `memory_over_time`.
+    """
+    known = sorted([*plans, *([plan] if plan else [])], key=lambda p: (p.peak_bytes, p.seconds))
+    peaks = [whole_step_bytes(memory, p.peak_bytes) for p in known]
+    plain_bytes = whole_step_bytes(memory, known[0].plain_peak_bytes)
+    # A bound holds for a plan's budget; a plan without one had the plain peak at its disposal.
+    bounds = sorted(
+        (whole_step_bytes(memory, p.plain_peak_bytes if p.budget_bytes is None else
+                          min(p.budget_bytes, p.plain_peak_bytes)),
+         p.bound_seconds / p.plain_seconds if p.plain_seconds else 1.0)
+        for p in known
+    )
+    slowdowns = [p.slowdown for p in known]
+    low, high = min(peaks + [b for b, _ in bounds]), max([*peaks, plain_bytes])
+    margin = 0.06 * (high - low) or 0.1 * high
+    with drawing() as matplotlib:
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 4.0))
+        axes = figure.add_axes((0.075, 0.13, 0.905, 0.75))
+        axes.plot(peaks, slowdowns, color=LIGHT["planned"], linewidth=1.5, marker="o",
+                  markersize=5.5, label="plans")
+        axes.plot([b for b, _ in bounds], [s for _, s in bounds], color=LIGHT["bound"],
+                  linewidth=1.4, linestyle=(0, (5, 2)), label="lower bound: no schedule is faster")
+        axes.plot([plain_bytes], [1.0], linestyle="none", marker="s", markersize=7,
+                  color=LIGHT["plain"], label=f"plain step, {format_bytes(plain_bytes)}")
+        if plan is not None:
+            at = whole_step_bytes(memory, plan.peak_bytes)
+            axes.plot([at], [plan.slowdown], linestyle="none", marker="o", markersize=13,
+                      markerfacecolor="none", markeredgewidth=2.0, color=LIGHT["budget"],
+                      label=f"this plan, {format_bytes(at)} at {plan.slowdown:.2f}x")
+        top = max(slowdowns)
+        axes.set_ylim(1 - 0.08 * (top - 1 or 0.1), top + 0.10 * (top - 1 or 0.1))
+        axes.set_xlim(low - margin, high + margin)
+        _byte_axis(axes.xaxis, high)
+        axes.yaxis.set_major_locator(
+            matplotlib.ticker.MultipleLocator(_round_step((top - 1 or 0.1) / 5))
+        )
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}x")
+        axes.set_xlabel("peak of the step")
+        axes.set_ylabel("time, plain step = 1")
+        figure.legend(loc="upper left", bbox_to_anchor=(0.066, 1.0), ncols=4, columnspacing=2.0,
+                      handlelength=1.6, borderaxespad=0.4)
+    return figure
+
+
+def three_kinds(memory: StepMemory, plain_peak_bytes: int, plan: Plan | None) -> Figure:
+    """Return pies of parameters, optimizer state, and what the step allocates; areas compare.
+
+    Args:
+        memory: the resident kinds.
+        plain_peak_bytes: peak of what the plain step allocates.
+        plan: draws a second pie for the plan's peak.
+    """
+    peaks = {"plain step": plain_peak_bytes}
+    if plan is not None:
+        peaks["planned"] = plan.peak_bytes
+    kinds = {name: memory_kinds(memory, peak) for name, peak in peaks.items()}
+    largest = max(sum(parts.values()) for parts in kinds.values()) or 1
+    colours = [LIGHT[name] for name in ("parameters", "optimizer", "allocated", "batch")]
+    with drawing() as matplotlib:
+        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES * 0.62, 3.2))
+        for column, (name, parts) in enumerate(kinds.items()):
+            total = sum(parts.values())
+            radius = math.sqrt(total / largest) if total else 0.1
+            axes = figure.add_axes((0.01 + 0.5 * column, 0.10, 0.48, 0.90))
+            wedges = [max(value, 0) for value in parts.values()]
+            axes.pie(
+                wedges or [1], colors=colours, radius=radius, startangle=90, counterclock=False,
+                wedgeprops={
+                    "width": 0.42 * radius, "edgecolor": LIGHT["surface"], "linewidth": 1.5,
+                },
+            )
+            axes.set_xlim(-1.05, 1.05)
+            axes.set_ylim(-1.05, 1.05)
+            axes.text(0, 0, f"{name}\n{format_bytes(total)}", ha="center", va="center",
+                      fontsize=9.0 if radius > 0.75 else 7.5, linespacing=1.35)
+    return figure
+
+
+def memory_kinds(memory: StepMemory, allocated_bytes: int) -> dict[str, int]:
+    """Return the kinds of memory that a training step needs and their bytes at its peak."""
+    return {
+        "parameters and model buffers": memory.parameter_bytes + memory.state_bytes,
+        "optimizer state": memory.optimizer_bytes,
+        "activations, gradients, workspace": whole_step_bytes(memory, allocated_bytes)
+        - memory.resident_bytes,
+        "batch": memory.input_bytes,
+    }
+
+
+def _byte_axis(axis: object, top: float) -> None:
+    """Put ticks at round numbers of the unit in which `top` reads best."""
+    from matplotlib.ticker import MultipleLocator
+
+    unit = next((u for u in (2**30, 2**20, 2**10) if top >= u), 1)
+    step = _round_step(top / unit / 6) * unit
+    axis.set_major_locator(MultipleLocator(step))  # type: ignore[attr-defined]
+    names = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}
+    axis.set_major_formatter(lambda value, _: f"{value / unit:g} {names[unit]}")  # type: ignore[attr-defined]
+
+
+def _second_axis(axis: object, end: float) -> None:
+    from matplotlib.ticker import MultipleLocator
+
+    scale = 1.0 if end >= 1 else 1e-3
+    axis.set_major_locator(MultipleLocator(_round_step(end / scale / 8) * scale))  # type: ignore[attr-defined]
+    axis.set_major_formatter(lambda value, _: f"{value / scale:g}")  # type: ignore[attr-defined]
+
+
+def _round_step(rough: float) -> float:
+    """Return the smallest of 1, 2, 5 times a power of ten that is not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
+
+
+def _clip(text: str, length: int) -> str:
+    return text if len(text) <= length else "…" + text[1 - length :]
+
+
+def describe_curve(drawn: Curve, base_bytes: int) -> str:
+    """Return a curve in one sentence, for readers that cannot see it."""
+    return (
+        f"peak {format_bytes(base_bytes + drawn.peak_bytes)} at {drawn.peak_name}, "
+        f"{format_seconds(drawn.total_seconds)}"
+    )

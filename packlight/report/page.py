@@ -1,0 +1,307 @@
+"""One HTML page about a step and its plan: figures, tables, no network, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from packlight.planner import plain_schedule
+from packlight.report.accounts import curve, layer_accounts, short_name, whole_step_bytes
+from packlight.report.style import css_variables, drawing, to_svg
+from packlight.report.template import CSS, PAGE, SCRIPT
+from packlight.step import Plan, simulate
+from packlight.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from packlight.step.profile import StepProfile
+
+_MAX_OPERATIONS = 200
+
+
+def write_report(
+    directory: str | Path,
+    profile: StepProfile,
+    plans: Sequence[Plan],
+    plan: Plan | None,
+    title: str,
+) -> Path:
+    """Write `index.html` into a directory and return its path.
+
+    Args:
+        directory: made if it is not there.
+        profile: the step.
+        plans: plans for several budgets, for the Pareto curve; may be empty.
+        plan: the plan that the page is about; None for a page about the plain step.
+        title: what was profiled, for the page's head.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        OSError: the directory cannot be written.
+    """
+    page = render_report(profile, plans, plan, title)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "index.html"
+    # A half-written page must not replace a whole one.
+    unfinished = directory / "index.html.part"
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def render_report(
+    profile: StepProfile, plans: Sequence[Plan], plan: Plan | None, title: str
+) -> str:
+    """Return the page as text; see `write_report`."""
+    with drawing():
+        from packlight.report import figures
+    graph, memory = profile.graph, profile.memory
+    plain = plain_schedule(graph)
+    plain_timeline = simulate(graph, plain)
+    plain_curve = curve(graph, plain)
+    shown = plain_curve if plan is None else curve(graph, plan.schedule)
+    sections = [_tiles(profile, plan, plain_timeline.peak_bytes)]
+    base = memory.resident_bytes
+
+    description = f"Plain step: {figures.describe_curve(plain_curve, base)}."
+    if plan is not None:
+        description += f" Planned: {figures.describe_curve(shown, base)}."
+    sections.append(
+        _figure(
+            "Memory over the step",
+            to_svg(
+                figures.memory_over_time(graph, plan, plain=plain, memory=memory),
+                "memory-over-time", escape(description),
+            ),
+            "Everything in memory while one step runs, before the optimizer's update. Each "
+            "operation is as wide as its measured seconds and holds its workspace while it runs.",
+        )
+    )
+    sections.append(
+        _figure(
+            "Where the peak is",
+            to_svg(
+                figures.peak_breakdown(graph, plan, plain=plain), "peak-breakdown",
+                escape("Bytes in memory at the peak, by kind and by layer."),
+            ),
+            f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
+            "</b>. Parameters, optimizer state and batch come on top.",
+        )
+    )
+    pies = to_svg(
+        figures.three_kinds(memory, plain_timeline.peak_bytes, plan), "three-kinds",
+        escape("Shares of parameters, optimizer state and what the step allocates."),
+    )
+    sections.append(_kinds_section(profile, plan, plain_timeline.peak_bytes, pies))
+    if plans:
+        sections.append(
+            _figure(
+                "Memory against time",
+                to_svg(
+                    figures.pareto_curve(list(plans), plan, memory=memory), "pareto",
+                    escape("Peak of the whole step against slowdown for several budgets."),
+                ),
+                "Each point is a plan for another budget. The dashed curve is proved: no schedule "
+                "within that much memory is faster. Peaks are of the whole step.",
+                _pareto_table(profile, plans, plan),
+            )
+        )
+    sections.append(_layer_section(profile, plan))
+    if plan is not None:
+        sections.append(_operation_section(profile, plan))
+    facts = f"{escape(profile.device_name)}, torch {escape(profile.torch_version)}, "
+    facts += f"{len(graph.operations)} operations"
+    return PAGE.format(
+        title=escape(title),
+        facts=facts,
+        css=css_variables() + CSS,
+        body="\n".join(sections),
+        script=SCRIPT,
+    )
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """What a table shows, what it sorts by if that is a number, and whether it reads as text."""
+
+    html: str
+    value: float | None = None
+    is_text: bool = False
+
+
+def _bytes(num_bytes: int) -> _Cell:
+    return _Cell(format_bytes(num_bytes), num_bytes)
+
+
+def _seconds(seconds: float) -> _Cell:
+    return _Cell(format_seconds(seconds) if seconds else "–", seconds)
+
+
+def _number(value: float, text: str) -> _Cell:
+    return _Cell(text, value)
+
+
+def _table(
+    heads: Sequence[str], rows: Sequence[Sequence[_Cell]], *, marked: int | None = None
+) -> str:
+    numeric = [
+        bool(rows) and all(row[c].value is not None and not row[c].is_text for row in rows)
+        for c in range(len(heads))
+    ]
+    head = "".join(
+        f'<th scope="col"{" class=n" if numeric[c] else ""}><button>{escape(name)}</button></th>'
+        for c, name in enumerate(heads)
+    )
+    body = []
+    for position, row in enumerate(rows):
+        cells = "".join(
+            f"<td{' class=n' if numeric[c] else ''}"
+            + ("" if cell.value is None else f' data-v="{cell.value!r}"')
+            + f">{cell.html}</td>"
+            for c, cell in enumerate(row)
+        )
+        body.append(f"<tr{' class=marked' if position == marked else ''}>{cells}</tr>")
+    return (
+        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
+    )
+
+
+def _figure(title: str, svg: str, caption: str, table: str = "") -> str:
+    return (
+        f"<section><h2>{title}</h2><p class=note>{caption}</p>"
+        f"<figure>{svg}</figure>{table}</section>"
+    )
+
+
+def _tiles(profile: StepProfile, plan: Plan | None, plain_peak_bytes: int) -> str:
+    memory = profile.memory
+    plain_bytes = whole_step_bytes(memory, plain_peak_bytes)
+    tiles = [("plain step", format_bytes(plain_bytes), format_seconds(profile.graph.seconds))]
+    if plan is not None:
+        peak_bytes = whole_step_bytes(memory, plan.peak_bytes)
+        share = peak_bytes / plain_bytes if plain_bytes else 1.0
+        bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+        tiles.insert(0, ("planned peak", format_bytes(peak_bytes), f"{share:.0%} of plain"))
+        tiles.insert(1, ("predicted time", f"{plan.slowdown:.2f}x",
+                         f"{format_seconds(plan.seconds)}; at least {bound:.2f}x"))
+        if plan.budget_bytes is not None:
+            budget_bytes = memory.resident_bytes + plan.budget_bytes
+            tiles.insert(2, ("budget", format_bytes(budget_bytes),
+                             f"{peak_bytes / budget_bytes:.1%} used"))
+    tiles.append(("resident", format_bytes(memory.resident_bytes),
+                  "parameters, optimizer, batch"))
+    return "<div class=tiles>" + "".join(
+        f"<div><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(more)}</small></div>"
+        for name, value, more in tiles
+    ) + "</div>"
+
+
+def _kinds_section(
+    profile: StepProfile, plan: Plan | None, plain_peak_bytes: int, pies: str
+) -> str:
+    from packlight.report.figures import memory_kinds
+
+    plain_kinds = memory_kinds(profile.memory, plain_peak_bytes)
+    plan_kinds = None if plan is None else memory_kinds(profile.memory, plan.peak_bytes)
+    colours = ("parameters", "optimizer", "allocated", "batch")
+    heads = ["kind", "plain step", *(["planned"] if plan_kinds else [])]
+    rows = []
+    for colour, (name, num_bytes) in zip(colours, plain_kinds.items(), strict=True):
+        swatch = f'<i class=swatch style="background:var(--{colour})"></i>'
+        row = [_Cell(swatch + escape(name)), _bytes(num_bytes)]
+        if plan_kinds is not None:
+            row.append(_bytes(plan_kinds[name]))
+        rows.append(row)
+    return (
+        "<section><h2>The kinds of memory</h2><p class=note>At the peak of the whole step"
+        f"{'' if plan is None else '; equal areas are equal bytes'}.</p>"
+        f"<div class=beside><figure>{pies}</figure>{_table(heads, rows)}</div></section>"
+    )
+
+
+def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None) -> str:
+    known = list(plans)
+    if plan is not None and all(p.schedule != plan.schedule for p in known):
+        known.append(plan)
+    known.sort(key=lambda p: (-p.peak_bytes, p.seconds))
+    rows, marked = [], None
+    for position, other in enumerate(known):
+        if plan is not None and other.schedule == plan.schedule and marked is None:
+            marked = position
+        bound = other.bound_seconds / other.plain_seconds if other.plain_seconds else 1.0
+        share = other.peak_bytes / other.plain_peak_bytes if other.plain_peak_bytes else 1.0
+        rows.append([
+            _bytes(whole_step_bytes(profile.memory, other.peak_bytes)),
+            _bytes(other.peak_bytes),
+            _number(share, f"{share:.0%}"),
+            _seconds(other.seconds),
+            _number(other.slowdown, f"{other.slowdown:.3f}x"),
+            _number(bound, f"{bound:.3f}x"),
+            _Cell(other.status.value),
+        ])
+    heads = ("whole step", "allocated", "of plain's", "time", "slowdown", "bound", "status")
+    return _table(heads, rows, marked=marked)
+
+
+def _layer_section(profile: StepProfile, plan: Plan | None) -> str:
+    graph = profile.graph
+    rows = []
+    accounts = layer_accounts(graph, plain_schedule(graph), plan)
+    for position, account in enumerate(accounts):
+        # Sorts by place in the forward, not by name.
+        layer = _Cell(f"<code>{escape(account.layer)}</code>", position, is_text=True)
+        row = [layer, _bytes(account.plain_bytes)]
+        if plan is not None:
+            names = ", ".join(
+                name if times == 1 else f"{times} {name}"
+                for name, times in (account.reruns or {}).items()
+            )
+            row += [
+                _bytes(account.kept_bytes),
+                _number(account.num_reruns, str(account.num_reruns or "–")),
+                _seconds(account.rerun_seconds),
+                _Cell(f"<span class=ops>{escape(names)}</span>"),
+            ]
+        rows.append(row)
+    title = "Kept, by layer" if plan is None else "Kept and recomputed, by layer"
+    heads = ["layer", "kept by plain step"]
+    if plan is not None:
+        heads += ["kept by plan", "reruns", "cost", "run again"]
+    return (
+        f"<section><h2>{title}</h2><p class=note>Kept: made by the forward and still in memory "
+        "when the backward begins. Click a heading to sort.</p>"
+        f"{_table(heads, rows)}</section>"
+    )
+
+
+def _operation_section(profile: StepProfile, plan: Plan) -> str:
+    graph = profile.graph
+    again = {op: n - 1 for op, n in plan.schedule.compute_counts().items() if n > 1}
+    if not again:
+        return "<section><h2>Recomputed operations</h2><p class=note>None.</p></section>"
+    ranked = sorted(again, key=lambda op: (-again[op] * graph.operations[op].seconds, op))
+    rows = []
+    for op in ranked[:_MAX_OPERATIONS]:
+        operation = graph.operations[op]
+        made = sum(graph.buffers[b].bytes for b in operation.creates)
+        cost = again[op] * operation.seconds
+        rows.append([
+            _Cell(f"<code>{escape(short_name(operation.name))}</code>"),
+            _Cell(f"<code>{escape(operation.layer)}</code>"),
+            _number(again[op], str(again[op])),
+            _seconds(operation.seconds),
+            _seconds(cost),
+            _bytes(made),
+        ])
+    more = ""
+    if len(ranked) > _MAX_OPERATIONS:
+        more = f" The {_MAX_OPERATIONS} most expensive of {len(ranked)}."
+    heads = ("operation", "layer", "reruns", "each", "in all", "makes")
+    return (
+        "<section><h2>Recomputed operations</h2><p class=note>What is run again, and what that "
+        f"costs.{more}</p>{_table(heads, rows)}</section>"
+    )

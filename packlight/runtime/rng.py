@@ -1,0 +1,37 @@
+"""Random operations that run again: the generator's state before the first run is kept and replayed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def generator_state(device: torch.device) -> torch.Tensor:
+    """Return a copy of the default generator's state (uint8, on the host)."""
+    if device.type == "cuda":
+        return torch.cuda.get_rng_state(device)
+    return torch.get_rng_state()
+
+
+def replay(state: torch.Tensor, device: torch.device, target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a random operation as it ran when `state` was taken; leave the generator as it was.
+
+    Args:
+        state: from `generator_state`.
+        device: whose default generator the operation draws from.
+        target: the operator, with its arguments.
+    """
+    now = generator_state(device)
+    _set_generator_state(state, device)
+    try:
+        return target(*args, **kwargs)
+    finally:
+        _set_generator_state(now, device)
+
+
+def _set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

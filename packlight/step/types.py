@@ -1,0 +1,319 @@
+"""One training step as data: what is computed, what it leaves in memory, and in which order.
+
+A `StepGraph` says what must be computed. A `Schedule` says when, how often, and when each buffer is
+freed. A `Timeline` is what a schedule costs, and a `Plan` is a schedule that somebody chose.
+All are frozen and free of torch, so planners and tests can run where torch is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class BufferKind(StrEnum):
+    """What a storage holds."""
+
+    PARAMETER = "parameter"
+    INPUT = "input"
+    STATE = "state"
+    ACTIVATION = "activation"
+    GRADIENT = "gradient"
+    OUTPUT = "output"
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether such a buffer is in memory before the step, outside of what a schedule allocates."""
+        return self in (BufferKind.PARAMETER, BufferKind.INPUT, BufferKind.STATE)
+
+
+class Phase(StrEnum):
+    """The part of the step that an operation belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    UPDATE = "update"
+
+
+class Action(StrEnum):
+    """What an instruction does."""
+
+    COMPUTE = "compute"
+    FREE = "free"
+    OFFLOAD = "offload"
+    FETCH = "fetch"
+    PACK = "pack"
+    UPDATE = "update"
+
+
+class PlanStatus(StrEnum):
+    """How good a plan is known to be."""
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One storage. Views are folded into the buffer that they look at.
+
+    Attributes:
+        id: position in `StepGraph.buffers`.
+        bytes: size of the whole storage.
+        kind: what it holds; resident kinds cost nothing, they are there before the step.
+        name: the name that reports show.
+    """
+
+    id: int
+    bytes: int
+    kind: BufferKind
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call that reads buffers and creates buffers.
+
+    Attributes:
+        id: position in `StepGraph.operations`, which is also the order of the plain step.
+        name: what is called, for reports ("aten.mm.default").
+        reads: buffers that must be in memory while it runs.
+        creates: buffers that it allocates.
+        seconds: duration of one call.
+        workspace_bytes: the most that it holds at once beyond what it creates.
+        phase: forward, backward or update.
+        is_random: draws from a generator; a recomputation replays the generator's state.
+        can_recompute: False where it must run exactly once.
+        overwrites: pairs (created, read): the created buffer may take over the storage of the read
+            one if nobody reads that afterwards (an in-place call with bit-identical results).
+        layer: where in the model it comes from, for reports.
+    """
+
+    id: int
+    name: str
+    reads: tuple[int, ...]
+    creates: tuple[int, ...]
+    seconds: float
+    workspace_bytes: int = 0
+    phase: Phase = Phase.FORWARD
+    is_random: bool = False
+    can_recompute: bool = True
+    overwrites: tuple[tuple[int, int], ...] = ()
+    layer: str = ""
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A training step: operations in the order of the plain step, and the buffers between them.
+
+    Attributes:
+        operations: in an order in which every operation finds its reads computed.
+        buffers: by id.
+        num_forward: the first `num_forward` operations are the forward.
+        forward_outputs: buffers in memory when the forward ends (loss, logits, new batch statistics).
+        outputs: buffers that outlive the step (loss, gradients of the parameters).
+    """
+
+    operations: tuple[Operation, ...]
+    buffers: tuple[Buffer, ...]
+    num_forward: int
+    forward_outputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        created: set[int] = {b.id for b in self.buffers if b.kind.is_resident}
+        for position, buffer in enumerate(self.buffers):
+            if buffer.id != position:
+                raise ValueError(f"buffer at position {position} has id {buffer.id}")
+        for position, operation in enumerate(self.operations):
+            if operation.id != position:
+                raise ValueError(f"operation at position {position} has id {operation.id}")
+            missing = [b for b in operation.reads if b not in created]
+            if missing:
+                raise ValueError(f"operation {position} ({operation.name}) reads {missing} too early")
+            created.update(operation.creates)
+        lost = [b for b in (*self.forward_outputs, *self.outputs) if b not in created]
+        if lost:
+            raise ValueError(f"outputs {lost} are created by no operation")
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the plain step: every operation once."""
+        return sum(operation.seconds for operation in self.operations)
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One step of a schedule.
+
+    Attributes:
+        action: what to do.
+        target: an operation's id for COMPUTE, a buffer's id otherwise.
+        overwrite: for COMPUTE, one of the operation's `overwrites` pairs: created buffer first.
+    """
+
+    action: Action
+    target: int
+    overwrite: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The instructions of one whole step.
+
+    Attributes:
+        instructions: in order.
+        num_forward: the first `num_forward` instructions run in the forward.
+    """
+
+    instructions: tuple[Instruction, ...]
+    num_forward: int
+
+    def compute_counts(self) -> dict[int, int]:
+        """Return how often each operation runs."""
+        counts: dict[int, int] = {}
+        for instruction in self.instructions:
+            if instruction.action is Action.COMPUTE:
+                counts[instruction.target] = counts.get(instruction.target, 0) + 1
+        return counts
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a schedule costs, instruction by instruction.
+
+    Attributes:
+        live_bytes: allocated bytes after each instruction, resident buffers not counted.
+        peak_bytes: the most allocated at once, workspace included.
+        peak_index: the instruction during which that happens.
+        seconds: sum over all instructions.
+        peak_buffers: ids of the buffers in memory at the peak, largest first.
+        peak_workspace_bytes: the part of the peak that is workspace.
+    """
+
+    live_bytes: tuple[int, ...]
+    peak_bytes: int
+    peak_index: int
+    seconds: float
+    peak_buffers: tuple[int, ...]
+    peak_workspace_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A schedule, what it is predicted to cost, and how good it is known to be.
+
+    Attributes:
+        schedule: what to run.
+        budget_bytes: what it was made for; None for "no limit".
+        peak_bytes: predicted peak, resident buffers not counted.
+        seconds: predicted duration.
+        plain_seconds: predicted duration of the plain step (no recomputation).
+        plain_peak_bytes: predicted peak of the plain step.
+        bound_seconds: no schedule within the budget is faster than this.
+        status: OPTIMAL where `seconds` meets the bound.
+        allowed: names of the approximate techniques that were allowed.
+        num_microbatches: how often the schedule runs for one update.
+    """
+
+    schedule: Schedule
+    budget_bytes: int | None
+    peak_bytes: int
+    seconds: float
+    plain_seconds: float
+    plain_peak_bytes: int
+    bound_seconds: float
+    status: PlanStatus
+    allowed: tuple[str, ...] = ()
+    num_microbatches: int = 1
+
+    @property
+    def slowdown(self) -> float:
+        """Predicted duration over the plain step's."""
+        return self.seconds / self.plain_seconds if self.plain_seconds > 0 else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A path to another memory: bytes per second each way, and the seconds before the first byte."""
+
+    name: str
+    bytes_per_second: float
+    latency_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What a schedule runs on."""
+
+    name: str
+    memory_bytes: int
+    flops_per_second: float = 0.0
+    links: tuple[Link, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """Equal devices and the link between them."""
+
+    device: Device
+    num_devices: int
+    link: Link
+
+
+@dataclass(frozen=True)
+class GraphBuilder:
+    """Writes a `StepGraph` down by hand: for tests, documentation and experiments.
+
+    >>> build = GraphBuilder()
+    >>> x = build.buffer(8, BufferKind.INPUT, "x")
+    >>> y = build.operation("f", [x], [16], seconds=1.0)[0]
+    >>> graph = build.finish(num_forward=1, forward_outputs=[y], outputs=[y])
+    >>> len(graph.operations), graph.buffers[y].bytes
+    (1, 16)
+    """
+
+    _buffers: list[Buffer] = field(default_factory=list)
+    _operations: list[Operation] = field(default_factory=list)
+
+    def buffer(self, num_bytes: int, kind: BufferKind = BufferKind.ACTIVATION, name: str = "") -> int:
+        """Add a buffer and return its id."""
+        self._buffers.append(Buffer(len(self._buffers), num_bytes, kind, name))
+        return len(self._buffers) - 1
+
+    def operation(
+        self,
+        name: str,
+        reads: Iterable[int],
+        creates_bytes: Iterable[int],
+        *,
+        seconds: float = 0.0,
+        workspace_bytes: int = 0,
+        phase: Phase = Phase.FORWARD,
+        kind: BufferKind | None = None,
+        is_random: bool = False,
+        can_recompute: bool = True,
+        overwrites_read: int | None = None,
+    ) -> list[int]:
+        """Add an operation and the buffers that it creates; return those buffers' ids."""
+        if kind is None:
+            kind = BufferKind.ACTIVATION if phase is Phase.FORWARD else BufferKind.GRADIENT
+        created = [self.buffer(size, kind, f"{name}.{i}") for i, size in enumerate(creates_bytes)]
+        overwrites = () if overwrites_read is None else ((created[0], overwrites_read),)
+        self._operations.append(
+            Operation(
+                len(self._operations), name, tuple(reads), tuple(created), seconds, workspace_bytes,
+                phase, is_random, can_recompute, overwrites,
+            )
+        )
+        return created
+
+    def finish(
+        self, num_forward: int, forward_outputs: Iterable[int], outputs: Iterable[int]
+    ) -> StepGraph:
+        """Return the graph."""
+        return StepGraph(
+            tuple(self._operations), tuple(self._buffers), num_forward,
+            tuple(forward_outputs), tuple(outputs),
+        )

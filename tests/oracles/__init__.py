@@ -1,0 +1,1 @@
+"""Slow and simple answers that the tests hold the fast and clever code against."""

@@ -1,0 +1,259 @@
+"""The report: one page that stands alone, whose numbers are those of the plan."""
+
+from __future__ import annotations
+
+import builtins
+import re
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packlight.errors import MissingExtraError
+from packlight.planner import plain_schedule
+from packlight.report import write_report
+from packlight.report.accounts import (
+    curve,
+    layer_accounts,
+    layer_groups,
+    live_after_forward,
+    peak_by_kind,
+    peak_by_layer,
+    whole_step_bytes,
+)
+from packlight.report.figures import memory_over_time, three_kinds
+from packlight.step import Plan, PlanStatus, Schedule, StepGraph, simulate
+from packlight.step.profile import StepProfile
+from packlight.units import format_bytes
+from tests.oracles.gpt import gpt_profile, gpt_step
+from tests.oracles.liveness import recount_peak_bytes, schedule_from_order
+
+
+def plan_of(graph: StepGraph, schedule: Schedule, budget_bytes: int | None) -> Plan:
+    timeline = simulate(graph, schedule)
+    plain = simulate(graph, plain_schedule(graph))
+    return Plan(
+        schedule, budget_bytes, timeline.peak_bytes, timeline.seconds, plain.seconds,
+        plain.peak_bytes, plain.seconds, PlanStatus.FEASIBLE,
+    )
+
+
+def blockwise_plan(graph: StepGraph, every: int) -> Plan:
+    """Return the plan of a user who drops what is inside of every `every`-th block."""
+    dropped = {f"h.{block}." for block in range(12) if block % every == 0}
+    order = list(range(graph.num_forward))
+    again = {op.id for op in graph.operations[: graph.num_forward]
+             if any(op.layer.startswith(prefix) for prefix in dropped)}
+    done: set[str] = set()
+    for operation in graph.operations[graph.num_forward :]:
+        block = ".".join(operation.layer.split(".")[:2])
+        if f"{block}." in dropped and block not in done:
+            done.add(block)
+            inside = (op for op in again if graph.operations[op].layer.startswith(f"{block}."))
+            order += sorted(inside)
+        order.append(operation.id)
+    schedule = schedule_from_order(graph, order, graph.num_forward)
+    return plan_of(graph, schedule, round(1.01 * simulate(graph, schedule).peak_bytes))
+
+
+@pytest.fixture(scope="module")
+def profile() -> StepProfile:
+    return gpt_profile()
+
+
+@pytest.fixture(scope="module")
+def plans(profile: StepProfile) -> list[Plan]:
+    plain = plan_of(profile.graph, plain_schedule(profile.graph), None)
+    return [plain, *(blockwise_plan(profile.graph, every) for every in (4, 3, 2, 1))]
+
+
+@pytest.fixture(scope="module")
+def page(profile: StepProfile, plans: list[Plan], tmp_path_factory: Any) -> Iterator[str]:
+    path = write_report(tmp_path_factory.mktemp("r") / "new", profile, plans, plans[2], "a <GPT>")
+    assert path.name == "index.html"
+    yield path.read_text(encoding="utf-8")
+
+
+class Outline(HTMLParser):
+    """Collects what a page refers to, its ids, and whether its tags are balanced."""
+
+    VOID = frozenset({"meta", "br", "img", "link", "input", "hr"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href"):
+                self.references.append(value or "")
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_page_stands_alone(page: str) -> None:
+    outline = Outline(page)
+    assert outline.open == []
+    assert all(reference.startswith("#") for reference in outline.references)
+    assert "link" not in outline.tags and "img" not in outline.tags
+    assert not re.search(r"url\((?!#)|@import|fetch\(", page)
+    assert len(outline.ids) == len(set(outline.ids)), "ids of different figures must not collide"
+    missing = {r[1:] for r in outline.references} - set(outline.ids)
+    assert not missing, "a figure refers to a shape that is not there"
+
+
+def test_page_escapes_names(page: str) -> None:
+    assert "a &lt;GPT&gt;" in page
+    assert "<GPT>" not in page
+
+
+def test_page_says_what_the_plan_says(page: str, profile: StepProfile, plans: list[Plan]) -> None:
+    memory, plan = profile.memory, plans[2]
+    for allocated_bytes in (plan.peak_bytes, plan.plain_peak_bytes):
+        assert format_bytes(whole_step_bytes(memory, allocated_bytes)) in page
+    assert plan.budget_bytes is not None
+    assert format_bytes(memory.resident_bytes + plan.budget_bytes) in page
+    assert f"{plan.slowdown:.2f}x" in page
+    assert len(re.findall("<svg", page)) == 4
+
+
+def test_colours_of_figures_follow_the_theme(page: str) -> None:
+    figures = "".join(re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", figures)) <= {"#ffffff", "#000000"}
+    assert "var(--planned)" in figures
+    assert "prefers-color-scheme:dark" in page
+
+
+def test_page_is_the_same_every_time(
+    profile: StepProfile, plans: list[Plan], tmp_path: Path
+) -> None:
+    pages = [write_report(tmp_path / name, profile, plans, plans[1], "t").read_text()
+             for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_plain_page_needs_no_plan(profile: StepProfile, tmp_path: Path) -> None:
+    text = write_report(tmp_path, profile, [], None, "plain").read_text()
+    assert Outline(text).open == []
+    assert "planned" not in re.sub(r"<style>.*?</style>", "", text, flags=re.DOTALL)
+
+
+def test_an_old_page_survives_a_failed_write(
+    profile: StepProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_report(tmp_path, profile, [], None, "old")
+    old = path.read_text()
+
+    def fail(*_: Any, **__: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)
+    with pytest.raises(OSError, match="No space"):
+        write_report(tmp_path, profile, [], None, "new")
+    assert path.read_text() == old
+
+
+def test_missing_matplotlib_names_the_extra(
+    profile: StepProfile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_import = builtins.__import__
+
+    def without_matplotlib(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    with pytest.raises(MissingExtraError, match=r"packlight\[report\]") as raised:
+        write_report(tmp_path, profile, [], None, "t")
+    assert raised.value.extra == "report"
+    assert not list(tmp_path.iterdir())
+
+
+def test_curve_has_the_peak_and_the_duration_of_the_timeline(plans: list[Plan]) -> None:
+    graph = gpt_step()
+    for plan in plans:
+        drawn = curve(graph, plan.schedule)
+        assert max(drawn.bytes) == plan.peak_bytes
+        assert drawn.total_seconds == pytest.approx(plan.seconds)
+        edges = zip(drawn.seconds, drawn.seconds[1:], drawn.bytes, strict=False)
+        assert any(
+            left <= drawn.peak_seconds <= right and held == plan.peak_bytes
+            for left, right, held in edges
+        )
+
+
+def test_thinned_curve_keeps_its_peak() -> None:
+    graph = gpt_step(num_blocks=160)
+    schedule = plain_schedule(graph)
+    drawn = curve(graph, schedule)
+    assert len(drawn.seconds) <= 4004 < 2 * len(graph.operations)
+    assert max(drawn.bytes) == simulate(graph, schedule).peak_bytes
+    assert list(drawn.seconds) == sorted(drawn.seconds)
+
+
+def test_groups_at_the_peak_add_up_to_it(plans: list[Plan]) -> None:
+    graph = gpt_step()
+    for plan in plans:
+        timeline = simulate(graph, plan.schedule)
+        by_kind = peak_by_kind(graph, timeline)
+        by_layer = peak_by_layer(graph, timeline, layer_groups(graph, 30))
+        assert sum(by_kind.values()) == plan.peak_bytes
+        assert sum(by_layer.values()) + timeline.peak_workspace_bytes == plan.peak_bytes
+
+
+def test_layer_accounts_add_up(plans: list[Plan]) -> None:
+    graph = gpt_step()
+    plan = plans[-1]
+    accounts = layer_accounts(graph, plain_schedule(graph), plan)
+    kept = live_after_forward(graph, plan.schedule)
+    assert sum(a.kept_bytes for a in accounts) == sum(graph.buffers[b].bytes for b in kept)
+    assert sum(a.rerun_seconds for a in accounts) == pytest.approx(plan.seconds - graph.seconds)
+    reruns = sum(runs - 1 for runs in plan.schedule.compute_counts().values())
+    assert sum(a.num_reruns for a in accounts) == reruns
+    # What the forward hands over is what is live when nothing of the backward has run.
+    at_boundary = simulate(graph, plan.schedule).live_bytes[plan.schedule.num_forward - 1]
+    assert sum(a.kept_bytes for a in accounts) == at_boundary
+
+
+def test_layers_are_grouped_as_deep_as_the_limit_allows() -> None:
+    graph = gpt_step()
+    deepest = layer_groups(graph, 1000)
+    assert deepest["h.3.attn"] == "h.3.attn"
+    blocks = layer_groups(graph, 20)
+    assert blocks["h.3.attn"] == blocks["h.3.mlp"] == "h.3"
+    assert layer_groups(graph, 1)["h.3.attn"] == "h"
+
+
+def test_blockwise_plan_is_what_it_says(plans: list[Plan]) -> None:
+    graph = gpt_step()
+    peaks = [plan.peak_bytes for plan in plans]
+    assert peaks == sorted(peaks, reverse=True)
+    assert peaks == [recount_peak_bytes(graph, plan.schedule.instructions) for plan in plans]
+
+
+def test_figures_stand_alone(profile: StepProfile, plans: list[Plan], tmp_path: Path) -> None:
+    figure = memory_over_time(profile.graph, plans[1], memory=profile.memory)
+    figure.savefig(tmp_path / "memory.png", dpi=60)
+    assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert any(text.startswith("planned") and "peak" in text for text in texts)
+    assert any(text.startswith("budget") for text in texts)
+    three_kinds(profile.memory, plans[0].peak_bytes, None).savefig(tmp_path / "kinds.svg")
