@@ -1,0 +1,43 @@
+"""Train any PyTorch model inside a memory budget.
+
+    step = packlight.fit(model, loss_fn, optimizer, batch, budget="1GiB")
+    for batch in loader:
+        loss = step(batch)
+
+or, for activations and gradients only, with a training loop of your own:
+
+    model = torch.compile(model, backend="packlight", options={"budget": "300MiB"})
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from packlight.capture.peak import MemoryPeak, measure_peak
+    from packlight.runtime.train_step import TrainStep, fit, plan, profile
+
+# Where each public name lives; torch is imported when one of them is first used.
+_HOMES = {
+    "MemoryPeak": "packlight.capture.peak",
+    "TrainStep": "packlight.runtime.train_step",
+    "fit": "packlight.runtime.train_step",
+    "measure_peak": "packlight.capture.peak",
+    "plan": "packlight.runtime.train_step",
+    "profile": "packlight.runtime.train_step",
+}
+
+__all__ = ["MemoryPeak", "TrainStep", "__version__", "fit", "measure_peak", "plan", "profile"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'packlight' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

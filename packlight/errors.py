@@ -29,6 +29,7 @@ class InfeasibleBudgetError(PacklightError, ValueError):
         smallest_bytes: the smallest budget for which a schedule was found.
         peak_operation: the operation at which that schedule peaks.
         peak_buffers: (name, bytes) of what is live there, largest first.
+        hint: what would lower it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class InfeasibleBudgetError(PacklightError, ValueError):
         self.smallest_bytes = smallest_bytes
         self.peak_operation = peak_operation
         self.peak_buffers = peak_buffers
+        self.hint = hint
         live = " + ".join(f"{format_bytes(size)} {name}" for name, size in peak_buffers[:4])
         more = f" + {len(peak_buffers) - 4} smaller" if len(peak_buffers) > 4 else ""
         super().__init__(
@@ -98,4 +100,21 @@ class MissingExtraError(PacklightError, ImportError):
         self.extra = extra
         super().__init__(
             f"{feature} needs the package {package!r}\nhint: pip install 'packlight[{extra}]'"
+        )
+
+
+class NonFiniteLossError(PacklightError, ArithmeticError):
+    """The loss became NaN or infinite; nothing was updated.
+
+    Attributes:
+        step_index: how many steps had been trained before.
+        loss: its value.
+    """
+
+    def __init__(self, step_index: int, loss: float) -> None:
+        self.step_index = step_index
+        self.loss = loss
+        super().__init__(
+            f"the loss of step {step_index} is {loss}; parameters and optimizer state are untouched\n"
+            "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -185,6 +187,11 @@ def test_missing_matplotlib_names_the_extra(
         write_report(tmp_path, profile, [], None, "t")
     assert raised.value.extra == "report"
     assert not list(tmp_path.iterdir())
+
+
+def test_importing_the_report_does_not_import_matplotlib() -> None:
+    code = "import sys, packlight.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_curve_has_the_peak_and_the_duration_of_the_timeline(plans: list[Plan]) -> None:

@@ -7,6 +7,7 @@ tuples) are folded into the `Buffer` they look at and are made again wherever th
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -441,8 +442,6 @@ def _layers(nodes: list[fx.Node]) -> dict[fx.Node, str]:
 
 def _module_path(qualified: str) -> str:
     """Turn dynamo's "L['self']._modules['h']._modules['3'].attn" into "h.3.attn"."""
-    import re
-
-    names = re.findall(r"_modules\['([^']+)'\]|\.([A-Za-z_][A-Za-z_0-9]*)|\[(\d+)\]", qualified)
+    names = re.findall(r"_modules\['([^']+)'\]|\.(\w+)|\[(\d+)\]", qualified)
     parts = [next(x for x in match if x) for match in names]
-    return ".".join(p for p in parts if p not in ("_modules",))
+    return ".".join(p for p in parts if p != "_modules")

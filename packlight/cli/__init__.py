@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = build_parser().parse_args(argv)
     try:
-        return _COMMANDS[arguments.command].run(arguments)
+        return int(_COMMANDS[arguments.command].run(arguments))
     except PacklightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -78,8 +78,7 @@ def whole_step_peak_bytes(memory: StepMemory, allocated_peak_bytes: int) -> int:
 
     The update holds all gradients and its own workspace; no plan of forward and backward lowers it.
     """
-    update_bytes = memory.gradient_bytes + memory.update_workspace_bytes
-    return memory.resident_bytes + max(allocated_peak_bytes, update_bytes)
+    return max(memory.resident_bytes + allocated_peak_bytes, memory.update_peak_bytes)
 
 
 def plan_whole_step(profile: StepProfile, budget_bytes: int | None) -> Plan:
@@ -96,13 +95,12 @@ def plan_whole_step(profile: StepProfile, budget_bytes: int | None) -> Plan:
         ("optimizer state", memory.optimizer_bytes),
         ("batch", memory.input_bytes),
     ]
-    update_peak_bytes = whole_step_peak_bytes(memory, 0)
     try:
         if budget_bytes <= memory.resident_bytes:
             raise InfeasibleBudgetError(budget_bytes, _smallest_bytes(profile), "", [])
         plan = plan_schedule(profile.graph, budget_bytes - memory.resident_bytes)
     except InfeasibleBudgetError as error:
-        smallest = max(error.smallest_bytes + memory.resident_bytes, update_peak_bytes)
+        smallest = whole_step_peak_bytes(memory, error.smallest_bytes)
         if not error.peak_operation:
             smallest = error.smallest_bytes
         raise InfeasibleBudgetError(
@@ -112,10 +110,10 @@ def plan_whole_step(profile: StepProfile, budget_bytes: int | None) -> Plan:
             sorted(error.peak_buffers + resident, key=lambda item: -item[1]),
             _hint_of(error),
         ) from None
-    if update_peak_bytes > budget_bytes:
+    if memory.update_peak_bytes > budget_bytes:
         raise InfeasibleBudgetError(
             budget_bytes,
-            max(update_peak_bytes, _smallest_bytes(profile)),
+            _smallest_bytes(profile),
             "the optimizer's update",
             sorted(
                 [
@@ -261,7 +259,7 @@ def short_name(operation_name: str) -> str:
     'native_layer_norm'
     """
     parts = operation_name.split(".")
-    return parts[1] if len(parts) > 1 and parts[0] in ("aten", "prims") else parts[0]
+    return parts[min(1, len(parts) - 1)]
 
 
 def layer_at_depth(layer: str, depth: int) -> str:

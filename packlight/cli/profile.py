@@ -127,4 +127,4 @@ def bar(share: float, width: int) -> str:
     eighths = round(share * width * 8)
     if share > 0:
         eighths = max(1, eighths)
-    return "█" * (eighths // 8) + ("", *"▏▎▍▌▋▊▉")[eighths % 8]
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()

@@ -123,8 +123,7 @@ def whole_step_bytes(memory: StepMemory | None, allocated_bytes: int) -> int:
     """Return a whole step's peak: resident bytes, and the plan's peak or the update's."""
     if memory is None:
         return allocated_bytes
-    update_bytes = memory.gradient_bytes + memory.update_workspace_bytes
-    return memory.resident_bytes + max(allocated_bytes, update_bytes)
+    return max(memory.resident_bytes + allocated_bytes, memory.update_peak_bytes)
 
 
 def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:

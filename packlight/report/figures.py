@@ -7,7 +7,7 @@ optimizer state, batch) lie under what forward and backward allocate.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packlight.planner import plain_schedule
 from packlight.report.accounts import (
@@ -24,6 +24,7 @@ from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
     from packlight.step.profile import StepMemory
@@ -57,7 +58,7 @@ def memory_over_time(
     top = max([base + c.peak_bytes for c in curves] + [budget or 0, 1])
     end = max([c.total_seconds for c in curves] + [1e-9])
     with drawing() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height_inches))
+        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height_inches))
         axes = figure.add_axes((0.075, 0.12, 0.905, 0.70))
         if base:
             axes.fill_between(
@@ -107,7 +108,7 @@ def _draw_curve(
 def _mark_boundary(axes: Axes, drawn: Curve, end: float, *, planned: bool) -> None:
     at = drawn.forward_seconds
     axes.axvline(at, color=LIGHT["muted"], linewidth=0.9, linestyle=(0, (1, 2)))
-    inside = {
+    inside: dict[str, Any] = {
         "transform": axes.get_xaxis_transform(), "color": LIGHT["muted"], "va": "top",
         "bbox": {"boxstyle": "square,pad=0.1", "fc": LIGHT["surface"], "ec": "none"},
     }
@@ -167,13 +168,13 @@ def peak_breakdown(
     row_inches = 0.46 if plan is not None else 0.30
     with drawing() as matplotlib:
         height = 1.0 + row_inches * rows
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height))
+        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height))
         bottom, span = 0.12 / height, 1 - 0.75 / height
         panels = []
-        for left, names, found in ((0.145, kinds, by_kind), (0.63, layers, by_layer)):
+        for edge, names, values in ((0.145, kinds, by_kind), (0.63, layers, by_layer)):
             share = len(names) / rows
-            panels.append(figure.add_axes((left, bottom + span * (1 - share), 0.28, span * share)))
-            _bars(panels[-1], names, found)
+            panels.append(figure.add_axes((edge, bottom + span * (1 - share), 0.28, span * share)))
+            _bars(panels[-1], names, values)
         left, right = panels
         left.set_title("by kind", loc="left", fontsize=9.5, fontweight="bold", pad=4)
         right.set_title("by layer", loc="left", fontsize=9.5, fontweight="bold", pad=4)
@@ -230,7 +231,7 @@ def pareto_curve(
     low, high = min(peaks + [b for b, _ in bounds]), max([*peaks, plain_bytes])
     margin = 0.06 * (high - low) or 0.1 * high
     with drawing() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 4.0))
+        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 4.0))
         axes = figure.add_axes((0.075, 0.13, 0.905, 0.75))
         axes.plot(peaks, slowdowns, color=LIGHT["planned"], linewidth=1.5, marker="o",
                   markersize=5.5, label="plans")
@@ -273,7 +274,7 @@ def three_kinds(memory: StepMemory, plain_peak_bytes: int, plan: Plan | None) ->
     largest = max(sum(parts.values()) for parts in kinds.values()) or 1
     colours = [LIGHT[name] for name in ("parameters", "optimizer", "allocated", "batch")]
     with drawing() as matplotlib:
-        figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES * 0.62, 3.2))
+        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES * 0.62, 3.2))
         for column, (name, parts) in enumerate(kinds.items()):
             total = sum(parts.values())
             radius = math.sqrt(total / largest) if total else 0.1
@@ -303,23 +304,23 @@ def memory_kinds(memory: StepMemory, allocated_bytes: int) -> dict[str, int]:
     }
 
 
-def _byte_axis(axis: object, top: float) -> None:
+def _byte_axis(axis: Axis, top: float) -> None:
     """Put ticks at round numbers of the unit in which `top` reads best."""
     from matplotlib.ticker import MultipleLocator
 
     unit = next((u for u in (2**30, 2**20, 2**10) if top >= u), 1)
     step = _round_step(top / unit / 6) * unit
-    axis.set_major_locator(MultipleLocator(step))  # type: ignore[attr-defined]
+    axis.set_major_locator(MultipleLocator(step))
     names = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}
-    axis.set_major_formatter(lambda value, _: f"{value / unit:g} {names[unit]}")  # type: ignore[attr-defined]
+    axis.set_major_formatter(lambda value, _: f"{value / unit:g} {names[unit]}")
 
 
-def _second_axis(axis: object, end: float) -> None:
+def _second_axis(axis: Axis, end: float) -> None:
     from matplotlib.ticker import MultipleLocator
 
     scale = 1.0 if end >= 1 else 1e-3
-    axis.set_major_locator(MultipleLocator(_round_step(end / scale / 8) * scale))  # type: ignore[attr-defined]
-    axis.set_major_formatter(lambda value, _: f"{value / scale:g}")  # type: ignore[attr-defined]
+    axis.set_major_locator(MultipleLocator(_round_step(end / scale / 8) * scale))
+    axis.set_major_formatter(lambda value, _: f"{value / scale:g}")
 
 
 def _round_step(rough: float) -> float:

@@ -47,7 +47,7 @@ def drawing() -> Iterator[Any]:
         import matplotlib.ticker
     except ImportError:
         raise MissingExtraError("matplotlib", "report", "the report") from None
-    settings = {
+    settings: Any = {
         "font.family": ["DejaVu Sans"],
         "font.size": 9.0,
         "text.color": LIGHT["ink"],

@@ -8,7 +8,6 @@ what was there before: saved activations, outputs, gradients, workspace.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,8 @@ from torch import fx
 
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.capture.profiler import CallProfiler
-from packlight.errors import GraphBreakError, OptionError
+from packlight.errors import OptionError
+from packlight.runtime.dynamo import prepare_dynamo, refuse_graph_break, specialize
 from packlight.runtime.emit import emit
 from packlight.step import Plan, StepGraph
 from packlight.units import parse_bytes
@@ -26,17 +26,23 @@ from packlight.units import parse_bytes
 KNOWN_OPTIONS = ("budget", "allow", "progress")
 
 
-@dataclass
+class StepCaptured(Exception):  # noqa: N818 - not an error
+    """Ends a dry run: the step is captured and planned, and nothing of it has run."""
+
+
+@dataclass(frozen=True)
 class Compilation:
     """What was captured and planned for one graph; kept for inspection.
 
     Attributes:
-        step: the captured step, None for a graph without a backward.
+        graph: the captured step.
         plan: what runs.
+        output_shapes: shapes of the forward's tensor outputs, mutated inputs left out.
     """
 
     graph: StepGraph
     plan: Plan
+    output_shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -45,8 +51,11 @@ class PacklightBackend:
 
     Attributes:
         budget_bytes: peak of a step above what was there before it; None for no limit.
+        allow: names of approximate techniques.
+        progress: show what profiling does.
+        choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
-        choose_plan: (graph, budget) -> Plan; the planner.
+        is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
     """
 
     budget_bytes: int | None = None
@@ -54,20 +63,26 @@ class PacklightBackend:
     progress: bool = True
     choose_budget: Callable[[StepGraph], int | None] | None = None
     compilations: list[Compilation] = field(default_factory=list)
+    is_dry_run: bool = False
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
 
-        _refuse_graph_break()
-        _specialize(example_inputs)
+        refuse_graph_break()
+        specialize(example_inputs)
         compiler = aot_autograd(
             fw_compiler=_boxed,
-            bw_compiler=_boxed_backward,
-            inference_compiler=self._compile_inference,
+            bw_compiler=_boxed,
             partition_fn=self._partition,
         )
         compiled: Callable[..., Any] = compiler(module, example_inputs)
-        return compiled
+
+        def run(*arguments: Any) -> Any:
+            if self.is_dry_run:
+                raise StepCaptured
+            return compiled(*arguments)
+
+        return run
 
     def _partition(
         self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -80,12 +95,13 @@ class PacklightBackend:
         if self.choose_budget is not None:
             budget = self.choose_budget(step.graph)
         plan = plan_schedule(step.graph, budget)
-        self.compilations.append(Compilation(step.graph, plan))
+        shapes = tuple(
+            tuple(node.meta["val"].shape) for i, node in enumerate(step.forward_results)
+            if isinstance(node, fx.Node) and i not in _mutations(joint, num_fwd_outputs)
+        )
+        self.compilations.append(Compilation(step.graph, plan, shapes))
         emitted = emit(step, plan.schedule)
         return emitted.forward, emitted.backward
-
-    def _compile_inference(self, module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        return _boxed(module, example_inputs)
 
 
 def packlight_backend(
@@ -135,12 +151,7 @@ def check_allowed(allow: Any) -> tuple[str, ...]:
 
 def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:
     """Return the step behind AOTAutograd's joint graph."""
-    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
-    mutated_inputs = {
-        index: described.mutated_input
-        for index, described in enumerate(output.meta.get("desc") or ())
-        if index < num_forward_outputs and type(described).__name__ == "InputMutationAOTOutput"
-    }
+    mutated_inputs = _mutations(joint, num_forward_outputs)
     placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
     by_description = {n.meta.get("desc"): i for i, n in enumerate(placeholders)}
     mutated = frozenset(by_description[d] for d in mutated_inputs.values() if d in by_description)
@@ -151,6 +162,16 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
         mutated_primals=mutated,
         pinned_outputs=lambda index: index not in mutated_inputs,
     )
+
+
+def _mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
+    """Return, for forward outputs that are new values of inputs, which input each belongs to."""
+    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
+    return {
+        index: described.mutated_input
+        for index, described in enumerate(output.meta.get("desc") or ())
+        if index < num_forward_outputs and type(described).__name__ == "InputMutationAOTOutput"
+    }
 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -166,51 +187,4 @@ def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
     return run
 
 
-def _boxed_backward(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-    return _boxed(module, example_inputs)
-
-
-def _specialize(example_inputs: Sequence[Any]) -> None:
-    """Make symbolic sizes constants: a plan is made for one shape (another shape is planned anew)."""
-    for value in example_inputs:
-        if isinstance(value, torch.SymInt):
-            int(value)
-        elif isinstance(value, torch.Tensor):
-            for size in (*value.shape, *value.stride()):
-                int(size)
-
-
-def _refuse_graph_break() -> None:
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:
-        return  # not called by dynamo
-    reason = translator.output.compile_subgraph_reason
-    if reason is None or not reason.graph_break:
-        return
-    frame = reason.user_stack[-1] if reason.user_stack else None
-    cause = reason.reason.strip().splitlines()[0] if reason.reason else "unknown cause"
-    raise GraphBreakError(
-        frame.filename if frame else "<unknown>",
-        (frame.lineno or 0) if frame else 0,
-        cause,
-        "move what dynamo cannot trace out of the forward, or wrap it in a custom operator",
-    )
-
-
-def prepare_dynamo() -> None:
-    """Let dynamo trace through what models of today do and a user should not have to know about.
-
-    Logging inside a forward would break the graph; while traced, it is skipped. Recurrent layers
-    are traced into one operation.
-    """
-    from torch._dynamo import config
-
-    methods = ("debug", "info", "warning", "error", "log")
-    config.ignore_logging_functions.update(getattr(logging.Logger, name) for name in methods)
-    # transformers adds these to its loggers, which is where a warning inside a forward comes from.
-    extra = (getattr(logging.Logger, name, None) for name in ("warning_once", "warning_advice"))
-    config.ignore_logging_functions.update(method for method in extra if method is not None)
-    config.allow_rnn = True
+prepare_dynamo()

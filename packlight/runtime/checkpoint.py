@@ -285,7 +285,7 @@ def _pack_tensor(
     storage = tensor.untyped_storage()
     place = (storage.data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride())
     identity = (*place, tensor.dtype, tensor.device)
-    reference = {_REFERENCE: seen.get(identity, name)}
+    reference: dict[str, Any] = {_REFERENCE: seen.get(identity, name)}
     if not tensor.is_contiguous():
         # The layout (channels_last, say) comes back too, so a resumed run uses the same kernels.
         reference["stride"] = list(torch.empty_like(tensor, device="meta").stride())

@@ -52,15 +52,15 @@ def schedule_from_order(
 
     instructions: list[Instruction] = []
     first_backward: int | None = None
-    for index, (_, _, op) in enumerate(events):
+    for index, (_, _, runs) in enumerate(events):
         dying = dies_at[index]
-        if op is None:
+        if runs is None:
             if first_backward is None:
                 first_backward = len(instructions)
                 instructions += [Instruction(Action.FREE, b) for b in dying]
             continue
-        pair = _best_overwrite(graph, op, dying) if in_place else None
-        instructions.append(Instruction(Action.COMPUTE, op, pair))
+        pair = _best_overwrite(graph, runs, dying) if in_place else None
+        instructions.append(Instruction(Action.COMPUTE, runs, pair))
         instructions += [
             Instruction(Action.FREE, b) for b in dying if pair is None or b != pair[1]
         ]

@@ -56,14 +56,16 @@ class Tape:
     ) -> list[int]:
         made = [self._buffer(kib, kind, f"{name}.{i}") for i, (kib, kind) in enumerate(creates)]
         # A gradient that a residual handed on unchanged still has another reader to come.
-        takes = overwrite is not None and overwrite not in self._shared
-        assert not takes or self.size(overwrite) == self.size(made[0])
+        overwrites: tuple[tuple[int, int], ...] = ()
+        if overwrite is not None and overwrite not in self._shared:
+            assert self.size(overwrite) == self.size(made[0])
+            overwrites = ((made[0], overwrite),)
         self._operations.append(
             Operation(
                 id=len(self._operations), name=name, reads=tuple(reads), creates=tuple(made),
                 seconds=ms / 1e3, workspace_bytes=workspace * KIB, phase=self._phase,
                 is_random=is_random, can_recompute=can_recompute,
-                overwrites=((made[0], overwrite),) if takes else (), layer=self.layer,
+                overwrites=overwrites, layer=self.layer,
             )
         )
         return made

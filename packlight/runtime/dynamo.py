@@ -1,0 +1,88 @@
+"""What Packlight asks of TorchDynamo: trace through common models, and say plainly where it cannot.
+
+Everything here leans on dynamo's internals, of the torch release that the constraints pin.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from packlight.errors import GraphBreakError
+
+GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
+
+
+def prepare_dynamo() -> None:
+    """Let dynamo trace through what models of today do and a user should not have to know about.
+
+    A logger's call inside a forward would break the graph: while traced, it is skipped. Recurrent
+    layers are traced into the operations of their time steps.
+    """
+    from torch._dynamo import config
+
+    # transformers adds warning_once and warning_advice to all loggers.
+    names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
+    methods = {getattr(logging.Logger, name, None) for name in names} - {None}
+    config.ignore_logging_functions.update(methods)
+    config.allow_rnn = True
+
+
+def specialize(example_inputs: Sequence[Any]) -> None:
+    """Make symbolic sizes constants: a plan is made for one shape (another shape is planned anew)."""
+    for value in example_inputs:
+        if isinstance(value, torch.SymInt):
+            int(value)
+        elif isinstance(value, torch.Tensor):
+            for size in (*value.shape, *value.stride()):
+                int(size)
+
+
+def refuse_graph_break() -> None:
+    """Raise if the graph being compiled is one of several pieces of the model.
+
+    Raises:
+        GraphBreakError: with file, line and cause.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return  # not called by dynamo
+    reason = translator.output.compile_subgraph_reason
+    if reason is not None and reason.graph_break:
+        raise _graph_break(reason.reason or "", reason.user_stack)
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Raise Packlight's own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
+    from torch._dynamo import exc
+
+    try:
+        yield
+    except exc.BackendCompilerFailed as error:
+        inner = error.inner_exception
+        raise inner.with_traceback(None) from None
+    except exc.Unsupported as error:
+        raise _graph_break(str(error), getattr(error, "real_stack", None)) from error
+
+
+def _graph_break(message: str, stack: Any) -> GraphBreakError:
+    frame = stack[-1] if stack else None
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    cause = lines[0] if lines else "unknown cause"
+    explanation = next((x for x in lines if x.startswith("Explanation:")), "")
+    if explanation:
+        cause += f" ({explanation.removeprefix('Explanation:').strip()})"
+    hints = [x.removeprefix("Hint:").strip() for x in lines if x.startswith("Hint:")]
+    useful = [h for h in hints if not re.search(r"report|torch\._dynamo|fundamental", h)]
+    file = frame.filename if frame else "<unknown>"
+    line = (frame.lineno or 0) if frame else 0
+    return GraphBreakError(file, line, cause, useful[0] if useful else GRAPH_BREAK_HINT)
