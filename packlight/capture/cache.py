@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.measure import CallFacts, OutputFacts
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def cache_directory() -> Path:
@@ -86,4 +86,5 @@ def _from_json(stored: dict[str, Any]) -> CallFacts:
         workspace_bytes=int(stored["workspace_bytes"]),
         outputs=tuple(OutputFacts(**o) for o in stored["outputs"]),
         in_place=stored["in_place"],
+        in_step_seconds=stored["in_step_seconds"],
     )

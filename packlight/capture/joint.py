@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class JointStep:
         primals, tangents: placeholders in order.
         forward_results, backward_results: what the two graphs must return (nodes, None, constants).
         rng_state_of: random operation -> the buffer with the generator's state before it.
+        facts: what was observed of each operation's call, None for pseudo operations.
     """
 
     graph: StepGraph
@@ -59,6 +60,27 @@ class JointStep:
     forward_results: list[Any]
     backward_results: list[Any]
     rng_state_of: dict[int, int]
+    facts: list[CallFacts | None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the step runs: the first accelerator among its inputs, else the CPU."""
+        devices = [t.device for n in self.primals
+                   if isinstance(t := n.meta.get("val"), torch.Tensor)]
+        return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+    def call(self, operation: int) -> tuple[torch._ops.OpOverload, Any, Any]:
+        """Return the call behind an operation: target and arguments with fake tensors."""
+        node = self.node_of_operation[operation]
+        args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
+        return node.target, args, kwargs  # type: ignore[return-value]
+
+    def with_seconds(self, seconds: dict[int, float]) -> JointStep:
+        """Return the step with other durations of some operations."""
+        operations = tuple(
+            replace(o, seconds=seconds.get(o.id, o.seconds)) for o in self.graph.operations
+        )
+        return replace(self, graph=replace(self.graph, operations=operations))
 
 
 def read_joint_graph(
@@ -99,6 +121,7 @@ class _Reader:
         self.mutated_primals = mutated_primals
         self.pinned_outputs = pinned_outputs
         self.nodes = list(module.graph.nodes)
+        drop_ignored_reads(self.nodes)
         results = list(self.nodes[-1].args[0])  # type: ignore[arg-type]
         self.forward_results = results[:num_forward_outputs]
         self.backward_results = results[num_forward_outputs:]
@@ -114,6 +137,7 @@ class _Reader:
         self.overwrites: dict[tuple[int, int], int] = {}
         self.rng_state_of: dict[int, int] = {}
         self.tangent_buffers: list[int] = []
+        self.facts: list[CallFacts | None] = []
         self.layers = _layers(self.nodes)
 
     def read(self) -> JointStep:
@@ -351,11 +375,12 @@ class _Reader:
     ) -> int:
         self.operations.append(dict(
             name=name, reads=reads, creates=creates, phase=phase, is_random=is_random,
-            seconds=facts.seconds if facts else 0.0,
+            seconds=facts.expected_seconds if facts else 0.0,
             workspace_bytes=facts.workspace_bytes if facts else 0,
             can_recompute=can_recompute, overwrites=overwrites, layer=self.layers.get(node, ""),
         ))
         self.node_of_operation.append(node)
+        self.facts.append(facts)
         return len(self.operations) - 1
 
     def _finish(self, num_forward: int) -> JointStep:
@@ -374,7 +399,7 @@ class _Reader:
         return JointStep(
             graph, self.module, self.node_of_operation, self.root_of_buffer, self.buffer_of_node,
             self.folded, self.overwrites, self.primals, self.tangents, self.forward_results,
-            self.backward_results, self.rng_state_of,
+            self.backward_results, self.rng_state_of, self.facts,
         )
 
     def _result_buffers(self, results: list[Any]) -> tuple[int, ...]:
@@ -392,6 +417,16 @@ class _Reader:
             Buffer(b.id, b.bytes, BufferKind.OUTPUT, b.name) if b.id in results else b
             for b in self.buffers
         ]
+
+
+def drop_ignored_reads(nodes: list[fx.Node]) -> None:
+    """Take out arguments that a kernel does not read, which would keep buffers alive for nothing.
+
+    In training, batch norm's backward uses the batch's statistics and ignores the running ones.
+    """
+    for node in nodes:
+        if node.target is torch.ops.aten.native_batch_norm_backward.default and node.args[7] is True:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)

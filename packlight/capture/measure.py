@@ -48,16 +48,23 @@ class CallFacts:
     """What was observed when a call ran.
 
     Attributes:
-        seconds: median duration, warm.
+        seconds: median duration, alone and warm.
         workspace_bytes: the most that it held beyond the storages that it returned.
         outputs: facts of each tensor that it returns, in order, nested lists flattened.
         in_place: index (among the call's tensor arguments) of the argument that it may overwrite.
+        in_step_seconds: median duration inside a training step, once one was rehearsed.
     """
 
     seconds: float
     workspace_bytes: int
     outputs: tuple[OutputFacts, ...]
     in_place: int | None
+    in_step_seconds: float | None = None
+
+    @property
+    def expected_seconds(self) -> float:
+        """The best estimate of the call's duration in a step."""
+        return self.seconds if self.in_step_seconds is None else self.in_step_seconds
 
     @property
     def is_view(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -58,6 +59,15 @@ class CallProfiler:
                 self._progress.update(self._task, completed=self.num_measured)
             self._known[signature] = facts
         return self._known[signature]
+
+    def note_in_step(
+        self, target: torch._ops.OpOverload, args: Any, kwargs: Any, seconds: float
+    ) -> None:
+        """Remember how long a call takes inside a training step."""
+        signature = call_signature(target, args, kwargs)
+        facts = replace(self._known[signature], in_step_seconds=seconds)
+        self._known[signature] = facts
+        self._cache(args, kwargs).put(signature, facts)
 
     def _cache(self, args: Any, kwargs: Any) -> CallCache:
         devices = [t.device for t in tensor_arguments(args, kwargs)]

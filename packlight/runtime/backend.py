@@ -8,6 +8,7 @@ what was there before: saved activations, outputs, gradients, workspace.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import fx
 
 from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.measure import call_signature
 from packlight.capture.profiler import CallProfiler
 from packlight.errors import OptionError
 from packlight.runtime.dynamo import prepare_dynamo, refuse_graph_break, specialize
-from packlight.runtime.emit import emit
+from packlight.runtime.emit import OVERWRITTEN_KEY, EmittedStep, emit
+from packlight.runtime.rehearse import fits, rehearse
 from packlight.step import Plan, StepGraph
 from packlight.units import parse_bytes
 
@@ -64,18 +67,24 @@ class PacklightBackend:
     choose_budget: Callable[[StepGraph], int | None] | None = None
     compilations: list[Compilation] = field(default_factory=list)
     is_dry_run: bool = False
+    _example_inputs: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        prepare_dynamo()
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         from torch._dynamo.backends.common import aot_autograd
 
         refuse_graph_break()
         specialize(example_inputs)
+        self._example_inputs = example_inputs
         compiler = aot_autograd(
             fw_compiler=_boxed,
             bw_compiler=_boxed,
             partition_fn=self._partition,
         )
         compiled: Callable[..., Any] = compiler(module, example_inputs)
+        self._example_inputs = ()
 
         def run(*arguments: Any) -> Any:
             if self.is_dry_run:
@@ -91,17 +100,43 @@ class PacklightBackend:
 
         with CallProfiler(self.progress) as profiler:
             step = capture(joint, num_fwd_outputs, profiler)
-        budget = self.budget_bytes
-        if self.choose_budget is not None:
-            budget = self.choose_budget(step.graph)
-        plan = plan_schedule(step.graph, budget)
+            budget = self.budget_bytes
+            if self.choose_budget is not None:
+                budget = self.choose_budget(step.graph)
+            plan = plan_schedule(step.graph, budget)
+            emitted = emit(step, plan.schedule)
+            rehearsed = self._rehearsed(step, plan, emitted, profiler)
+        if rehearsed is not None:
+            step = rehearsed
+            plan = plan_schedule(step.graph, budget)
+            emitted = emit(step, plan.schedule)
         shapes = tuple(
             tuple(node.meta["val"].shape) for i, node in enumerate(step.forward_results)
             if isinstance(node, fx.Node) and i not in _mutations(joint, num_fwd_outputs)
         )
         self.compilations.append(Compilation(step.graph, plan, shapes))
-        emitted = emit(step, plan.schedule)
         return emitted.forward, emitted.backward
+
+    def _rehearsed(
+        self, step: JointStep, plan: Plan, emitted: EmittedStep, profiler: CallProfiler
+    ) -> JointStep | None:
+        """Return the step with times measured inside of it, or None where they are known or cannot be."""
+        is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
+        if is_known or not fits(plan.peak_bytes, step.device):
+            return None
+        primals = _real_inputs(step, self._example_inputs)
+        if primals is None:
+            return None
+        tangents = [n.meta["val"] for n in step.tangents]
+        seconds = rehearse(emitted, primals, tangents, step.device)
+        by_call: dict[str, list[int]] = {}
+        for index in seconds:
+            by_call.setdefault(call_signature(*step.call(index)), []).append(index)
+        for indices in by_call.values():
+            typical = statistics.median(seconds[i] for i in indices)
+            seconds.update(dict.fromkeys(indices, typical))
+            profiler.note_in_step(*step.call(indices[0]), typical)
+        return step.with_seconds(seconds)
 
 
 def packlight_backend(
@@ -164,6 +199,27 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
     )
 
 
+def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | None:
+    """Return the real tensors behind the joint graph's primals, or None if they cannot be told."""
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    found: list[Any] = []
+    remaining = iter(tensors)
+    for primal in step.primals:
+        fake = primal.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            found.append(fake)
+            continue
+        real = next(remaining, None)
+        if (
+            real is None or isinstance(real, torch._subclasses.FakeTensor)
+            or real.shape != fake.shape or real.dtype != fake.dtype or real.device != fake.device
+            or real.stride() != fake.stride()
+        ):
+            return None
+        found.append(real)
+    return found
+
+
 def _mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
     """Return, for forward outputs that are new values of inputs, which input each belongs to."""
     output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
@@ -179,8 +235,12 @@ def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
     module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
     module.recompile()
     forward = module.forward
+    overwritten = module.meta.get(OVERWRITTEN_KEY, ())
 
     def run(arguments: list[Any]) -> Any:
+        if overwritten and torch._C._autograd._get_current_graph_task_keep_graph():
+            for place in overwritten:  # retain_graph=True: the next backward needs them, too
+                arguments[place] = arguments[place].clone()
         return forward(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ each reading the latest version of its inputs, makes every buffer die where the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,11 @@ from packlight.capture.joint import RNG_STATE, SNAPSHOT, TANGENT, JointStep
 from packlight.capture.measure import in_place_call
 from packlight.runtime.rng import generator_state, replay
 from packlight.step import Action, Instruction, Phase, Schedule
+
+# In a node's metadata: the operation that it runs. In the backward module's metadata: which of its
+# arguments it overwrites.
+OPERATION_KEY = "packlight_operation"
+OVERWRITTEN_KEY = "packlight_overwritten"
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,19 @@ def emit(step: JointStep, schedule: Schedule) -> EmittedStep:
     for node in backward.new.nodes:
         if node.op in ("call_function", "get_attr"):
             node.meta["autograd_backward"] = True
+    _hide_saved_values(source for _, source in saved)
     forward.new.output((*outputs, *(source for _, source in saved)))
     backward.new.output(tuple(gradients))
     old_output = next(n for n in step.module.graph.nodes if n.op == "output")
     _describe_outputs(old_output, forward.new, backward.new, len(outputs), len(saved))
+    backward_module = fx.GraphModule(step.module, backward.new, "PacklightBackward")
+    overwritten = {i.overwrite[1] for i in backward_part if i.overwrite is not None}
+    backward_module.meta[OVERWRITTEN_KEY] = [
+        place for place, buffer in enumerate(saved_buffers) if buffer in overwritten
+    ]
     return EmittedStep(
         fx.GraphModule(step.module, forward.new, "PacklightForward"),
-        fx.GraphModule(step.module, backward.new, "PacklightBackward"),
+        backward_module,
         tuple(saved_buffers),
     )
 
@@ -207,7 +218,7 @@ class _Emitter:
         else:
             new = self.new.call_function(target, args, kwargs)
         self.ran.add(index)
-        new.meta = _plain_meta(node.meta)
+        new.meta = {**_plain_meta(node.meta), OPERATION_KEY: index}
         if instruction.overwrite is not None:
             self.forget(instruction.overwrite[1])
         self.place(node, new)
@@ -266,6 +277,17 @@ def _device(node: fx.Node) -> torch.device:
 def _fake_mode(node: fx.Node) -> Any:
     values = pytree.tree_leaves(node.meta["val"])
     return next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+
+
+def _hide_saved_values(sources: Iterable[fx.Node]) -> None:
+    """Keep AOTAutograd from refusing `retain_graph=True`.
+
+    It refuses where it sees that saved tensors are the graph's own, since a compiler may then reuse
+    their storage. Here the backward copies what it would overwrite when the graph is retained.
+    """
+    for source in sources:
+        if source.op != "placeholder":
+            source.meta = {k: v for k, v in source.meta.items() if k != "val"}
 
 
 def _plain_meta(meta: dict[str, Any]) -> dict[str, Any]:
