@@ -140,7 +140,10 @@ class Planner:
                 level = chain.smallest_level()
                 orders = [list(range(len(graph.operations)))]
                 if level is not None:
-                    finer = self._chain(graph, segments, int((level + 1) * chain.level_bytes))
+                    orders.append(chain.order(level))
+                    pinned = self.plain_peak_bytes - chain.budget_bytes
+                    size = int((level + 1) * chain.level_bytes) + pinned
+                    finer = self._chain(graph, segments, size)
                     level = finer.smallest_level()
                     if level is not None:
                         orders.append(finer.order(level))

@@ -87,6 +87,8 @@ class Retention:
                 self.intervals[buffer].append((start, end))
 
         for index in order:
+            if seen[index] and not graph.operations[index].can_recompute:
+                continue  # its buffer is still there: whoever reads it again keeps it
             for buffer in self.reads[index]:
                 last[buffer] = position
             if seen[index]:

@@ -462,8 +462,8 @@ class _Runner:
             again: set[int] = set()
             while stack:
                 b = stack.pop()
-                if b in have or maker[b] in again:
-                    continue
+                if b in have or maker[b] in again or not operations[maker[b]].can_recompute:
+                    continue  # (what runs only once stays in memory for whoever reads it again)
                 again.add(maker[b])
                 stack.extend(x for x in facts.reads[maker[b]] if x in mine and x not in have)
             for j in sorted(again):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from torch import fx
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.capture.measure import call_signature
 from packlight.capture.profiler import CallProfiler
-from packlight.errors import OptionError
+from packlight.errors import InfeasibleBudgetError, OptionError
+from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.runtime.dynamo import prepare_dynamo, refuse_graph_break, specialize
 from packlight.runtime.emit import OVERWRITTEN_KEY, EmittedStep, emit
 from packlight.runtime.rehearse import fits, rehearse
-from packlight.step import Plan, StepGraph
+from packlight.step import Plan, PlanStatus, StepGraph, simulate
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "progress")
@@ -96,8 +97,6 @@ class PacklightBackend:
     def _partition(
         self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        from packlight.planner import plan_schedule
-
         with CallProfiler(self.progress) as profiler:
             step = capture(joint, num_fwd_outputs, profiler)
             budget = self.budget_bytes
@@ -108,7 +107,7 @@ class PacklightBackend:
             rehearsed = self._rehearsed(step, plan, emitted, profiler)
         if rehearsed is not None:
             step = rehearsed
-            plan = plan_schedule(step.graph, budget)
+            plan = _replanned(step.graph, budget, plan)
             emitted = emit(step, plan.schedule)
         shapes = tuple(
             tuple(node.meta["val"].shape) for i, node in enumerate(step.forward_results)
@@ -196,6 +195,24 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
         profiler.measure,
         mutated_primals=mutated,
         pinned_outputs=lambda index: index not in mutated_inputs,
+    )
+
+
+def _replanned(graph: StepGraph, budget_bytes: int | None, earlier: Plan) -> Plan:
+    """Return the faster of a new plan and an earlier one, under a graph's newly measured times."""
+    timeline = simulate(graph, earlier.schedule)
+    try:
+        plan = plan_schedule(graph, budget_bytes)
+    except InfeasibleBudgetError:  # the earlier search found what this one does not
+        plan = None
+    if plan is not None and plan.seconds <= timeline.seconds:
+        return plan
+    plain_seconds = graph.seconds
+    bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
+    is_optimal = timeline.seconds <= bound * (1 + 1e-9)
+    return replace(
+        earlier, seconds=timeline.seconds, plain_seconds=plain_seconds, bound_seconds=bound,
+        status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
     )
 
 
