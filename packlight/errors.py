@@ -52,8 +52,7 @@ class InfeasibleBudgetError(PacklightError, ValueError):
         super().__init__(
             f"budget {format_bytes(budget_bytes)} is below the smallest feasible peak, "
             f"{format_bytes(smallest_bytes)} ({smallest_bytes} bytes)\n"
-            f"  the peak is at {peak_operation}: {live}{more}"
-            + (f"\nhint: {hint}" if hint else "")
+            f"  the peak is at {peak_operation}: {live}{more}" + (f"\nhint: {hint}" if hint else "")
         )
 
 
@@ -77,7 +76,9 @@ class GraphBreakError(PacklightError, ValueError):
         self.file = file
         self.line = line
         self.cause = cause
-        super().__init__(f"the model breaks into several graphs at {file}:{line}\n  {cause}\nhint: {hint}")
+        super().__init__(
+            f"the model breaks into several graphs at {file}:{line}\n  {cause}\nhint: {hint}"
+        )
 
 
 class UnsupportedModelError(PacklightError, ValueError):
@@ -115,6 +116,6 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
         self.step_index = step_index
         self.loss = loss
         super().__init__(
-            f"the loss of step {step_index} is {loss}; parameters and optimizer state are untouched\n"
+            f"the loss of step {step_index} is {loss}; parameters and optimizer are untouched\n"
             "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
         )

@@ -83,9 +83,13 @@ class Bottleneck(nn.Module):
     def __init__(self, wide_in: int, wide: int, stride: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(wide_in, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU(inplace=True),
-            nn.Conv2d(wide, wide, 3, stride, 1, bias=False), nn.BatchNorm2d(wide),
-            nn.ReLU(inplace=True), nn.Conv2d(wide, 4 * wide, 1, bias=False),
+            nn.Conv2d(wide_in, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(wide, wide, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(wide, 4 * wide, 1, bias=False),
             nn.BatchNorm2d(4 * wide),
         )
         self.down = None
@@ -106,7 +110,9 @@ class ResNet50(nn.Module):
     def __init__(self, num_classes: int = 1000) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+            nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(64),
+            nn.ReLU(inplace=True),
             nn.MaxPool2d(3, 2, 1),
         )
         blocks, wide_in = [], 64
@@ -132,8 +138,12 @@ def resnet50(batch_size: int = 4, side: int = 64) -> Case:
 def double_conv(wide_in: int, wide_out: int) -> nn.Sequential:
     """Two 3 x 3 convolutions with batch norm."""
     return nn.Sequential(
-        nn.Conv2d(wide_in, wide_out, 3, 1, 1), nn.BatchNorm2d(wide_out), nn.ReLU(inplace=True),
-        nn.Conv2d(wide_out, wide_out, 3, 1, 1), nn.BatchNorm2d(wide_out), nn.ReLU(inplace=True),
+        nn.Conv2d(wide_in, wide_out, 3, 1, 1),
+        nn.BatchNorm2d(wide_out),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(wide_out, wide_out, 3, 1, 1),
+        nn.BatchNorm2d(wide_out),
+        nn.ReLU(inplace=True),
     )
 
 
@@ -182,14 +192,17 @@ class DenseNet(nn.Module):
             for _ in range(depth):
                 layers.append(
                     nn.Sequential(
-                        nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, growth, 3, 1, 1, bias=False)
+                        nn.BatchNorm2d(wide),
+                        nn.ReLU(),
+                        nn.Conv2d(wide, growth, 3, 1, 1, bias=False),
                     )
                 )
                 wide += growth
             self.stages.append(layers)
             self.transitions.append(
-                nn.Sequential(nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, wide // 2, 1),
-                              nn.AvgPool2d(2))
+                nn.Sequential(
+                    nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, wide // 2, 1), nn.AvgPool2d(2)
+                )
             )
             wide //= 2
         self.head = nn.Linear(wide, 10)
@@ -217,9 +230,13 @@ class InvertedResidual(nn.Module):
         wide = wide_in * expand
         self.is_residual = stride == 1 and wide_in == wide_out
         self.body = nn.Sequential(
-            nn.Conv2d(wide_in, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(inplace=True),
-            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False), nn.BatchNorm2d(wide),
-            nn.ReLU6(inplace=True), nn.Conv2d(wide, wide_out, 1, bias=False),
+            nn.Conv2d(wide_in, wide, 1, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(wide, wide, 3, stride, 1, groups=wide, bias=False),
+            nn.BatchNorm2d(wide),
+            nn.ReLU6(inplace=True),
+            nn.Conv2d(wide, wide_out, 1, bias=False),
             nn.BatchNorm2d(wide_out),
         )
 
@@ -230,9 +247,14 @@ class InvertedResidual(nn.Module):
 def mobilenet() -> Case:
     """Inverted residuals."""
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, 2, 1), *[InvertedResidual(16, 16, 1) for _ in range(2)],
-        InvertedResidual(16, 32, 2), *[InvertedResidual(32, 32, 1) for _ in range(2)],
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(32, 10),
+        nn.Conv2d(3, 16, 3, 2, 1),
+        *[InvertedResidual(16, 16, 1) for _ in range(2)],
+        InvertedResidual(16, 32, 2),
+        *[InvertedResidual(32, 32, 1) for _ in range(2)],
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(32, 10),
     )
     return model, (torch.randn(8, 3, 64, 64), torch.randint(0, 10, (8,))), classify
 
@@ -269,24 +291,49 @@ def _tokens(vocabulary: int, batch_size: int, length: int) -> dict[str, torch.Te
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def gpt2(layers: int = 3, width: int = 64, heads: int = 4, vocabulary: int = 512,
-         batch_size: int = 4, length: int = 64) -> Case:
+def gpt2(
+    layers: int = 3,
+    width: int = 64,
+    heads: int = 4,
+    vocabulary: int = 512,
+    batch_size: int = 4,
+    length: int = 64,
+) -> Case:
     """GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary,
-                        n_positions=length, use_cache=False, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        vocab_size=vocabulary,
+        n_positions=length,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return GPT2LMHeadModel(config), _tokens(vocabulary, batch_size, length), hf_loss
 
 
-def bert(layers: int = 3, width: int = 64, heads: int = 4, vocabulary: int = 512,
-         batch_size: int = 4, length: int = 64) -> Case:
+def bert(
+    layers: int = 3,
+    width: int = 64,
+    heads: int = 4,
+    vocabulary: int = 512,
+    batch_size: int = 4,
+    length: int = 64,
+) -> Case:
     """BERT with a padding mask."""
     from transformers import BertConfig, BertForMaskedLM
 
-    config = BertConfig(num_hidden_layers=layers, hidden_size=width, num_attention_heads=heads,
-                        intermediate_size=4 * width, vocab_size=vocabulary,
-                        max_position_embeddings=max(64, length))
+    config = BertConfig(
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        vocab_size=vocabulary,
+        max_position_embeddings=max(64, length),
+    )
     batch = _tokens(vocabulary, batch_size, length)
     batch["attention_mask"] = torch.ones(batch_size, length, dtype=torch.long)
     batch["attention_mask"][0, length // 2 :] = 0
@@ -297,10 +344,19 @@ def roberta() -> Case:
     """RoBERTa, sequence classification."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
-    config = RobertaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4,
-                           intermediate_size=256, vocab_size=512, max_position_embeddings=80)
-    batch = {"input_ids": torch.randint(3, 512, (4, 64)), "labels": torch.randint(0, 2, (4,)),
-             "attention_mask": torch.ones(4, 64, dtype=torch.long)}
+    config = RobertaConfig(
+        num_hidden_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        vocab_size=512,
+        max_position_embeddings=80,
+    )
+    batch = {
+        "input_ids": torch.randint(3, 512, (4, 64)),
+        "labels": torch.randint(0, 2, (4,)),
+        "attention_mask": torch.ones(4, 64, dtype=torch.long),
+    }
     return RobertaForSequenceClassification(config), batch, hf_loss
 
 
@@ -308,8 +364,16 @@ def t5() -> Case:
     """T5, encoder-decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
-    config = T5Config(num_layers=2, d_model=64, num_heads=4, d_kv=16, d_ff=128, vocab_size=512,
-                      use_cache=False, decoder_start_token_id=0)
+    config = T5Config(
+        num_layers=2,
+        d_model=64,
+        num_heads=4,
+        d_kv=16,
+        d_ff=128,
+        vocab_size=512,
+        use_cache=False,
+        decoder_start_token_id=0,
+    )
     return T5ForConditionalGeneration(config), _tokens(512, 4, 48), hf_loss
 
 
@@ -317,9 +381,16 @@ def llama() -> Case:
     """Llama: rotary positions, gated MLP, grouped queries."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=128, vocab_size=512,
-                         max_position_embeddings=64, use_cache=False)
+    config = LlamaConfig(
+        num_hidden_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=512,
+        max_position_embeddings=64,
+        use_cache=False,
+    )
     return LlamaForCausalLM(config), _tokens(512, 4, 64), hf_loss
 
 
@@ -327,9 +398,17 @@ def vit() -> Case:
     """Vision transformer."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    config = ViTConfig(num_hidden_layers=3, hidden_size=64, num_attention_heads=4,
-                       intermediate_size=256, image_size=32, patch_size=4, num_labels=10,
-                       hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)
+    config = ViTConfig(
+        num_hidden_layers=3,
+        hidden_size=64,
+        num_attention_heads=4,
+        intermediate_size=256,
+        image_size=32,
+        patch_size=4,
+        num_labels=10,
+        hidden_dropout_prob=0.1,
+        attention_probs_dropout_prob=0.1,
+    )
     batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.randint(0, 10, (4,))}
     return ViTForImageClassification(config), batch, hf_loss
 
@@ -338,8 +417,13 @@ def convnext() -> Case:
     """ConvNeXt with stochastic depth."""
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(depths=[2, 2, 2, 2], hidden_sizes=[16, 32, 64, 128], num_labels=10,
-                            image_size=64, drop_path_rate=0.1)
+    config = ConvNextConfig(
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[16, 32, 64, 128],
+        num_labels=10,
+        image_size=64,
+        drop_path_rate=0.1,
+    )
     batch = {"pixel_values": torch.randn(4, 3, 64, 64), "labels": torch.randint(0, 10, (4,))}
     return ConvNextForImageClassification(config), batch, hf_loss
 
@@ -348,21 +432,46 @@ def clip() -> Case:
     """CLIP: two towers and a contrastive loss."""
     from transformers import CLIPConfig, CLIPModel
 
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                vocab_size=512, max_position_embeddings=32, projection_dim=32, eos_token_id=2)
-    vision = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                  num_attention_heads=4, image_size=32, patch_size=8, projection_dim=32)
+    text = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=512,
+        max_position_embeddings=32,
+        projection_dim=32,
+        eos_token_id=2,
+    )
+    vision = dict(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=32,
+    )
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
-    batch = {"input_ids": torch.randint(3, 512, (4, 16)), "return_loss": True,
-             "pixel_values": torch.randn(4, 3, 32, 32)}
+    batch = {
+        "input_ids": torch.randint(3, 512, (4, 16)),
+        "return_loss": True,
+        "pixel_values": torch.randn(4, 3, 32, 32),
+    }
     return CLIPModel(config), batch, hf_loss
 
 
 class ReferenceGPT(nn.Module):
     """The 12-layer GPT that the peers' numbers in the documentation were measured on."""
 
-    def __init__(self, layers: int = 12, width: int = 384, heads: int = 6, length: int = 256,
-                 vocabulary: int = 8192, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        layers: int = 12,
+        width: int = 384,
+        heads: int = 6,
+        length: int = 256,
+        vocabulary: int = 8192,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList([GPTBlock(width, heads, dropout) for _ in range(layers)])
@@ -402,8 +511,15 @@ def call_pair(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> tor
     return model(*batch)
 
 
-def reference_gpt(layers: int = 12, width: int = 384, heads: int = 6, length: int = 256,
-                  vocabulary: int = 8192, batch_size: int = 8, dropout: float = 0.0) -> Case:
+def reference_gpt(
+    layers: int = 12,
+    width: int = 384,
+    heads: int = 6,
+    length: int = 256,
+    vocabulary: int = 8192,
+    batch_size: int = 8,
+    dropout: float = 0.0,
+) -> Case:
     """The reference GPT."""
     tokens = torch.randint(0, vocabulary, (batch_size, length))
     model = ReferenceGPT(layers, width, heads, length, vocabulary, dropout)
@@ -411,9 +527,21 @@ def reference_gpt(layers: int = 12, width: int = 384, heads: int = 6, length: in
 
 
 FAMILIES: dict[str, Callable[[], Case]] = {
-    "mlp": mlp, "wrn": wrn, "resnet50": resnet50, "unet": unet, "densenet": densenet,
-    "mobilenet": mobilenet, "lstm": lstm, "gpt2": gpt2, "bert": bert, "roberta": roberta,
-    "t5": t5, "llama": llama, "vit": vit, "convnext": convnext, "clip": clip,
+    "mlp": mlp,
+    "wrn": wrn,
+    "resnet50": resnet50,
+    "unet": unet,
+    "densenet": densenet,
+    "mobilenet": mobilenet,
+    "lstm": lstm,
+    "gpt2": gpt2,
+    "bert": bert,
+    "roberta": roberta,
+    "t5": t5,
+    "llama": llama,
+    "vit": vit,
+    "convnext": convnext,
+    "clip": clip,
 }
 
 

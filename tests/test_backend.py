@@ -276,7 +276,8 @@ def test_each_combination_of_in_place_overloads_was_checked_for_equal_bits() -> 
 
     x = torch.randn(64, 32)
     calls = [
-        (torch.ops.aten.mul.Scalar, (x, 2.0)), (torch.ops.aten.gelu.default, (x,)),
+        (torch.ops.aten.mul.Scalar, (x, 2.0)),
+        (torch.ops.aten.gelu.default, (x,)),
         (torch.ops.aten.gelu_backward.default, (x, x.clone())),
         (torch.ops.aten._log_softmax.default, (x, 1, False)),
         (torch.ops.aten.threshold_backward.default, (x, x.clone(), 0)),

@@ -15,8 +15,9 @@ import torch
 
 import packlight
 from packlight.cli import main
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
 from packlight.runtime.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from packlight.runtime.train_step import MeasuredStep
 from packlight.units import parse_bytes
 
 EXAMPLE = '''
@@ -60,13 +61,21 @@ class EagerStep:
     loss_fn: Callable[..., torch.Tensor]
     optimizer: torch.optim.Optimizer
     budget_bytes: int | None
+    num_steps: int = 0
 
     def __call__(self, batch: Any) -> torch.Tensor:
         loss = self.loss_fn(self.model, batch)
+        if not torch.isfinite(loss):
+            raise NonFiniteLossError(self.num_steps, float(loss.detach()))
+        self.num_steps += 1
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach()
+
+    def measured(self, batch: Any) -> MeasuredStep:
+        peak = packlight.measure_peak(lambda: self(batch))
+        return MeasuredStep(peak.result, peak.peak_bytes)
 
     def evaluate(self, batch: Any) -> torch.Tensor:
         self.model.eval()
@@ -93,9 +102,6 @@ def eager_fit(monkeypatch: pytest.MonkeyPatch) -> None:
         return EagerStep(model, loss_fn, optimizer, budget)
 
     monkeypatch.setattr(packlight, "fit", fit, raising=False)
-    from packlight.capture.peak import measure_peak
-
-    monkeypatch.setattr(packlight, "measure_peak", measure_peak, raising=False)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every family, at several budgets: the peak is kept and predicted, and not a bit differs from eager."""
+"""Every family at several budgets: peaks are kept and predicted, no bit differs from eager."""
 
 from __future__ import annotations
 
@@ -70,9 +70,12 @@ def eager_on_the_captured_branch(family: str) -> Iterator[None]:
     Both give other last bits, in eager PyTorch too.
     """
     if family == "llama":
-        with mock.patch(
-            "transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *a, **k: False
-        ), mock.patch("transformers.masking_utils.is_tracing", lambda *a, **k: True):
+        with (
+            mock.patch(
+                "transformers.integrations.sdpa_attention.use_gqa_in_sdpa", lambda *a, **k: False
+            ),
+            mock.patch("transformers.masking_utils.is_tracing", lambda *a, **k: True),
+        ):
             yield
     elif family == "lstm":
         with torch.backends.mkldnn.flags(enabled=False):

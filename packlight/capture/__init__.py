@@ -1,0 +1,1 @@
+"""A model's training step captured as data: joint graph, costs of calls, exact peak."""

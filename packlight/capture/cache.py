@@ -1,7 +1,7 @@
 """What calls were observed to cost, remembered on disk between runs.
 
-One JSON file per device and torch version. A cache that cannot be read is an empty one, and one that
-cannot be written costs only time: neither changes what is computed.
+One JSON file per device and torch version. A cache that cannot be read is an empty one, and one
+that cannot be written costs only time: neither changes what is computed.
 """
 
 from __future__ import annotations

@@ -65,8 +65,9 @@ class JointStep:
     @property
     def device(self) -> torch.device:
         """Where the step runs: the first accelerator among its inputs, else the CPU."""
-        devices = [t.device for n in self.primals
-                   if isinstance(t := n.meta.get("val"), torch.Tensor)]
+        devices = [
+            t.device for n in self.primals if isinstance(t := n.meta.get("val"), torch.Tensor)
+        ]
         return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
 
     def call(self, operation: int) -> tuple[torch._ops.OpOverload, Any, Any]:
@@ -163,7 +164,7 @@ class _Reader:
     # -- which part of the step a node belongs to
 
     def _forward_nodes(self) -> set[fx.Node]:
-        """Return calls that run in the forward: what its outputs need, and whatever else was traced there."""
+        """Return calls of the forward: what its outputs need, and all that was traced there."""
         needed: set[fx.Node] = set()
         stack = [n for n in pytree.tree_leaves(self.forward_results) if isinstance(n, fx.Node)]
         while stack:
@@ -177,7 +178,9 @@ class _Reader:
                 after_tangents.add(node)
         wrong = needed & after_tangents
         if wrong:
-            raise UnsupportedModelError(f"forward outputs depend on gradients: {sorted(map(str, wrong))}")
+            raise UnsupportedModelError(
+                f"forward outputs depend on gradients: {sorted(map(str, wrong))}"
+            )
         return {
             n
             for n in self.nodes
@@ -192,8 +195,9 @@ class _Reader:
         if node.op == "placeholder":
             self.primals.append(node)
         if not isinstance(value, torch.Tensor):
-            if node.op == "get_attr" and isinstance(getattr(self.module, str(node.target), None),
-                                                    torch.Tensor):
+            if node.op == "get_attr" and isinstance(
+                getattr(self.module, str(node.target), None), torch.Tensor
+            ):
                 value = getattr(self.module, str(node.target))
             else:
                 return
@@ -214,7 +218,7 @@ class _Reader:
             self.buffer_of_node[node] = copy
 
     def _read_tangent(self, node: fx.Node) -> None:
-        """A tangent arrives when the backward starts; autograd holds it until the backward's end."""
+        """A tangent arrives with the backward; autograd holds it until the backward's end."""
         self.tangents.append(node)
         value = node.meta["val"]
         buffer = self._new_buffer(_storage_bytes(value), BufferKind.GRADIENT, node.name, node)
@@ -240,7 +244,8 @@ class _Reader:
         args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
         facts = self.measure(node.target, args, kwargs)
         argument_nodes = [
-            leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
+            leaf
+            for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
             if isinstance(leaf, fx.Node) and leaf in self.buffer_of_node
         ]
         if facts.is_view:
@@ -264,8 +269,8 @@ class _Reader:
             if output.same_storage_as is not None:
                 owned.append(owned[output.same_storage_as])
                 continue
-            # An output that shares an argument's storage beside outputs that do not is counted as a
-            # storage of its own: too much, never too little.
+            # An output that shares an argument's storage, beside outputs that do not, is counted as
+            # a storage of its own: too much, never too little.
             name = node.name if len(facts.outputs) == 1 else f"{node.name}[{index}]"
             buffer = self._new_buffer(output.storage_bytes, kind, name, node)
             owned.append(buffer)
@@ -283,8 +288,14 @@ class _Reader:
         if facts.in_place is not None and facts.in_place < len(argument_nodes):
             overwrites = self._overwrites(node, facts.in_place, argument_nodes, created[0])
         operation = self._new_operation(
-            node, str(node.target), reads, tuple(created), phase,
-            facts=facts, is_random=is_random, overwrites=overwrites,
+            node,
+            str(node.target),
+            reads,
+            tuple(created),
+            phase,
+            facts=facts,
+            is_random=is_random,
+            overwrites=overwrites,
         )
         if rng_state is not None:
             self.rng_state_of[operation] = rng_state
@@ -373,12 +384,20 @@ class _Reader:
         can_recompute: bool = True,
         overwrites: tuple[tuple[int, int], ...] = (),
     ) -> int:
-        self.operations.append(dict(
-            name=name, reads=reads, creates=creates, phase=phase, is_random=is_random,
-            seconds=facts.expected_seconds if facts else 0.0,
-            workspace_bytes=facts.workspace_bytes if facts else 0,
-            can_recompute=can_recompute, overwrites=overwrites, layer=self.layers.get(node, ""),
-        ))
+        self.operations.append(
+            dict(
+                name=name,
+                reads=reads,
+                creates=creates,
+                phase=phase,
+                is_random=is_random,
+                seconds=facts.expected_seconds if facts else 0.0,
+                workspace_bytes=facts.workspace_bytes if facts else 0,
+                can_recompute=can_recompute,
+                overwrites=overwrites,
+                layer=self.layers.get(node, ""),
+            )
+        )
         self.node_of_operation.append(node)
         self.facts.append(facts)
         return len(self.operations) - 1
@@ -397,9 +416,19 @@ class _Reader:
             tuple(dict.fromkeys(outputs)),
         )
         return JointStep(
-            graph, self.module, self.node_of_operation, self.root_of_buffer, self.buffer_of_node,
-            self.folded, self.overwrites, self.primals, self.tangents, self.forward_results,
-            self.backward_results, self.rng_state_of, self.facts,
+            graph,
+            self.module,
+            self.node_of_operation,
+            self.root_of_buffer,
+            self.buffer_of_node,
+            self.folded,
+            self.overwrites,
+            self.primals,
+            self.tangents,
+            self.forward_results,
+            self.backward_results,
+            self.rng_state_of,
+            self.facts,
         )
 
     def _result_buffers(self, results: list[Any]) -> tuple[int, ...]:
@@ -425,7 +454,10 @@ def drop_ignored_reads(nodes: list[fx.Node]) -> None:
     In training, batch norm's backward uses the batch's statistics and ignores the running ones.
     """
     for node in nodes:
-        if node.target is torch.ops.aten.native_batch_norm_backward.default and node.args[7] is True:
+        if (
+            node.target is torch.ops.aten.native_batch_norm_backward.default
+            and node.args[7] is True
+        ):
             node.args = (*node.args[:3], None, None, *node.args[5:])
 
 

@@ -130,7 +130,8 @@ def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallF
 
     Args:
         target: the operator.
-        args, kwargs: its arguments; tensors may be fake, only their metadata is used.
+        args: its positional arguments; tensors may be fake, only their metadata is used.
+        kwargs: its keyword arguments, likewise.
 
     Integer tensors are zeros, which every indexing operator accepts; where zeros are refused
     (a division), ones are tried.
@@ -157,7 +158,9 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     call()  # whatever is set up once (library handles, thread pools) is not workspace
     result, high_bytes = _high_water(call, device)
     outputs = _output_facts(result, inputs, device)
-    created = sum(o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None)
+    created = sum(
+        o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None
+    )
     is_view = bool(outputs) and all(o.alias_of is not None for o in outputs)
     del result
     if is_view:
@@ -178,7 +181,9 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
         if id(leaf) not in made:
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
             tensor = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
-            storage = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(tensor.untyped_storage())
+            storage = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
+                tensor.untyped_storage()
+            )
             if leaf.dtype == torch.bool:
                 storage.fill_(True)
             elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
@@ -316,8 +321,9 @@ def _in_place_argument(
             overload, keyword = found
             out = {} if keyword is None else {keyword: victim}
 
-            def call(overload: Any = overload, out: Any = out, a: Any = real_args,
-                     k: Any = real_kwargs) -> Any:
+            def call(
+                overload: Any = overload, out: Any = out, a: Any = real_args, k: Any = real_kwargs
+            ) -> Any:
                 return overload(*a, **k, **out)
 
             result, high_bytes = _high_water(call, device)

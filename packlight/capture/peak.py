@@ -1,7 +1,7 @@
 """The exact peak of the allocator while a function runs.
 
 On CPU the profiler's memory events name every allocation and free of torch's allocator, kernels'
-own temporaries included, so their running sum is exact. On CUDA the caching allocator counts itself.
+own temporaries included, so their running sum is exact. CUDA's caching allocator counts itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure_peak(fn: Callable[[], Any], device: torch.device | str | None = None
 
 
 def record_allocations(fn: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """Run `fn()` and return its result and every CPU allocation (+bytes) and free (-bytes) in order."""
+    """Run `fn()`; return its result and every CPU allocation (+bytes) and free (-bytes)."""
     # The profiler's library prints a line at each start unless told otherwise before its first use.
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:

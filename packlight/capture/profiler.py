@@ -27,8 +27,11 @@ class CallProfiler:
         self.num_measured = 0
         console = Console(stderr=True)
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("profiling operations: {task.completed:.0f} measured"),
-            console=console, transient=True, disable=not (progress and console.is_terminal),
+            SpinnerColumn(),
+            TextColumn("profiling operations: {task.completed:.0f} measured"),
+            console=console,
+            transient=True,
+            disable=not (progress and console.is_terminal),
         )
         self._task = self._progress.add_task("profile", total=None)
 

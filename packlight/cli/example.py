@@ -225,24 +225,3 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (tuple, list)):
         return type(batch)(to_device(value, device) for value in batch)
     return batch
-
-
-def tensor_bytes(value: Any) -> int:
-    """Return the bytes of the distinct storages under a tensor, model, optimizer or container."""
-    sizes: dict[int, int] = {}
-
-    def visit(item: Any) -> None:
-        if isinstance(item, torch.Tensor):
-            sizes[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, torch.nn.Module):
-            visit([*item.parameters(), *item.buffers()])
-        elif isinstance(item, torch.optim.Optimizer):
-            visit(list(item.state.values()))
-        elif isinstance(item, dict):
-            visit(list(item.values()))
-        elif isinstance(item, (tuple, list)):
-            for part in item:
-                visit(part)
-
-    visit(value)
-    return sum(sizes.values())

@@ -7,7 +7,6 @@ goes on where the last checkpoint was written and ends at the same step, with th
 from __future__ import annotations
 
 import argparse
-import math
 import shlex
 import signal
 import time
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from packlight.cli import options
-from packlight.errors import OptionError, PacklightError
+from packlight.errors import NonFiniteLossError, OptionError, PacklightError
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -143,9 +142,11 @@ class _Trainer:
         num_tokens = 0
         with self._progress() as (progress, task), _interrupts_noted() as interrupt:
             while True:
-                loss = self._one_step(batch, is_measured=self._is_measured(first))
+                try:
+                    loss = self._one_step(batch, is_measured=self._is_measured(first))
+                except NonFiniteLossError as error:
+                    raise self._with_checkpoint(error) from None
                 self.num_done += 1
-                self._check_finite(loss)
                 if self.example.tokens_per_batch is not None:
                     num_tokens += self.example.tokens_per_batch(batch)
                 seconds = time.perf_counter() - started
@@ -170,13 +171,9 @@ class _Trainer:
     def _one_step(self, batch: Any, *, is_measured: bool) -> float:
         if not is_measured:
             return float(self.step(batch))
-        import packlight
-        from packlight.cli.example import tensor_bytes
-
-        before = tensor_bytes([self.model, self.optimizer, batch])
-        peak = packlight.measure_peak(lambda: self.step(batch), self.arguments.device)
-        self.measured_bytes = max(self.measured_bytes, before + peak.peak_bytes)
-        return float(peak.result)
+        measured = self.step.measured(batch)
+        self.measured_bytes = max(self.measured_bytes, measured.peak_bytes)
+        return float(measured.loss)
 
     def _is_measured(self, first: int) -> bool:
         return self.num_done == first or self.num_done % MEASURE_EVERY == 0
@@ -185,17 +182,15 @@ class _Trainer:
         every = max(1, self.arguments.steps // NUM_LINES)
         return self.num_done % every == 0 or self.num_done in (first + 1, self.arguments.steps)
 
-    def _check_finite(self, loss: float) -> None:
-        if math.isfinite(loss):
-            return
+    def _with_checkpoint(self, error: NonFiniteLossError) -> PacklightError:
+        """Return the error with the name of the checkpoint to go back to."""
         from packlight.runtime.checkpoint import newest_checkpoint
 
-        hint = "lower the learning rate, or check the data"
-        found = newest_checkpoint(self.arguments.checkpoint) if self.arguments.checkpoint else None
-        kept = f"\n  {found.path} is from step {found.step}, before it" if found else ""
-        raise PacklightError(
-            f"the loss of step {self.num_done} is {loss}; training stops{kept}\nhint: {hint}"
-        )
+        directory = self.arguments.checkpoint
+        found = newest_checkpoint(directory) if directory else None
+        if found is None:
+            return error
+        return PacklightError(f"{error}\n  {found.path} is from step {found.step}, before it")
 
     def _save(self, directory: Path) -> Path:
         from packlight.runtime.checkpoint import save_checkpoint

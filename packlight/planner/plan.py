@@ -151,7 +151,8 @@ class Planner:
                     best = min(
                         best, self._lowered(graph, old_ids, order, best), key=lambda f: (f[2], f[1])
                     )
-            self._smallest = best
+            polished = self._polish(best, best[2])
+            self._smallest = min(best, polished, key=lambda f: (f[2], f[1]))
         return self._smallest
 
     def _lowered(

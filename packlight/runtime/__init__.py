@@ -1,0 +1,1 @@
+"""A schedule made to run: graphs, random-number replay, the backend, `fit`, checkpoints."""

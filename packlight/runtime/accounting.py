@@ -68,8 +68,11 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
             if key not in known:
                 known[key] = _measure_one(optimizer, group, parameter)
             one = known[key]
-            existing = [v for v in optimizer.state.get(parameter, {}).values()
-                        if isinstance(v, torch.Tensor)]
+            existing = [
+                v
+                for v in optimizer.state.get(parameter, {}).values()
+                if isinstance(v, torch.Tensor)
+            ]
             state_bytes += tensors_bytes(existing) if existing else one.state_bytes
             is_together = group.get("foreach")
             if is_together is None:
@@ -96,11 +99,9 @@ def _measure_one(
         second = measure_peak(twin.step, parameter.device)
     except TypeError as error:
         raise UnsupportedModelError(
-            f"{type(optimizer).__name__}.step() needs arguments (a closure?), so its memory cannot be "
+            f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
             "promised\nhint: use an optimizer whose step() takes no arguments"
         ) from error
     held = [v for v in twin.state[stand_in].values() if isinstance(v, torch.Tensor)]
     state_bytes = tensors_bytes(held)
-    return OptimizerMemory(
-        state_bytes, max(first.peak_bytes - state_bytes, second.peak_bytes, 0)
-    )
+    return OptimizerMemory(state_bytes, max(first.peak_bytes - state_bytes, second.peak_bytes, 0))

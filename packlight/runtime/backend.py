@@ -2,8 +2,8 @@
 
     model = torch.compile(model, backend="packlight", options={"budget": "300MiB"})
 
-The budget covers every byte allocated from the start of the forward to the end of the backward above
-what was there before: saved activations, outputs, gradients, workspace.
+The budget covers every byte allocated from the start of the forward to the end of the backward
+above what was there before: saved activations, outputs, gradients, workspace.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class PacklightBackend:
         prepare_dynamo()
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
         from torch._dynamo.backends.common import aot_autograd
 
         refuse_graph_break()
@@ -110,7 +111,8 @@ class PacklightBackend:
             plan = _replanned(step.graph, budget, plan)
             emitted = emit(step, plan.schedule)
         shapes = tuple(
-            tuple(node.meta["val"].shape) for i, node in enumerate(step.forward_results)
+            tuple(node.meta["val"].shape)
+            for i, node in enumerate(step.forward_results)
             if isinstance(node, fx.Node) and i not in _mutations(joint, num_fwd_outputs)
         )
         self.compilations.append(Compilation(step.graph, plan, shapes))
@@ -119,7 +121,7 @@ class PacklightBackend:
     def _rehearsed(
         self, step: JointStep, plan: Plan, emitted: EmittedStep, profiler: CallProfiler
     ) -> JointStep | None:
-        """Return the step with times measured inside of it, or None where they are known or cannot be."""
+        """Return the step with times measured inside it; None if they are known or cannot be."""
         is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
         if is_known or not fits(plan.peak_bytes, step.device):
             return None
@@ -139,18 +141,24 @@ class PacklightBackend:
 
 
 def packlight_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None,
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
     **unknown: Any,
 ) -> Callable[..., Any]:
     """Compile a graph (the entry point of `torch.compile(..., backend="packlight")`).
 
     Args:
-        module, example_inputs: from dynamo.
-        options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names of
-            approximate techniques), `progress` (show what profiling does; True).
+        module: the graph, from dynamo.
+        example_inputs: its inputs.
+        options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names
+            of approximate techniques), `progress` (show what profiling does; True).
+        **unknown: refused.
 
     Raises:
-        OptionError, BudgetFormatError, InfeasibleBudgetError, GraphBreakError, UnsupportedModelError.
+        OptionError, BudgetFormatError, InfeasibleBudgetError, GraphBreakError,
+            UnsupportedModelError.
     """
     return backend_from_options({**(options or {}), **unknown})(module, example_inputs)
 
@@ -160,8 +168,8 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
     strange = sorted(set(options) - set(KNOWN_OPTIONS))
     if strange:
         raise OptionError(
-            f"unknown option{'s' if len(strange) > 1 else ''} {', '.join(map(repr, strange))} for the "
-            f"packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
+            f"unknown option{'s' if len(strange) > 1 else ''} {', '.join(map(repr, strange))} of "
+            f"the packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
         )
     allow = check_allowed(options.get("allow", ()))
     budget = options.get("budget")
@@ -211,7 +219,10 @@ def _replanned(graph: StepGraph, budget_bytes: int | None, earlier: Plan) -> Pla
     bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
     is_optimal = timeline.seconds <= bound * (1 + 1e-9)
     return replace(
-        earlier, seconds=timeline.seconds, plain_seconds=plain_seconds, bound_seconds=bound,
+        earlier,
+        seconds=timeline.seconds,
+        plain_seconds=plain_seconds,
+        bound_seconds=bound,
         status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
     )
 
@@ -228,8 +239,11 @@ def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | 
             continue
         real = next(remaining, None)
         if (
-            real is None or isinstance(real, torch._subclasses.FakeTensor)
-            or real.shape != fake.shape or real.dtype != fake.dtype or real.device != fake.device
+            real is None
+            or isinstance(real, torch._subclasses.FakeTensor)
+            or real.shape != fake.shape
+            or real.dtype != fake.dtype
+            or real.device != fake.device
             or real.stride() != fake.stride()
         ):
             return None

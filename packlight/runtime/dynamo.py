@@ -34,7 +34,7 @@ def prepare_dynamo() -> None:
 
 
 def specialize(example_inputs: Sequence[Any]) -> None:
-    """Make symbolic sizes constants: a plan is made for one shape (another shape is planned anew)."""
+    """Make symbolic sizes constants: a plan is for one shape (another one is planned anew)."""
     for value in example_inputs:
         if isinstance(value, torch.SymInt):
             int(value)
@@ -62,7 +62,7 @@ def refuse_graph_break() -> None:
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Raise Packlight's own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
+    """Raise our own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
     from torch._dynamo import exc
 
     try:

@@ -1,7 +1,8 @@
 """A schedule written as two FX graphs, forward and backward.
 
-Generated FX code drops each value after its last use, so emitting the calls in the schedule's order,
-each reading the latest version of its inputs, makes every buffer die where the schedule frees it.
+Generated FX code drops each value after its last use, so emitting the calls in the schedule's
+order, each reading the latest version of its inputs, makes every buffer die where the schedule
+frees it.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def emit(step: JointStep, schedule: Schedule) -> EmittedStep:
 
 
 def _buffers_entering(step: JointStep, instructions: tuple[Instruction, ...]) -> list[int]:
-    """Return the buffers that instructions (and the backward's results) use before they create them."""
+    """Return the buffers that the backward uses before it creates them."""
     created: set[int] = set()
     entering: dict[int, None] = {}
     for instruction in instructions:
@@ -180,7 +181,9 @@ class _Emitter:
         if isinstance(constant, (int, float, bool)):
             return constant
         if isinstance(constant, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return constant.node.int_() if isinstance(constant, torch.SymInt) else constant.node.expr
+            return (
+                constant.node.int_() if isinstance(constant, torch.SymInt) else constant.node.expr
+            )
         assert node in self.step.folded, f"{node} is not in memory"
         args, kwargs = pytree.tree_map_only(fx.Node, self.value, (node.args, dict(node.kwargs)))
         new = self.new.call_function(node.target, args, kwargs)
@@ -245,7 +248,8 @@ class _Emitter:
         if keyword is None:
             return overload, kwargs
         tensors = [
-            leaf for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
+            leaf
+            for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
             if isinstance(leaf, fx.Node) and leaf in self.step.buffer_of_node
         ]
         return overload, {**kwargs, keyword: self.value(tensors[argument])}
@@ -310,8 +314,7 @@ def _describe_outputs(
         return
     saved = [SavedForBackwardsAOTOutput(i) for i in range(num_saved)]
     next(n for n in forward.nodes if n.op == "output").meta["desc"] = [
-        *described[:num_outputs], *saved,
+        *described[:num_outputs],
+        *saved,
     ]
-    next(n for n in backward.nodes if n.op == "output").meta["desc"] = list(
-        described[num_outputs:]
-    )
+    next(n for n in backward.nodes if n.op == "output").meta["desc"] = list(described[num_outputs:])

@@ -1,9 +1,10 @@
 """Times of operations inside the step: the planned graphs are run a few times, call by call.
 
-In isolation a call finds its inputs in the cache and its memory mapped; in the step it does not, and
-memory-bound calls take several times as long. So a step is rehearsed on its real inputs, with a clock
-around each call. Nothing that the user can see changes: captured graphs do not write to their inputs,
-generators are put back, results are dropped. A rehearsal needs no more memory than the schedule.
+In isolation a call finds its inputs in the cache and its memory mapped; in the step it does not,
+and memory-bound calls take several times as long. So a step is rehearsed on its real inputs, with a
+clock around each call. Nothing that the user can see changes: captured graphs do not write to their
+inputs, generators are put back, results are dropped. A rehearsal needs no more memory than the
+schedule.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class _Clock:
 
 
 class _TimedRun(fx.Interpreter):
-    """Runs a graph call by call, each value dropped after its last use, with a clock around calls."""
+    """Runs a graph call by call, each value dropped after its last use, with a clock."""
 
     def __init__(self, module: fx.GraphModule, clock: _Clock) -> None:
         super().__init__(module, garbage_collect_values=True)

@@ -1,4 +1,4 @@
-"""Random operations that run again: the generator's state before the first run is kept and replayed."""
+"""Random operations that run again: the generator's state before the first run is replayed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ def generator_state(device: torch.device) -> torch.Tensor:
     return torch.get_rng_state()
 
 
-def replay(state: torch.Tensor, device: torch.device, target: Any, *args: Any, **kwargs: Any) -> Any:
+def replay(
+    state: torch.Tensor, device: torch.device, target: Any, *args: Any, **kwargs: Any
+) -> Any:
     """Run a random operation as it ran when `state` was taken; leave the generator as it was.
 
     Args:
         state: from `generator_state`.
         device: whose default generator the operation draws from.
-        target: the operator, with its arguments.
+        target: the operator.
+        *args: its arguments.
+        **kwargs: its keyword arguments.
     """
     now = generator_state(device)
     _set_generator_state(state, device)

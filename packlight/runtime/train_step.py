@@ -39,7 +39,7 @@ class MeasuredStep:
 
     Attributes:
         loss: the detached loss.
-        peak_bytes: the whole step's peak: what was in memory before it and what the allocator added.
+        peak_bytes: the whole step's peak: what was in memory before it and what it added.
     """
 
     loss: torch.Tensor
@@ -109,7 +109,9 @@ class TrainStep:
         assert self.optimizer is not None
         before = self._memory.parameter_bytes + self._memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
-            value for state in self.optimizer.state.values() for value in state.values()
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
             if isinstance(value, torch.Tensor)
         )
         peak = measure_peak(lambda: self(batch), self._device)
@@ -196,7 +198,8 @@ class TrainStep:
             f"optimizer state {format_bytes(memory.optimizer_bytes):>12}",
             f"batch           {format_bytes(memory.input_bytes):>12}",
             f"schedule's peak {format_bytes(plan.peak_bytes):>12}  (plain step: "
-            f"{format_bytes(plan.plain_peak_bytes)}; gradients {format_bytes(memory.gradient_bytes)})",
+            f"{format_bytes(plan.plain_peak_bytes)}; "
+            f"gradients {format_bytes(memory.gradient_bytes)})",
             f"whole step      {format_bytes(self.peak_bytes):>12}  of "
             + ("no limit" if self.budget_bytes is None else format_bytes(self.budget_bytes)),
             f"predicted time  {plan.slowdown:>11.3f}x  (no schedule below "
@@ -220,12 +223,17 @@ class TrainStep:
             smallest = smallest_plan(graph)
             needed = max(memory.resident_bytes + smallest.peak_bytes, memory.update_peak_bytes)
             raise InfeasibleBudgetError(
-                self.budget_bytes, needed, "the optimizer's update",
+                self.budget_bytes,
+                needed,
+                "the optimizer's update",
                 sorted(
-                    [("parameters", memory.parameter_bytes + memory.state_bytes),
-                     ("optimizer state", memory.optimizer_bytes),
-                     ("gradients", memory.gradient_bytes), ("batch", memory.input_bytes),
-                     ("workspace", memory.update_workspace_bytes)],
+                    [
+                        ("parameters", memory.parameter_bytes + memory.state_bytes),
+                        ("optimizer state", memory.optimizer_bytes),
+                        ("gradients", memory.gradient_bytes),
+                        ("batch", memory.input_bytes),
+                        ("workspace", memory.update_workspace_bytes),
+                    ],
                     key=lambda item: -item[1],
                 ),
                 "an optimizer with less state (SGD has none without momentum) lowers it",
@@ -238,7 +246,9 @@ class TrainStep:
             return error
         resident = self._memory.resident_bytes
         return InfeasibleBudgetError(
-            self.budget_bytes, resident + error.smallest_bytes, error.peak_operation,
+            self.budget_bytes,
+            resident + error.smallest_bytes,
+            error.peak_operation,
             [("parameters, optimizer state and batch", resident), *error.peak_buffers],
             error.hint,
         )
@@ -373,7 +383,8 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None)
 def _check_loss(compilation: Compilation) -> None:
     shapes = compilation.output_shapes
     outputs = [
-        b for b in compilation.graph.forward_outputs
+        b
+        for b in compilation.graph.forward_outputs
         if compilation.graph.buffers[b].kind is BufferKind.OUTPUT
     ]
     if len(shapes) != 1 or shapes[0] != ():

@@ -1,0 +1,107 @@
+"""The models that the benchmark trains, and how often each is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from tests.models import make
+
+MEBIBYTE = 2**20
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model and batch.
+
+    Attributes:
+        name: what the results and the command line call it.
+        title: what the tables call it.
+        family: its maker in `tests.models`.
+        sizes: arguments of the maker.
+        quick_sizes: the same for a trial run.
+        blocks: the path of the module list that peers checkpoint block by block.
+        num_rounds: how often every cell is timed.
+        budgets_bytes: budgets to plan for besides the rivals' peaks.
+        segments: how many segments `checkpoint_sequential` gets.
+        inductor_budgets: values of `activation_memory_budget` to run with inductor's own kernels.
+    """
+
+    name: str
+    title: str
+    family: str
+    sizes: dict[str, Any]
+    quick_sizes: dict[str, Any]
+    blocks: str
+    num_rounds: int
+    budgets_bytes: tuple[int, ...] = ()
+    segments: tuple[int, ...] = (3,)
+    inductor_budgets: tuple[float, ...] = ()
+
+    def build(self, quick: bool, device: str, seed: int) -> Built:
+        """Return the model in training mode, its batch and its loss."""
+        sizes = self.quick_sizes if quick else self.sizes
+        model, batch, loss_fn = make(self.family, seed, **sizes)
+        model.to(device)
+        batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
+        blocks = list(model.get_submodule(self.blocks))  # type: ignore[call-overload]
+        return Built(model, batch, loss_fn, blocks)
+
+
+@dataclass
+class Built:
+    """A model that is ready to be trained.
+
+    Attributes:
+        blocks: its repeated blocks, in order; each takes the stream as its first argument.
+        initial: parameters and buffers before the first step.
+    """
+
+    model: nn.Module
+    batch: Any
+    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
+    blocks: list[nn.Module]
+    initial: dict[str, torch.Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.initial = {k: v.clone() for k, v in self.model.state_dict().items()}
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case(
+            "reference_gpt", "reference GPT (12 x 384, sequence 256, batch 8, vocabulary 8192)",
+            "reference_gpt", {}, {"layers": 3, "width": 96, "length": 64, "vocabulary": 512},
+            "blocks", 5,
+            budgets_bytes=tuple(m * MEBIBYTE for m in (477, 351, 307, 234, 205)),
+            segments=(2, 3, 4), inductor_budgets=(1.0, 0.5),
+        ),
+        Case(
+            "gpt2", "GPT-2 (12 x 768, sequence 512, batch 2, dropout 0.1)", "gpt2",
+            {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257, "batch_size": 2,
+             "length": 512},
+            {}, "transformer.h", 3,
+        ),
+        Case(
+            "bert", "BERT base (12 x 768, sequence 128, batch 16, dropout 0.1)", "bert",
+            {"layers": 12, "width": 768, "heads": 12, "vocabulary": 30522, "batch_size": 16,
+             "length": 128},
+            {}, "bert.encoder.layer", 3,
+        ),
+        Case(
+            "resnet50", "ResNet-50 (224 x 224, batch 8)", "resnet50",
+            {"batch_size": 8, "side": 224}, {"batch_size": 2, "side": 64}, "blocks", 3,
+            segments=(2, 4),
+        ),
+        Case(
+            "wrn", "WRN-28-2 (32 x 32, batch 100, dropout 0.1)", "wrn",
+            {"batch_size": 100}, {"batch_size": 8}, "blocks", 5, segments=(2, 4),
+        ),
+    )
+}

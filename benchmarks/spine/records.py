@@ -1,0 +1,127 @@
+"""Results as JSON lines: one line per model, tool and setting."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results.jsonl"
+
+
+@dataclass
+class Record:
+    """What one cell of the benchmark showed.
+
+    Attributes:
+        model: name of the case.
+        title: the case in words, with its sizes.
+        tool: "eager", "packlight" or a rival.
+        setting: of the tool.
+        rival: for Packlight at a rival's peak, that rival ("tool, setting").
+        budget_bytes: what Packlight was given.
+        peak_bytes: measured: forward, loss and backward, above what was there before.
+        predicted_peak_bytes: of Packlight's plan.
+        ratio_median, ratio_quartiles: time over eager's, each round against the eager steps around it.
+        num_rounds: how many rounds those are taken over.
+        seconds_median: duration of a step.
+        predicted_slowdown: of Packlight's plan, over the plain captured step.
+        compile_seconds: the first step, capture and planning included.
+        plan_seconds: of it, planning.
+        planner_bytes: the most that planning held (tracemalloc), where it was watched.
+        num_operations: of the captured step.
+        same_bits: whether loss, gradients and buffers are bit-identical to eager's.
+        error: why there is no result.
+        same_as: the cell that this one's times were taken from, where both run the same schedule.
+    """
+
+    model: str
+    title: str
+    tool: str
+    setting: str
+    rival: str | None = None
+    budget_bytes: int | None = None
+    peak_bytes: int | None = None
+    predicted_peak_bytes: int | None = None
+    ratio_median: float | None = None
+    ratio_quartiles: tuple[float, float] | None = None
+    num_rounds: int = 0
+    seconds_median: float | None = None
+    predicted_slowdown: float | None = None
+    compile_seconds: float | None = None
+    plan_seconds: float | None = None
+    planner_bytes: int | None = None
+    num_operations: int | None = None
+    same_bits: dict[str, bool] | None = None
+    error: str | None = None
+    same_as: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Return tool and setting."""
+        return f"{self.tool}, {self.setting}" if self.setting else self.tool
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file; none if it does not exist."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [Record(**json.loads(line)) for line in lines if line.strip()]
+
+
+def write_records(path: Path, records: list[Record]) -> None:
+    """Write all records, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(r)) + "\n" for r in records)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def provenance(seed: int, device: str) -> dict[str, Any]:
+    """Return where, when and with what a record was made."""
+    import torch
+
+    from packlight.capture.cache import device_name
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    except ImportError:
+        pass
+    return {
+        "hardware": device_name(torch.device(device)),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "versions": versions,
+        "commit": _commit(),
+        "seed": seed,
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.spine " + " ".join(sys.argv[1:]),
+    }
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
