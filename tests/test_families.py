@@ -16,9 +16,10 @@ import packlight
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
 from packlight.runtime.backend import PacklightBackend
+from packlight.step import StepGraph
 from tests.models import FAMILIES, make
 
-FRACTIONS = (1.0, 0.7, 0.5, 0.35, 0.25, "smallest")
+FRACTIONS = (0.0, 0.25, 0.35, 0.5, 0.7, 1.0)  # of eager's peak; 0 for the smallest feasible
 
 
 class Run:
@@ -66,8 +67,7 @@ def eager_on_the_captured_branch(family: str) -> Iterator[None]:
     """Let eager PyTorch take the branch that a model's own code takes when it is captured.
 
     Llama asks transformers whether it is being traced and then repeats keys and values for grouped
-    queries instead of passing enable_gqa; nn.LSTM calls a fused oneDNN kernel unless it is traced.
-    Both give other last bits, in eager PyTorch too.
+    queries instead of passing enable_gqa, which gives other last bits in eager PyTorch, too.
     """
     if family == "llama":
         with (
@@ -77,11 +77,12 @@ def eager_on_the_captured_branch(family: str) -> Iterator[None]:
             mock.patch("transformers.masking_utils.is_tracing", lambda *a, **k: True),
         ):
             yield
-    elif family == "lstm":
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
     else:
         yield
+
+
+def captured_as_it_is(loss_fn: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return torch.compile(loss_fn, backend="aot_eager", fullgraph=True, dynamic=False)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,33 +90,37 @@ def test_budgets_are_kept_predicted_and_exact(family: str) -> None:
     model, batch, loss_fn = make(family)
     with eager_on_the_captured_branch(family):
         eager = Run(model, batch, loss_fn)
-    plain_seconds: list[float] = []
+    if family == "lstm":
+        # Traced, nn.LSTM runs its time steps and not one fused oneDNN call, which rounds and drops
+        # out differently: schedules are compared with the captured graph run as it is.
+        eager = Run(model, batch, captured_as_it_is(loss_fn))
+    seconds: list[float] = []
+    smallest = 0
     for fraction in FRACTIONS:
         torch._dynamo.reset()
-        budget: dict[str, int] = {}
+        budget = max(smallest, int(eager.peak_bytes * fraction))
 
-        def choose(graph: Any, fraction: Any = fraction, budget: Any = budget) -> int:
-            smallest = smallest_plan(graph).peak_bytes
-            wanted = 0 if fraction == "smallest" else int(eager.peak_bytes * fraction)
-            budget["bytes"] = max(wanted, smallest)
-            return budget["bytes"]
+        def choose(graph: StepGraph, budget: int = budget) -> int:
+            return budget or smallest_plan(graph).peak_bytes
 
-        backend = PacklightBackend(choose_budget=choose, progress=False)
+        backend = PacklightBackend(choose_budget=choose, rehearse=False, progress=False)
         call = torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False)
         mine = Run(model, batch, call)
         plan = backend.compilations[-1].plan
-        assert mine.peak_bytes <= budget["bytes"], fraction
+        assert plan.budget_bytes is not None
+        smallest = smallest or plan.budget_bytes
+        assert mine.peak_bytes <= plan.budget_bytes, fraction
         assert abs(mine.peak_bytes - plan.peak_bytes) <= 0.005 * mine.peak_bytes, fraction
         assert_same_bits(mine, eager)
-        plain_seconds.append(plan.seconds)
-    assert plain_seconds == sorted(plain_seconds), "a larger budget is never slower"
+        seconds.append(plan.seconds)
+    assert seconds == sorted(seconds, reverse=True), "a larger budget is never slower"
 
 
 @pytest.mark.parametrize("family", ["resnet50", "unet", "mobilenet", "wrn", "gpt2", "densenet"])
 def test_the_unplanned_step_does_not_peak_above_eager(family: str) -> None:
     model, batch, loss_fn = make(family)
     eager = Run(model, batch, loss_fn)
-    backend = PacklightBackend(progress=False)
+    backend = PacklightBackend(rehearse=False, progress=False)
     mine = Run(model, batch, torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False))
     assert mine.peak_bytes <= eager.peak_bytes
 

@@ -1,1 +1,1 @@
-"""At each rival's own measured peak, how long does a Packlight step take; how small does each get?"""
+"""At each rival's own measured peak, how long does a Packlight step take; how small can it get?"""

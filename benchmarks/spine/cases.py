@@ -77,7 +77,7 @@ CASES = {
     for case in (
         Case(
             "reference_gpt", "reference GPT (12 x 384, sequence 256, batch 8, vocabulary 8192)",
-            "reference_gpt", {}, {"layers": 3, "width": 96, "length": 64, "vocabulary": 512},
+            "reference_gpt", {}, {"layers": 4, "width": 96, "length": 64, "vocabulary": 512},
             "blocks", 5,
             budgets_bytes=tuple(m * MEBIBYTE for m in (477, 351, 307, 234, 205)),
             segments=(2, 3, 4), inductor_budgets=(1.0, 0.5),

@@ -30,7 +30,7 @@ class Record:
         budget_bytes: what Packlight was given.
         peak_bytes: measured: forward, loss and backward, above what was there before.
         predicted_peak_bytes: of Packlight's plan.
-        ratio_median, ratio_quartiles: time over eager's, each round against the eager steps around it.
+        ratio_median, ratio_quartiles: time over that of the eager steps around it in its round.
         num_rounds: how many rounds those are taken over.
         seconds_median: duration of a step.
         predicted_slowdown: of Packlight's plan, over the plain captured step.

@@ -7,7 +7,6 @@ tuples) are folded into the `Buffer` they look at and are made again wherever th
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from packlight.capture.layers import layers_of_nodes
 from packlight.capture.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
@@ -24,7 +24,6 @@ RNG_STATE = "packlight.rng_state"
 TANGENT = "packlight.tangent"
 SNAPSHOT = "packlight.snapshot"
 CPU_GENERATOR_BYTES = 5056
-CUDA_GENERATOR_BYTES = 16
 
 Measure = Callable[[torch._ops.OpOverload, Any, Any], CallFacts]
 
@@ -139,7 +138,7 @@ class _Reader:
         self.rng_state_of: dict[int, int] = {}
         self.tangent_buffers: list[int] = []
         self.facts: list[CallFacts | None] = []
-        self.layers = _layers(self.nodes)
+        self.layers = layers_of_nodes(self.nodes)
 
     def read(self) -> JointStep:
         forward_nodes = self._forward_nodes()
@@ -358,7 +357,8 @@ class _Reader:
 
     def _new_rng_state(self, node: fx.Node, phase: Phase) -> int:
         value = next(v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, torch.Tensor))
-        size = CUDA_GENERATOR_BYTES if value.device.type == "cuda" else CPU_GENERATOR_BYTES
+        # An accelerator's generator state is a few bytes on the host, which its allocator ignores.
+        size = CPU_GENERATOR_BYTES if value.device.type == "cpu" else 0
         kind = BufferKind.ACTIVATION if phase is Phase.FORWARD else BufferKind.GRADIENT
         buffer = self._new_buffer(size, kind, f"generator state before {node.name}", node)
         self._new_operation(node, RNG_STATE, (), (buffer,), phase, can_recompute=False)
@@ -384,6 +384,8 @@ class _Reader:
         can_recompute: bool = True,
         overwrites: tuple[tuple[int, int], ...] = (),
     ) -> int:
+        # A replay holds the generator's present state while the old one is in place.
+        replay_bytes = max((self.buffers[b].bytes for b in reads[-1:] if is_random), default=0)
         self.operations.append(
             dict(
                 name=name,
@@ -392,7 +394,7 @@ class _Reader:
                 phase=phase,
                 is_random=is_random,
                 seconds=facts.expected_seconds if facts else 0.0,
-                workspace_bytes=facts.workspace_bytes if facts else 0,
+                workspace_bytes=(facts.workspace_bytes if facts else 0) + replay_bytes,
                 can_recompute=can_recompute,
                 overwrites=overwrites,
                 layer=self.layers.get(node, ""),
@@ -485,30 +487,3 @@ def _spread(value: Any, buffers: list[Any]) -> list[Any]:
     """Place buffers, which are listed for tensors only, where the tensors stand in a tuple."""
     remaining = iter(buffers)
     return [next(remaining) if isinstance(v, torch.Tensor) else None for v in value]
-
-
-def _layers(nodes: list[fx.Node]) -> dict[fx.Node, str]:
-    """Return the module path of each node; nodes outside of every module take their neighbour's."""
-    layers: dict[fx.Node, str] = {}
-    by_sequence: dict[int, str] = {}
-    for node in nodes:
-        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-        path = ""
-        if stack:
-            path = _module_path(list(stack.values())[-1][0])
-        sequence = node.meta.get("seq_nr")
-        if sequence is not None:
-            if path:
-                by_sequence.setdefault(sequence, path)
-            else:
-                path = by_sequence.get(sequence, "")
-        if path:
-            layers[node] = path
-    return layers
-
-
-def _module_path(qualified: str) -> str:
-    """Turn dynamo's "L['self']._modules['h']._modules['3'].attn" into "h.3.attn"."""
-    names = re.findall(r"_modules\['([^']+)'\]|\.(\w+)|\[(\d+)\]", qualified)
-    parts = [next(x for x in match if x) for match in names]
-    return ".".join(p for p in parts if p != "_modules")

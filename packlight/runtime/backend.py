@@ -27,7 +27,7 @@ from packlight.runtime.rehearse import fits, rehearse
 from packlight.step import Plan, PlanStatus, StepGraph, simulate
 from packlight.units import parse_bytes
 
-KNOWN_OPTIONS = ("budget", "allow", "progress")
+KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress")
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -56,6 +56,7 @@ class PacklightBackend:
     Attributes:
         budget_bytes: peak of a step above what was there before it; None for no limit.
         allow: names of approximate techniques.
+        rehearse: time operations inside the step, too (see runtime/rehearse.py).
         progress: show what profiling does.
         choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
@@ -64,6 +65,7 @@ class PacklightBackend:
 
     budget_bytes: int | None = None
     allow: tuple[str, ...] = ()
+    rehearse: bool = True
     progress: bool = True
     choose_budget: Callable[[StepGraph], int | None] | None = None
     compilations: list[Compilation] = field(default_factory=list)
@@ -123,7 +125,7 @@ class PacklightBackend:
     ) -> JointStep | None:
         """Return the step with times measured inside it; None if they are known or cannot be."""
         is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
-        if is_known or not fits(plan.peak_bytes, step.device):
+        if is_known or not self.rehearse or not fits(plan.peak_bytes, step.device):
             return None
         primals = _real_inputs(step, self._example_inputs)
         if primals is None:
@@ -153,7 +155,8 @@ def packlight_backend(
         module: the graph, from dynamo.
         example_inputs: its inputs.
         options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names
-            of approximate techniques), `progress` (show what profiling does; True).
+            of approximate techniques), `rehearse` (time operations inside the step, too, which
+            takes about four steps; True), `progress` (show what profiling does; True).
         **unknown: refused.
 
     Raises:
@@ -176,6 +179,7 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
     return PacklightBackend(
         budget_bytes=None if budget is None else parse_bytes(budget),
         allow=allow,
+        rehearse=bool(options.get("rehearse", True)),
         progress=bool(options.get("progress", True)),
     )
 

@@ -16,7 +16,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from packlight.capture.joint import RNG_STATE, SNAPSHOT, TANGENT, JointStep
+from packlight.capture.joint import (
+    CPU_GENERATOR_BYTES,
+    RNG_STATE,
+    SNAPSHOT,
+    TANGENT,
+    JointStep,
+)
 from packlight.capture.measure import in_place_call
 from packlight.runtime.rng import generator_state, replay
 from packlight.step import Action, Instruction, Phase, Schedule
@@ -25,6 +31,7 @@ from packlight.step import Action, Instruction, Phase, Schedule
 # arguments it overwrites.
 OPERATION_KEY = "packlight_operation"
 OVERWRITTEN_KEY = "packlight_overwritten"
+GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -261,10 +268,9 @@ class _Emitter:
         if random_operation not in self.recomputed:
             return
         state = self.new.call_function(generator_state, (_device(node),))
-        mode = _fake_mode(node)
-        with mode:
+        with _fake_mode(node):
             state.meta["val"] = torch.empty(
-                self.step.graph.buffers[buffer].bytes, dtype=torch.uint8, device="cpu"
+                GENERATOR_STATE_BYTES[_device(node).type], dtype=torch.uint8, device="cpu"
             )
         self.special[buffer] = state
 
