@@ -274,7 +274,7 @@ class LSTMTagger(nn.Module):
 
 def lstm() -> Case:
     """A recurrent network."""
-    tokens = torch.randint(0, 100, (8, 24))
+    tokens = torch.randint(0, 100, (8, 8))
     return LSTMTagger(), (tokens, tokens.roll(-1, 1)), classify
 
 

@@ -32,7 +32,7 @@ UNPLANNED = "unplanned"
 SMALLEST = "smallest feasible"
 HALF = "50% of eager"
 # Eager runs again after so many cells; each cell is compared with the eager steps around it.
-CELLS_BETWEEN_EAGER = 4
+CELLS_BETWEEN_EAGER = 5
 
 
 @dataclass
@@ -76,6 +76,7 @@ class Bench:
         progress: Progress,
     ) -> None:
         self.case, self.num_rounds, self.seed, self.progress = case, num_rounds, seed, progress
+        self.title = f"small trial instead of {case.title}" if quick else case.title
         self.device = torch.device(device)
         self.provenance = {**provenance(seed, device), "command": command}
         self.built: Built = case.build(quick, device, seed)
@@ -116,10 +117,11 @@ class Bench:
         self.cells.append(cell)
         try:
             cell.loss_fn = peer.prepare(self.built)
-            begin = time.perf_counter()
-            with _time_limit(peer.compile_limit_seconds):
-                self._step(cell.loss_fn)
-            cell.record.compile_seconds = time.perf_counter() - begin
+            if peer.is_compiled:
+                begin = time.perf_counter()
+                with _time_limit(peer.compile_limit_seconds):
+                    self._step(cell.loss_fn)
+                cell.record.compile_seconds = time.perf_counter() - begin
             self._measure(cell)
         except Exception as error:  # a peer that fails is a result too
             cell.record.error = f"{type(error).__name__}: {error}".strip()[:500]
@@ -190,7 +192,7 @@ class Bench:
             self.aliases.append((record, twin))
 
     def _record(self, tool: str, setting: str) -> Record:
-        return Record(self.case.name, self.case.title, tool, setting, provenance=self.provenance)
+        return Record(self.case.name, self.title, tool, setting, provenance=self.provenance)
 
     # -- one step
 

@@ -100,8 +100,8 @@ def _conditions(records: list[Record]) -> str:
     rounds = max(r.num_rounds for r in records if r.tool != tables.EAGER)
     return (
         f"{made['hardware']}, {versions}, commit {made['commit']}, seed {made['seed']}, "
-        f"{made['timestamp']}; {rounds} rounds. Eager takes {eager.seconds_median:.3f} s; a step of "
-        f"eager against the one before it: {low:.3f} to {high:.3f} (how quiet the machine was)."
+        f"{made['timestamp']}; {rounds} rounds. Eager takes {eager.seconds_median:.3f} s; an "
+        f"eager step against the one before it: {low:.3f} to {high:.3f} (the machine's noise)."
         + planner
     )
 
@@ -111,7 +111,7 @@ def plot(records: list[Record]) -> Any:
     eager = tables.eager_of(records)
     with drawing() as matplotlib:
         figure = matplotlib.figure.Figure(figsize=(8.4, 4.4))
-        axes = figure.add_axes((0.085, 0.12, 0.895, 0.76))
+        axes = figure.add_axes((0.085, 0.12, 0.895, 0.68))
         axes.plot(
             _mebibytes([eager]), [1.0], "o", color=LIGHT["ink"], markersize=8, label="eager",
             zorder=4,
@@ -133,8 +133,8 @@ def plot(records: list[Record]) -> Any:
         axes.set_xlim(left=0)
         axes.set_xlabel("measured peak above parameters and batch, MiB")
         axes.set_ylabel("time of a step over eager's")
-        axes.legend(loc="upper right", ncols=2, fontsize=8.0)
-        axes.set_title(eager.title, loc="left", fontsize=9.5, fontweight="bold")
+        figure.legend(loc="upper left", bbox_to_anchor=(0.075, 0.945), ncols=4, fontsize=8.0)
+        figure.text(0.085, 0.955, eager.title, fontsize=9.5, fontweight="bold")
     return figure
 
 

@@ -134,7 +134,8 @@ def duel_table(records: list[Record]) -> list[str]:
     """Return one model's rivals, each beside Packlight at that rival's peak."""
     rows = []
     for duel in duels_of(records):
-        ours = f"infeasible ({first_line(duel.ours.error)})" if duel.ours.error else ratio(duel.ours)
+        failed = duel.ours.error
+        ours = ratio(duel.ours) if failed is None else f"infeasible ({first_line(failed)})"
         rows.append([
             duel.rival.name, mebibytes(duel.rival.peak_bytes), ratio(duel.rival),
             mebibytes(duel.ours.peak_bytes), ours, verdict(duel),

@@ -301,7 +301,8 @@ def _hide_saved_values(sources: Iterable[fx.Node]) -> None:
 
 
 def _plain_meta(meta: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in meta.items() if k != "saved_tensor_with_no_vc_check"}
+    left_out = ("saved_tensor_with_no_vc_check", OPERATION_KEY)
+    return {k: v for k, v in meta.items() if k not in left_out}
 
 
 def _clean(name: str) -> str:
