@@ -1,0 +1,61 @@
+"""Times measured inside the step are of the operations, each run once, and leave no trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from packlight.planner import smallest_plan
+from packlight.runtime import backend as backend_module
+from packlight.runtime.backend import PacklightBackend
+from packlight.runtime.rehearse import NUM_REHEARSALS, _Clock
+from packlight.step import Schedule
+
+
+def test_every_run_of_an_operation_is_timed_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    layers = [m for _ in range(8) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout())]
+    model, x = nn.Sequential(*layers), torch.randn(256, 32)
+    timed: list[Counter[int]] = []
+    schedules: list[Schedule] = []
+    read, emit = _Clock.read, backend_module.emit
+
+    def counting_read(clock: _Clock) -> list[tuple[int, float]]:
+        timed.append(Counter(index for index, _, _ in clock.marks))
+        return read(clock)
+
+    def noting_emit(step: Any, schedule: Schedule) -> Any:
+        schedules.append(schedule)
+        return emit(step, schedule)
+
+    monkeypatch.setattr(_Clock, "read", counting_read)
+    monkeypatch.setattr(backend_module, "emit", noting_emit)
+    torch._dynamo.reset()
+    backend = PacklightBackend(
+        choose_budget=lambda graph: smallest_plan(graph).peak_bytes, progress=False
+    )
+    states = {name: value.clone() for name, value in model.named_buffers()}
+    generator = torch.get_rng_state()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    backend.is_dry_run = True
+    with pytest.raises(backend_module.StepCaptured):
+        compiled(x)
+
+    operations = backend.compilations[-1].graph.operations
+    expected = {
+        index: count
+        for index, count in schedules[0].compute_counts().items()
+        if not operations[index].name.startswith("packlight.")
+    }
+    assert max(expected.values()) > 1, "something is recomputed"
+    assert timed == [Counter(expected)] * NUM_REHEARSALS
+    assert all(torch.equal(value, states[name]) for name, value in model.named_buffers())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert all(p.grad is None for p in model.parameters())
