@@ -229,6 +229,7 @@ class Bench:
             "gradients": all(map(_equal, self.reference.gradients, gradients)),
             "buffers": all(map(_equal, self.reference.buffers, model.buffers())),
         }
+        cell.record.gradient_error = _relative_error(self.reference.gradients, gradients)
         return self.reference
 
     def _timed_step(self, loss_fn: LossFn) -> float:
@@ -304,6 +305,20 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     return torch.equal(a, b)
 
 
+def _relative_error(
+    expected: list[torch.Tensor | None], found: list[torch.Tensor | None]
+) -> float | None:
+    """Return the largest absolute difference over the largest expected value; None if one lacks."""
+    off = scale = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if (a is None) != (b is None):
+            return None
+        if a is not None and b is not None:
+            off = max(off, float((a - b).abs().max()))
+            scale = max(scale, float(a.abs().max()))
+    return off / scale if scale else None
+
+
 def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
     tracemalloc.start()
     try:
@@ -315,8 +330,8 @@ def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
 
 def _root_cause(error: BaseException) -> str:
     """Return what Packlight raised, without what dynamo wrapped around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
     return f"{type(error).__name__}: {error}".strip()[:500]
 
 

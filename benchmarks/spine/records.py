@@ -39,6 +39,7 @@ class Record:
         planner_bytes: the most that planning held (tracemalloc), where it was watched.
         num_operations: of the captured step.
         same_bits: whether loss, gradients and buffers are bit-identical to eager's.
+        gradient_error: the largest difference from eager's gradients over the largest of those.
         error: why there is no result.
         same_as: the cell that this one's times were taken from, where both run the same schedule.
     """
@@ -61,6 +62,7 @@ class Record:
     planner_bytes: int | None = None
     num_operations: int | None = None
     same_bits: dict[str, bool] | None = None
+    gradient_error: float | None = None
     error: str | None = None
     same_as: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)

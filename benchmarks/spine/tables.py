@@ -104,7 +104,11 @@ def bits(record: Record) -> str:
     if record.same_bits is None:
         return "-"
     different = [name for name, same in record.same_bits.items() if not same]
-    return "no: " + ", ".join(different) if different else "yes"
+    if not different:
+        return "yes"
+    error = record.gradient_error
+    size = f" (gradients off by {error:.0e})" if error else ""
+    return f"no: {', '.join(different)}{size}"
 
 
 def percent_off(predicted: float | None, measured: float | None) -> str:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from packlight.planner.segments import Segment
+from packlight.planner.facts import Segment
 
 INFINITY = np.inf
 
@@ -53,7 +53,7 @@ class Chain:
         return int(min(np.ceil(max(0.0, num_bytes) / self.level_bytes), self.num_levels + 1))
 
     def _carries(self) -> np.ndarray:
-        """carry[s, j]: bytes of segment j's input that are not already held as segment s's input."""
+        """Return carry[s, j]: bytes of segment j's input that are not held as segment s's input."""
         num = len(self.segments)
         carry = np.zeros((num, num), dtype=np.int64)
         for s in range(num):
@@ -128,8 +128,12 @@ class Chain:
         finite = np.flatnonzero(np.isfinite(self.best[0, len(self.segments) - 1]))
         return int(finite[0]) if len(finite) else None
 
+    def level_within(self, num_bytes: int) -> int:
+        """Return the highest level within a number of bytes."""
+        return max(0, min(self.num_levels, int(num_bytes / self.level_bytes)))
+
     def order(self, level: int | None = None) -> list[int]:
-        """Return operations in the order of the best schedule within a level (the highest by default).
+        """Return operations in the order of the best schedule within a level (default: highest).
 
         Whole segments are run again where something of them is needed; recomputations that nobody
         needs are for the caller to remove.

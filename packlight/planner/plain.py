@@ -8,14 +8,14 @@ from packlight.step import Action, Instruction, Schedule, StepGraph
 
 
 def plain_schedule(graph: StepGraph) -> Schedule:
-    """Return the schedule of the plain step: everything kept, freed at last use, in place where possible."""
+    """Return the plain step: everything kept, freed at last use, in place where possible."""
     return schedule_from_order(graph, [o.id for o in graph.operations], graph.num_forward)
 
 
 def schedule_from_order(
     graph: StepGraph, order: Sequence[int], num_forward: int, in_place: bool = True
 ) -> Schedule:
-    """Return the schedule that runs operations in an order and frees every buffer as early as it can.
+    """Return the schedule that runs operations in an order and frees as early as it can.
 
     An operation may stand in the order several times. A buffer is freed after the last operation
     that reads it before it is created again; buffers that the forward or the step must leave behind
@@ -53,12 +53,10 @@ def schedule_from_order(
     forward_length = 0
     for position, index in enumerate(order):
         dead = dies_after[position]
-        overwrite = None
+        overwrite: tuple[int, int] | None = None
         if in_place:
-            for pair in operations[index].overwrites:
-                if pair[1] in dead and pair[0] not in dead:
-                    overwrite = pair
-                    break
+            possible = [pair for pair in operations[index].overwrites if pair[1] in dead]
+            overwrite = max(possible, key=lambda pair: graph.buffers[pair[0]].bytes, default=None)
         instructions.append(Instruction(Action.COMPUTE, index, overwrite))
         for buffer in dead:
             if overwrite is None or buffer != overwrite[1]:
@@ -67,3 +65,22 @@ def schedule_from_order(
             forward_length = len(instructions)
             instructions.extend(Instruction(Action.FREE, b) for b in dies_with_forward)
     return Schedule(tuple(instructions), forward_length)
+
+
+def without_useless_runs(graph: StepGraph, order: Sequence[int]) -> list[int]:
+    """Return an order without the recomputations of which nothing is read later."""
+    first_run: dict[int, int] = {}
+    for position, index in enumerate(order):
+        first_run.setdefault(index, position)
+    wanted = set(graph.outputs)
+    kept: list[int] = []
+    for position in range(len(order) - 1, -1, -1):
+        operation = graph.operations[order[position]]
+        is_first = first_run[operation.id] == position
+        if is_first and operation.id == graph.num_forward - 1:
+            wanted.update(graph.forward_outputs)
+        if is_first or wanted.intersection(operation.creates):
+            wanted.difference_update(operation.creates)
+            wanted.update(operation.reads)
+            kept.append(order[position])
+    return kept[::-1]

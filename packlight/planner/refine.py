@@ -1,7 +1,7 @@
 """Local moves on a schedule's retention intervals: drop a buffer over a gap, or keep it there.
 
-This handles what a chain of segments cannot see: long skips, shared parameters, gradients that pile up
-while activations go away, the loss head. Every move is judged by the peak that it really gives.
+This handles what a chain of segments cannot see: long skips, shared parameters, gradients that pile
+up while activations go away, the loss head. Every move is judged by the peak that it really gives.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from packlight.planner.retention import Interval, Retention
 
@@ -18,7 +19,7 @@ EPSILON_SECONDS = 1e-12
 
 @dataclass
 class Effort:
-    """How much work refinement may do, in evaluations of positions (so that plans are reproducible)."""
+    """How much work refinement may do, in evaluations of positions: plans are reproducible."""
 
     evaluations: int
 
@@ -26,12 +27,17 @@ class Effort:
         """Whether there is any left."""
         return retention.num_evaluations < self.evaluations
 
+    def more(self, retention: Retention, evaluations: int) -> None:
+        """Allow some evaluations from here on."""
+        self.evaluations = retention.num_evaluations + evaluations
+
 
 def repair(retention: Retention, budget_bytes: int, effort: Effort, width: int = 6) -> bool:
     """Drop buffers where the peak is above the budget until it is not; return whether that worked.
 
-    At the highest position, the drops that promise most bytes per second are tried, and the one with
-    the best measured ratio of bytes above the budget removed to seconds added is taken.
+    At the highest position, the drops that promise most bytes per second are tried, and the one
+    with the best measured ratio of bytes above the budget removed to seconds added is taken. A drop
+    that did not help is not tried at that position again, so this ends.
     """
     tabu: set[tuple[int, int]] = set()
     while True:
@@ -41,104 +47,101 @@ def repair(retention: Retention, budget_bytes: int, effort: Effort, width: int =
             return True
         if not effort.left(retention):
             return False
-        candidates = _drop_candidates(retention, worst, tabu)
-        before = _excess(retention, budget_bytes)
+        candidates = _drop_candidates(retention, worst, tabu)[:width]
+        if not candidates:
+            return False
+        before = _excess(peaks, budget_bytes)
         seconds = retention.total_extra_seconds
         best: tuple[float, int, list[Interval]] | None = None
-        for buffer, new in candidates[:width]:
-            old = list(retention.intervals[buffer])
+        for buffer, new in candidates:
+            mark = retention.mark()
             if retention.set_intervals(buffer, new):
-                gain = before - _excess(retention, budget_bytes)
-                cost = retention.total_extra_seconds - seconds
-                if gain > 0 and int(retention.peaks[worst]) < int(peaks[worst]):
-                    score = gain / (cost + 1e-9)
+                after = retention.peaks
+                gain = before - _excess(after, budget_bytes)
+                if gain > 0 and after[worst] < peaks[worst]:
+                    score = gain / (retention.total_extra_seconds - seconds + 1e-9)
                     if best is None or score > best[0]:
                         best = (score, buffer, new)
-            retention.set_intervals(buffer, old)
+            retention.undo_to(mark)
         if best is None:
-            tried = {(buffer, worst) for buffer, _ in candidates[:width]}
-            if not tried:
-                return False
-            tabu |= tried
-            continue
-        retention.set_intervals(best[1], best[2])
+            tabu.update((buffer, worst) for buffer, _ in candidates)
+        else:
+            retention.set_intervals(best[1], best[2])
 
 
-def _excess(retention: Retention, budget_bytes: int) -> float:
-    over = retention.peaks - budget_bytes
-    return float(over[over > 0].sum())
+def _excess(peaks: npt.NDArray[np.int64], budget_bytes: int) -> float:
+    return float(np.maximum(peaks - budget_bytes, 0).sum())
 
 
 def _drop_candidates(
     retention: Retention, position: int, tabu: set[tuple[int, int]]
 ) -> list[tuple[int, list[Interval]]]:
-    found = []
+    """Return (buffer, new intervals) for what could be dropped at a position, best first."""
     needed = retention.used[position]
-    for buffer, intervals in enumerate(retention.intervals):
-        if retention.is_fixed[buffer] or retention.size[buffer] == 0 or buffer in needed:
-            continue
-        if (buffer, position) in tabu:
-            continue
-        if any(start < position < end or (start < position <= end) for start, end in intervals):
-            new = retention.without_gap(buffer, position)
-            if new is None:
-                continue
-            seconds = retention.seconds[retention.maker[buffer]]
-            found.append((retention.size[buffer] / (seconds + 1e-9), buffer, new))
-    found.sort(key=lambda c: (-c[0], c[1]))
-    return [(buffer, new) for _, buffer, new in found]
+    found: list[tuple[bool, float, int]] = []
+    for buffer in retention.held_at(position):
+        size = retention.size[buffer]
+        if size and not retention.is_fixed[buffer] and buffer not in needed:
+            if (buffer, position) not in tabu:
+                seconds = retention.seconds[retention.maker[buffer]]
+                found.append((buffer in retention.due, -size / (seconds + 1e-9), buffer))
+    found.sort()
+    result = []
+    for _, _, buffer in found:
+        new = retention.without_gap(buffer, position)
+        if new is not None:
+            result.append((buffer, new))
+            if len(result) == 8:  # more than any caller tries
+                break
+    return result
 
 
 def improve(retention: Retention, budget_bytes: int, effort: Effort) -> None:
     """Keep buffers that are recomputed wherever that fits, the most seconds per byte first."""
-    while effort.left(retention):
+    changed = True
+    while changed and effort.left(retention):
         changed = False
-        for _, index, position in _recomputations(retention):
+        for _, index, position in sorted(_recomputations(retention)):
             if not effort.left(retention):
                 return
             if index in retention.lists[position]:
                 changed = _try_keep(retention, index, position, budget_bytes) or changed
-        if not changed:
-            return
 
 
 def _recomputations(retention: Retention) -> list[tuple[float, int, int]]:
-    """Return (score, operation, position) of every recomputation, best to avoid first."""
-    found = []
-    for index, positions in enumerate(retention.rerun_at):
+    """Return (score, operation, position) of recomputations, lowest where one is best avoided."""
+    found: list[tuple[float, int, int]] = []
+    for index, positions in sorted(retention.rerun_at.items()):
         size = sum(retention.size[b] for b in retention.creates[index]) + 1
-        for position in positions:
-            found.append((-retention.seconds[index] / size, index, position))
-    found.sort()
+        score = -retention.seconds[index] / size
+        found.extend((score, index, position) for position in sorted(positions))
     return found
 
 
 def _try_keep(retention: Retention, index: int, position: int, budget_bytes: int) -> bool:
     """Hold what an operation made until a position, instead of running it again there."""
-    seconds = retention.total_extra_seconds
-    undo: list[tuple[int, list[Interval]]] = []
-    vanished: set[int] = set()
-    wanted = [b for b in retention.creates[index] if _is_read_at(retention, b, position)]
-    for buffer in wanted:
-        filled = retention.with_gap_filled(buffer, position)
-        if filled is None:
-            continue
-        new, latest = filled
+    fills = []
+    for buffer in retention.creates[index]:
+        if _is_read_at(retention, buffer, position):
+            filled = retention.with_gap_filled(buffer, position)
+            if filled is not None:
+                fills.append((buffer, *filled))
+    for buffer, _, latest in fills:
         window = retention.peaks[latest + 1 : position]
         if len(window) and int(window.max()) + retention.size[buffer] > budget_bytes:
-            break
-        undo.append((buffer, list(retention.intervals[buffer])))
-        vanished |= retention.used[position]
-        if not retention.set_intervals(buffer, new):
-            break
-    else:
-        faster = retention.total_extra_seconds < seconds - EPSILON_SECONDS
-        if undo and faster and retention.peak_bytes <= budget_bytes:
-            for buffer in vanished:
+            return False
+    seconds = retention.total_extra_seconds
+    vanished = set(retention.used[position])
+    mark = retention.mark()
+    ok = bool(fills)
+    for buffer, new, _ in fills:
+        ok = ok and retention.set_intervals(buffer, new)
+    if ok and retention.total_extra_seconds < seconds - EPSILON_SECONDS:
+        if retention.peak_bytes <= budget_bytes:
+            for buffer in sorted(vanished):
                 retention.trim(buffer)
             return True
-    for buffer, old in reversed(undo):
-        retention.set_intervals(buffer, old)
+    retention.undo_to(mark)
     return False
 
 
@@ -153,21 +156,23 @@ def shake(
 ) -> None:
     """Drop a few buffers at random, refill greedily, and keep what turned out faster.
 
-    Ruin and recreate (Schrimpf et al. 2000) with a fixed seed; stops after `stall` rounds without gain.
+    Ruin and recreate (Schrimpf et al. 2000) with a fixed seed; stops after `stall` rounds without
+    gain.
     """
     generator = random.Random(seed)
     best_seconds = retention.total_extra_seconds
-    best = retention.copy_state()
     without_gain = 0
     while effort.left(retention) and without_gain < stall and best_seconds > EPSILON_SECONDS:
         held = [
             (buffer, interval)
             for buffer, intervals in enumerate(retention.intervals)
             if not retention.is_fixed[buffer] and retention.size[buffer] > 0
+            if buffer not in retention.due
             for interval in intervals
         ]
         if not held:
             return
+        mark = retention.mark()
         for buffer, (start, end) in generator.sample(held, min(len(held), generator.randint(1, 4))):
             new = retention.without_gap(buffer, generator.randint(start + 1, end))
             if new is not None:
@@ -177,12 +182,10 @@ def shake(
             _improve_shuffled(retention, budget_bytes, effort, generator)
         if feasible and retention.total_extra_seconds < best_seconds - EPSILON_SECONDS:
             best_seconds = retention.total_extra_seconds
-            best = retention.copy_state()
             without_gain = 0
         else:
             without_gain += 1
-            retention.restore(best)
-    retention.restore(best)
+            retention.undo_to(mark)
 
 
 def _improve_shuffled(
@@ -196,3 +199,15 @@ def _improve_shuffled(
         if effort.left(retention) and index in retention.lists[position]:
             _try_keep(retention, index, position, budget_bytes)
     improve(retention, budget_bytes, effort)
+
+
+def lower(retention: Retention, effort: Effort) -> None:
+    """Bring the peak down as far as drops can, whatever the seconds."""
+    share = 0.9
+    mark = retention.mark()
+    while effort.left(retention) and share < 0.9999:
+        if repair(retention, int(retention.peak_bytes * share), effort):
+            mark = retention.mark()
+        else:
+            retention.undo_to(mark)
+            share = 1 - (1 - share) / 2

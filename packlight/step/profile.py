@@ -1,4 +1,4 @@
-"""What a whole training step holds besides what a schedule allocates, and where that was measured."""
+"""What a whole training step holds besides what a schedule allocates; where that was measured."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
 
     Raises:
         ScheduleError: an operation reads a buffer that is not live, a buffer is freed twice, an
-            operation that must run once runs again, or an output is missing when it is due.
+            operation that must run once runs again or never, a backward operation runs in the
+            forward, or an output is missing when it is due, or is not left alone once the forward
+            handed it out.
 
     Cost: linear in the number of instructions.
     """
@@ -37,14 +39,19 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
     peak_live: tuple[int, ...] = ()
     seconds = 0.0
     ran: set[int] = set()
+    # What the forward handed out belongs to the caller from there on, if it outlives the step.
+    handed_out: frozenset[int] = frozenset()
     for index, instruction in enumerate(schedule.instructions):
         if index == schedule.num_forward:
             _require_live(graph.forward_outputs, live, index, "the forward ends without")
+            handed_out = frozenset(graph.forward_outputs) & frozenset(graph.outputs) - resident
         if instruction.action is Action.COMPUTE:
             operation = graph.operations[instruction.target]
             _require_live(operation.reads, live, index, f"{operation.name} reads")
             if operation.id in ran and not operation.can_recompute:
                 raise ScheduleError(index, f"{operation.name} must run exactly once")
+            if index < schedule.num_forward and operation.id >= graph.num_forward:
+                raise ScheduleError(index, f"{operation.name} of the backward runs in the forward")
             ran.add(operation.id)
             before = live_bytes
             again = [b for b in operation.creates if b in live]
@@ -55,6 +62,8 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
                 live_bytes += size[buffer]
             if instruction.overwrite is not None:
                 created, read = _checked_overwrite(instruction, index, graph, live, resident)
+                if read in handed_out:
+                    raise ScheduleError(index, f"output {read} of the forward is overwritten")
                 live_bytes -= size[created]
                 live.discard(read)
             seconds += operation.seconds
@@ -68,6 +77,8 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
         elif instruction.action is Action.FREE:
             if instruction.target not in live or instruction.target in resident:
                 raise ScheduleError(index, f"buffer {instruction.target} is freed but not live")
+            if instruction.target in handed_out:
+                raise ScheduleError(index, f"output {instruction.target} of the forward is freed")
             live.discard(instruction.target)
             live_bytes -= size[instruction.target]
         else:
@@ -77,7 +88,7 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
         _require_live(graph.forward_outputs, live, len(timeline), "the forward ends without")
     _require_live(graph.outputs, live, len(timeline), "the step ends without")
     for operation in graph.operations:
-        if operation.id not in ran and not operation.can_recompute and not operation.creates:
+        if operation.id not in ran and not operation.can_recompute:
             raise ScheduleError(len(timeline), f"{operation.name} never runs")
     return Timeline(
         live_bytes=tuple(timeline),

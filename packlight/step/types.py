@@ -24,7 +24,7 @@ class BufferKind(StrEnum):
 
     @property
     def is_resident(self) -> bool:
-        """Whether such a buffer is in memory before the step, outside of what a schedule allocates."""
+        """Whether it is in memory before the step, outside of what a schedule allocates."""
         return self in (BufferKind.PARAMETER, BufferKind.INPUT, BufferKind.STATE)
 
 
@@ -111,7 +111,8 @@ class StepGraph:
         operations: in an order in which every operation finds its reads computed.
         buffers: by id.
         num_forward: the first `num_forward` operations are the forward.
-        forward_outputs: buffers in memory when the forward ends (loss, logits, new batch statistics).
+        forward_outputs: buffers in memory when the forward ends (loss, logits, new batch
+            statistics).
         outputs: buffers that outlive the step (loss, gradients of the parameters).
     """
 
@@ -131,11 +132,23 @@ class StepGraph:
                 raise ValueError(f"operation at position {position} has id {operation.id}")
             missing = [b for b in operation.reads if b not in created]
             if missing:
-                raise ValueError(f"operation {position} ({operation.name}) reads {missing} too early")
+                raise ValueError(
+                    f"operation {position} ({operation.name}) reads {missing} too early"
+                )
+            self._check_overwrites(operation)
             created.update(operation.creates)
         lost = [b for b in (*self.forward_outputs, *self.outputs) if b not in created]
         if lost:
             raise ValueError(f"outputs {lost} are created by no operation")
+
+    def _check_overwrites(self, operation: Operation) -> None:
+        for created, read in operation.overwrites:
+            what = f"operation {operation.id} ({operation.name}) cannot put {created} over {read}"
+            if created not in operation.creates or read not in operation.reads:
+                raise ValueError(f"{what}: it must create the one and read the other")
+            sizes = self.buffers[created].bytes, self.buffers[read].bytes
+            if sizes[0] != sizes[1]:
+                raise ValueError(f"{what}: they have {sizes[0]} and {sizes[1]} bytes")
 
     @property
     def seconds(self) -> float:
@@ -211,7 +224,9 @@ class Plan:
         seconds: predicted duration.
         plain_seconds: predicted duration of the plain step (no recomputation).
         plain_peak_bytes: predicted peak of the plain step.
-        bound_seconds: no schedule within the budget is faster than this.
+        bound_seconds: no schedule within the budget is faster than this. Where a step is small
+            enough to be searched exactly, the schedules meant are those in which the operations run
+            for the first time in the graph's order; elsewhere all.
         status: OPTIMAL where `seconds` meets the bound.
         allowed: names of the approximate techniques that were allowed.
         num_microbatches: how often the schedule runs for one update.
@@ -236,7 +251,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A path to another memory: bytes per second each way, and the seconds before the first byte."""
+    """A path to another memory: bytes per second each way, seconds before the first byte."""
 
     name: str
     bytes_per_second: float
@@ -277,7 +292,9 @@ class GraphBuilder:
     _buffers: list[Buffer] = field(default_factory=list)
     _operations: list[Operation] = field(default_factory=list)
 
-    def buffer(self, num_bytes: int, kind: BufferKind = BufferKind.ACTIVATION, name: str = "") -> int:
+    def buffer(
+        self, num_bytes: int, kind: BufferKind = BufferKind.ACTIVATION, name: str = ""
+    ) -> int:
         """Add a buffer and return its id."""
         self._buffers.append(Buffer(len(self._buffers), num_bytes, kind, name))
         return len(self._buffers) - 1
@@ -295,6 +312,7 @@ class GraphBuilder:
         is_random: bool = False,
         can_recompute: bool = True,
         overwrites_read: int | None = None,
+        layer: str = "",
     ) -> list[int]:
         """Add an operation and the buffers that it creates; return those buffers' ids."""
         if kind is None:
@@ -304,7 +322,7 @@ class GraphBuilder:
         self._operations.append(
             Operation(
                 len(self._operations), name, tuple(reads), tuple(created), seconds, workspace_bytes,
-                phase, is_random, can_recompute, overwrites,
+                phase, is_random, can_recompute, overwrites, layer,
             )
         )
         return created

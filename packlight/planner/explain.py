@@ -1,0 +1,58 @@
+"""Why a budget is too small: where the smallest schedule peaks, what lies there, what helps."""
+
+from __future__ import annotations
+
+from packlight.errors import InfeasibleBudgetError
+from packlight.step import Schedule, StepGraph, simulate
+from packlight.units import format_bytes
+
+
+def infeasible_budget(
+    graph: StepGraph, budget_bytes: int, smallest: Schedule
+) -> InfeasibleBudgetError:
+    """Return the error for a budget below the smallest schedule that was found.
+
+    Args:
+        graph: the step.
+        budget_bytes: what was asked for.
+        smallest: the schedule with the smallest peak.
+    """
+    timeline = simulate(graph, smallest)
+    operation = graph.operations[smallest.instructions[timeline.peak_index].target]
+    where = operation.name + (f" in {operation.layer!r}" if operation.layer else "")
+    live = [(graph.buffers[b].name, graph.buffers[b].bytes) for b in timeline.peak_buffers]
+    if timeline.peak_workspace_bytes:
+        live.append(("workspace", timeline.peak_workspace_bytes))
+    live.sort(key=lambda item: -item[1])
+    return InfeasibleBudgetError(
+        budget_bytes, timeline.peak_bytes, f"the {operation.phase} of {where}", live,
+        batch_hint(graph, smallest, budget_bytes),
+    )
+
+
+def batch_hint(graph: StepGraph, smallest: Schedule, budget_bytes: int) -> str:
+    """Return a hint that says how much of the peak a smaller batch would take away.
+
+    Everything in memory at the peak shrinks with the batch except outputs of the step (gradients of
+    parameters have the parameters' size) and what only goes into making those.
+    """
+    timeline = simulate(graph, smallest)
+    constant = set(graph.outputs)
+    constant_bytes = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in constant)
+    scaling_bytes = timeline.peak_bytes - constant_bytes
+    if scaling_bytes <= 0:
+        return "all of the peak is gradients of parameters: only a smaller model needs less"
+    largest = [b for b in timeline.peak_buffers if b not in constant][:2]
+    names = " and ".join(
+        f"{graph.buffers[b].name} ({format_bytes(graph.buffers[b].bytes)})" for b in largest
+    )
+    share = 2
+    while constant_bytes + scaling_bytes // share > budget_bytes and share < 1024:
+        share *= 2
+    need = constant_bytes + scaling_bytes // share
+    named = f"{names} shrink with the batch; " if names else ""
+    if need > budget_bytes:
+        return (
+            f"{named}even a tiny batch leaves {format_bytes(constant_bytes)} of parameter gradients"
+        )
+    return f"{named}1/{share} of the batch would need about {format_bytes(need)}"

@@ -1,0 +1,282 @@
+"""What the planner promises, against oracles that share nothing with it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import cache
+
+import pytest
+
+from packlight import planner
+from packlight.errors import InfeasibleBudgetError
+from packlight.planner import Planner, lower_bound_seconds, plain_schedule
+from packlight.planner.exact import ExactSearch
+from packlight.planner.retention import Retention
+from packlight.planner.search import LocalSearch, schedule_of
+from packlight.step import (
+    Action,
+    BufferKind,
+    GraphBuilder,
+    Phase,
+    PlanStatus,
+    StepGraph,
+    simulate,
+)
+from tests.oracles.exhaustive import fastest_seconds
+from tests.oracles.graphs import random_dag, transformer, u_shape, uniform_chain
+from tests.oracles.liveness import recount_peak_bytes, schedule_from_order
+
+
+def chain(sizes: list[int], seconds: list[float], *, random_at: int = -1) -> StepGraph:
+    """Return a chain whose backward operations read what their forward operations read."""
+    build = GraphBuilder()
+    values = [build.buffer(1, BufferKind.INPUT, "x")]
+    for index, size in enumerate(sizes):
+        values += build.operation(
+            f"f{index}", [values[-1]], [size], seconds=seconds[index], is_random=index == random_at
+        )
+    loss = build.operation("loss", [values[-1]], [1], seconds=0.1)[0]
+    gradient = build.operation("loss'", [values[-1]], [sizes[-1]], phase=Phase.BACKWARD)[0]
+    for index in reversed(range(len(sizes))):
+        size = sizes[index - 1] if index else 1
+        gradient = build.operation(
+            f"f{index}'", [gradient, values[index]], [size], seconds=2 * seconds[index],
+            phase=Phase.BACKWARD,
+        )[0]
+    return build.finish(len(sizes) + 1, [loss], [loss, gradient])
+
+
+@cache
+def long_gpt(num_blocks: int) -> StepGraph:
+    """Return a step with the shapes of a GPT: norm, wide, pointwise, narrow and a residual."""
+    build = GraphBuilder()
+    x = build.operation("embed", [build.buffer(8, BufferKind.INPUT)], [16], seconds=1.0)[0]
+    saved: list[tuple[int, ...]] = []
+    for _ in range(num_blocks):
+        normed = build.operation("norm", [x], [16], seconds=0.5)[0]
+        wide = build.operation("wide", [normed], [64], seconds=4.0)[0]
+        bent = build.operation("gelu", [wide], [64], seconds=1.0)[0]
+        narrow = build.operation("narrow", [bent], [16], seconds=4.0)[0]
+        saved.append((x, normed, wide, bent))
+        x = build.operation("add", [x, narrow], [16], seconds=0.2)[0]
+    loss = build.operation("loss", [x], [1], seconds=1.0)[0]
+    num_forward = 5 * num_blocks + 2
+    back = {"phase": Phase.BACKWARD}
+    gradient = build.operation("loss'", [x], [16], seconds=1.0, **back)[0]
+    outputs = [loss]
+    for before, normed, wide, bent in reversed(saved):
+        outputs += build.operation("narrow_w", [gradient, bent], [2], seconds=4.0, **back)
+        inner = build.operation("narrow'", [gradient], [64], seconds=4.0, **back)[0]
+        inner = build.operation("gelu'", [inner, wide], [64], seconds=1.0, **back)[0]
+        outputs += build.operation("wide_w", [inner, normed], [2], seconds=4.0, **back)
+        inner = build.operation("wide'", [inner], [16], seconds=4.0, **back)[0]
+        inner = build.operation("norm'", [inner, before], [16], seconds=0.5, **back)[0]
+        gradient = build.operation("add'", [gradient, inner], [16], seconds=0.2, **back)[0]
+    outputs += build.operation("embed'", [gradient], [4], seconds=1.0, **back)
+    return build.finish(num_forward, [loss], outputs)
+
+
+def per_segment_checkpointing(graph: StepGraph, num_segments: int) -> tuple[int, float]:
+    """Return peak and seconds of keeping what crosses segment ends and recomputing each once.
+
+    Written from the idea alone: before a backward operation runs, everything it needs is recomputed
+    from what crosses the ends of segments, a segment at a time.
+    """
+    num = graph.num_forward
+    segment = [min(i * num_segments // num, num_segments - 1) for i in range(num)]
+    maker = {b: o.id for o in graph.operations for b in o.creates}
+    crosses = {
+        b for o in graph.operations[:num] for b in o.reads
+        if b in maker and segment[maker[b]] < segment[o.id]
+    } | set(graph.forward_outputs)
+    order = list(range(num))
+    present: set[int] = set()
+    current = -1
+    for operation in graph.operations[num:]:
+        todo = [b for b in operation.reads if b in maker and maker[b] < num]
+        again: set[int] = set()
+        for b in todo:
+            where = segment[maker[b]]
+            if b not in crosses and b not in present:
+                if where != current:
+                    present, current = set(), where
+                again |= {i for i in range(num) if segment[i] == where}
+        order += [i for i in sorted(again) if not set(graph.operations[i].creates) & crosses]
+        present |= {b for i in again for b in graph.operations[i].creates}
+        order.append(operation.id)
+    schedule = schedule_from_order(graph, order, num)
+    timeline = simulate(graph, schedule)
+    return timeline.peak_bytes, timeline.seconds
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 2, 5), (5, 2, 2, 5), (5, 5, 2, 2), (2, 2, 5, 5)])
+def test_tiny_chains_get_the_plan_that_trying_everything_finds(sizes: tuple[int, ...]) -> None:
+    graph = chain(list(sizes), [1.0, 3.0, 2.0, 1.5])
+    plain_peak_bytes = simulate(graph, plain_schedule(graph)).peak_bytes
+    smallest_bytes = planner.smallest_plan(graph).peak_bytes
+    assert fastest_seconds(graph, smallest_bytes - 1) == float("inf")
+    for budget_bytes in range(smallest_bytes, plain_peak_bytes + 1):
+        plan = planner.plan_schedule(graph, budget_bytes)
+        assert plan.seconds == pytest.approx(fastest_seconds(graph, budget_bytes), rel=1e-9)
+        assert plan.status is PlanStatus.OPTIMAL
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_search_and_trying_everything_agree_off_chains(seed: int) -> None:
+    graph = random_dag(seed, length=2)
+    search = ExactSearch(graph)
+    plain_peak_bytes = simulate(graph, plain_schedule(graph)).peak_bytes
+    for percent in (95, 80, 65):
+        budget_bytes = plain_peak_bytes * percent // 100
+        answer = search.fastest(budget_bytes, 200_000)
+        assert answer.is_proven
+        expected = fastest_seconds(graph, budget_bytes)
+        assert graph.seconds + answer.extra_seconds == pytest.approx(expected, rel=1e-9)
+
+
+def test_u_shape_plans_lie_below_every_segmentation_s_checkpointing() -> None:
+    for seed in range(3):
+        graph = u_shape(seed, depth=3)
+        for num_segments in (2, 3, 4, 6):
+            peak_bytes, seconds = per_segment_checkpointing(graph, num_segments)
+            assert planner.plan_schedule(graph, peak_bytes).seconds <= seconds * (1 + 1e-9)
+            assert planner.smallest_plan(graph).peak_bytes <= peak_bytes
+
+
+@pytest.mark.parametrize("num_segments", [3, 6, 12])
+def test_long_gpt_plans_beat_checkpointing_per_block(num_segments: int) -> None:
+    graph = long_gpt(12)
+    peak_bytes, seconds = per_segment_checkpointing(graph, num_segments)
+    plan = Planner(graph).plan(peak_bytes)
+    assert plan.seconds < seconds
+
+
+def test_the_same_graph_and_budget_give_the_same_plan() -> None:
+    graph = long_gpt(10)
+    budget_bytes = simulate(graph, plain_schedule(graph)).peak_bytes // 3
+    first, second = Planner(graph).plan(budget_bytes), Planner(replace(graph)).plan(budget_bytes)
+    assert first == second
+
+
+def test_pareto_plans_are_monotone_and_end_at_the_smallest() -> None:
+    graph = long_gpt(8)
+    plans = planner.pareto(graph, 6)
+    for roomier, tighter in itertools.pairwise(plans):
+        assert roomier.peak_bytes >= tighter.peak_bytes
+        assert roomier.seconds <= tighter.seconds
+    assert plans[0].slowdown == 1.0
+    assert plans[-1].peak_bytes == planner.smallest_plan(graph).peak_bytes
+
+
+def test_more_memory_is_never_slower_than_what_was_planned_before() -> None:
+    graph = long_gpt(8)
+    plain_peak_bytes = simulate(graph, plain_schedule(graph)).peak_bytes
+    slowest = float("inf")
+    for percent in range(35, 100, 9):
+        seconds = planner.plan_schedule(graph, plain_peak_bytes * percent // 100).seconds
+        assert seconds <= slowest
+        slowest = seconds
+
+
+def test_tight_budgets_nest_recomputation() -> None:
+    graph = uniform_chain(12)
+    counts = planner.smallest_plan(graph).schedule.compute_counts()
+    assert max(counts.values()) >= 3
+
+
+def test_what_must_run_once_runs_once_and_random_operations_may_run_again() -> None:
+    build = GraphBuilder()
+    x = build.buffer(8, BufferKind.INPUT)
+    state = build.operation("rng_state", [], [1], can_recompute=False)[0]
+    a = build.operation("linear", [x], [40], seconds=2.0)[0]
+    dropped = build.operation("dropout", [a, state], [40], seconds=0.1, is_random=True)[0]
+    b = build.operation("linear", [dropped], [40], seconds=2.0)[0]
+    c = build.operation("linear", [b], [40], seconds=2.0)[0]
+    loss = build.operation("loss", [c], [1], seconds=0.1)[0]
+    gc = build.operation("loss'", [c], [40], phase=Phase.BACKWARD, seconds=0.1)[0]
+    gb = build.operation("linear'", [gc, b], [40], phase=Phase.BACKWARD, seconds=4.0)[0]
+    ga = build.operation("linear'", [gb, dropped], [40], phase=Phase.BACKWARD, seconds=4.0)[0]
+    gw = build.operation("linear'", [ga, a], [4], phase=Phase.BACKWARD, seconds=4.0)[0]
+    graph = build.finish(6, [loss], [loss, gw])
+    plan = planner.smallest_plan(graph)
+    counts = plan.schedule.compute_counts()
+    assert counts[0] == 1
+    assert counts[2] > 1
+    assert plan.peak_bytes < simulate(graph, plain_schedule(graph)).peak_bytes
+
+
+def test_an_operation_in_place_saves_its_output() -> None:
+    build = GraphBuilder()
+    a = build.operation("linear", [build.buffer(8, BufferKind.INPUT)], [100])[0]
+    b = build.operation("relu_", [a], [100], overwrites_read=a)[0]
+    loss = build.operation("loss", [b], [1])[0]
+    graph = build.finish(3, [loss], [loss])
+    assert simulate(graph, plain_schedule(graph)).peak_bytes == 101
+    plain = Planner(graph).plan(None)
+    assert (plain.peak_bytes, plain.status) == (101, PlanStatus.OPTIMAL)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_intervals_cost_what_the_simulator_says(seed: int) -> None:
+    graph = transformer(seed)
+    for order in (range(len(graph.operations)), LocalSearch(graph).views[0].old_ids):
+        retention = Retention.from_order(graph, list(order))
+        found = schedule_of(graph, retention.order())
+        assert retention.peak_bytes == found.peak_bytes
+        assert recount_peak_bytes(graph, found.schedule.instructions) == found.peak_bytes
+    scratch = Retention.from_nothing(graph, drop_gradients=True)
+    found = schedule_of(graph, scratch.order())
+    assert scratch.peak_bytes >= found.peak_bytes
+    assert graph.seconds + scratch.total_extra_seconds == pytest.approx(found.seconds)
+
+
+def test_changes_of_intervals_can_be_taken_back() -> None:
+    graph = long_gpt(4)
+    retention = Retention.from_order(graph, range(len(graph.operations)))
+    before = ([list(i) for i in retention.intervals], retention.peaks.tolist())
+    mark = retention.mark()
+    for buffer in range(5, 25):
+        new = retention.without_gap(buffer, retention.num_positions // 2)
+        if new is not None:
+            retention.set_intervals(buffer, new)
+    assert retention.total_extra_seconds > 0
+    retention.undo_to(mark)
+    assert ([list(i) for i in retention.intervals], retention.peaks.tolist()) == before
+    assert retention.total_extra_seconds == 0
+
+
+def test_the_bound_holds_for_reordered_schedules() -> None:
+    graph = long_gpt(6)
+    plan_of = Planner(graph)
+    for percent in (80, 60, 45, 35):
+        budget_bytes = plan_of.plain_peak_bytes * percent // 100
+        plan = plan_of.plan(budget_bytes)
+        bound = lower_bound_seconds(graph, budget_bytes)
+        assert graph.seconds <= bound <= plan.seconds * (1 + 1e-9)
+        assert plan.bound_seconds <= plan.seconds
+
+
+def test_a_budget_too_small_is_refused_with_numbers_and_a_computed_hint() -> None:
+    graph = uniform_chain(6)
+    smallest = planner.smallest_plan(graph)
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        planner.plan_schedule(graph, smallest.peak_bytes * 2 // 3)
+    error = raised.value
+    assert error.smallest_bytes == smallest.peak_bytes
+    timeline = simulate(graph, smallest.schedule)
+    at_peak = sum(size for _, size in error.peak_buffers)
+    assert at_peak == timeline.peak_bytes
+    assert "of the batch would need about" in str(error)
+
+
+def test_every_schedule_frees_what_it_makes() -> None:
+    graph = long_gpt(5)
+    plan = Planner(graph).plan(simulate(graph, plain_schedule(graph)).peak_bytes // 2)
+    live: set[int] = set()
+    for instruction in plan.schedule.instructions:
+        if instruction.action is Action.FREE:
+            live.remove(instruction.target)
+        else:
+            live |= set(graph.operations[instruction.target].creates)
+    assert live == set(graph.outputs)
