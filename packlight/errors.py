@@ -48,7 +48,8 @@ class InfeasibleBudgetError(PacklightError, ValueError):
         self.peak_buffers = peak_buffers
         self.hint = hint
         live = " + ".join(f"{format_bytes(size)} {name}" for name, size in peak_buffers[:4])
-        more = f" + {len(peak_buffers) - 4} smaller" if len(peak_buffers) > 4 else ""
+        rest = [size for _, size in peak_buffers[4:]]
+        more = f" + {format_bytes(sum(rest))} in {len(rest)} smaller" if rest else ""
         super().__init__(
             f"budget {format_bytes(budget_bytes)} is below the smallest feasible peak, "
             f"{format_bytes(smallest_bytes)} ({smallest_bytes} bytes)\n"

@@ -40,7 +40,7 @@ def parse_bytes(text: str | int) -> int:
     (314572800, 1500000000, 4096)
     """
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        hint = ""
+        hint = "write a number and a unit, for example '300MiB'"
         if isinstance(text, float):
             hint = "a budget is a number of bytes, not a fraction; write for example '300MiB'"
         raise BudgetFormatError(text, hint)

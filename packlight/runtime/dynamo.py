@@ -70,7 +70,7 @@ def plain_errors() -> Iterator[None]:
     except exc.BackendCompilerFailed as error:
         inner = error.inner_exception
         raise inner.with_traceback(None) from None
-    except exc.Unsupported as error:
+    except (exc.Unsupported, exc.UserError) as error:
         raise _graph_break(str(error), getattr(error, "real_stack", None)) from error
 
 
