@@ -25,10 +25,11 @@ from packlight.step import Schedule, StepGraph, simulate
 from packlight.step.types import BufferKind
 
 CHAIN_LEVELS = 400
-SCALES = (1.0, 0.97, 1.04, 1.1)
+SCALES = (1.0, 0.94, 0.97, 0.99, 1.02, 1.04, 1.07, 1.1)
 MAX_FROM_NOTHING = 200
 MAX_FROM_PLAIN = 500
 EVALUATIONS = 6_000
+SHAKEN = 4
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class LocalSearch:
                     seconds = retention.total_extra_seconds
                     started.append((seconds, len(started), view, retention))
         found = []
-        for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:2]:
+        for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:SHAKEN]:
             effort = Effort(0)
             effort.more(retention, EVALUATIONS)
             shake(retention, budget_bytes, effort)

@@ -77,7 +77,8 @@ def plain_errors() -> Iterator[None]:
 def _graph_break(message: str, stack: Any) -> GraphBreakError:
     frame = stack[-1] if stack else None
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    cause = lines[0] if lines else "unknown cause"
+    telling = [line for line in lines if not line.startswith("Consider ")]
+    cause = telling[0] if telling else "unknown cause"
     explanation = next((x for x in lines if x.startswith("Explanation:")), "")
     if explanation:
         cause += f" ({explanation.removeprefix('Explanation:').strip()})"
