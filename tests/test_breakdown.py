@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from packlight.step.profile import StepMemory, StepProfile
 
 from packlight.cli import breakdown
 from packlight.errors import InfeasibleBudgetError
@@ -21,6 +20,7 @@ from packlight.step import (
     StepGraph,
     simulate,
 )
+from packlight.step.profile import StepMemory, StepProfile
 
 FORWARD_LAYERS = ["h.0.fc", "h.0.act", "h.1.fc", "h.1.act", ""]
 LAYERS = FORWARD_LAYERS + FORWARD_LAYERS[::-1]

@@ -30,6 +30,7 @@ MAX_FROM_NOTHING = 200
 MAX_FROM_PLAIN = 500
 EVALUATIONS = 6_000
 SHAKEN = 4
+MAX_CAREFUL = 700
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ class LocalSearch:
                     improve(retention, budget_bytes, effort)
                     seconds = retention.total_extra_seconds
                     started.append((seconds, len(started), view, retention))
+        shaken = SHAKEN if len(self.graph.operations) <= MAX_CAREFUL else 1
         found = []
-        for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:SHAKEN]:
+        for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:shaken]:
             effort = Effort(0)
             effort.more(retention, EVALUATIONS)
             shake(retention, budget_bytes, effort)
@@ -98,7 +100,8 @@ class LocalSearch:
         num = len(view.graph.operations)
         chain = self._chain(view, int(budget_bytes * max(SCALES)), budget_bytes)
         smallest = chain.smallest_level()
-        for scale in SCALES if num <= 3000 else (SCALES[0], SCALES[-1]):
+        # Fewer of each in larger graphs: planning 1,000 operations takes about 2 s.
+        for scale in SCALES[:: 1 if num <= MAX_CAREFUL else 2 if num <= 4 * MAX_CAREFUL else 7]:
             level = chain.level_within(int(budget_bytes * scale) - self._pinned_bytes)
             if smallest is not None and level >= smallest:
                 order = tuple(chain.order(level))
@@ -111,7 +114,7 @@ class LocalSearch:
             yield Retention.from_nothing(view.graph, drop_gradients=False)
 
     def _chain(self, view: View, most_bytes: int, budget_bytes: int) -> Chain:
-        """Return the table up to `most_bytes`, as fine as `CHAIN_LEVELS` levels to `budget_bytes`."""
+        """Return the table up to `most_bytes`, with `CHAIN_LEVELS` levels to `budget_bytes`."""
         sizes = [0 if b.kind.is_resident else b.bytes for b in view.graph.buffers]
         budget_bytes = max(1, budget_bytes - self._pinned_bytes)
         most_bytes = max(budget_bytes, most_bytes - self._pinned_bytes)
