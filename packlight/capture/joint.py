@@ -122,7 +122,7 @@ class _Reader:
         self.pinned_outputs = pinned_outputs
         self.nodes = list(module.graph.nodes)
         drop_ignored_reads(self.nodes)
-        results = list(self.nodes[-1].args[0])  # type: ignore[arg-type]
+        results: list[Any] = list(self.nodes[-1].args[0])
         self.forward_results = results[:num_forward_outputs]
         self.backward_results = results[num_forward_outputs:]
         self.buffers: list[Buffer] = []
@@ -283,7 +283,7 @@ class _Reader:
         if is_random:
             rng_state = self._new_rng_state(node, phase)
             reads = (*reads, rng_state)
-        overwrites = ()
+        overwrites: tuple[tuple[int, int], ...] = ()
         if facts.in_place is not None and facts.in_place < len(argument_nodes):
             overwrites = self._overwrites(node, facts.in_place, argument_nodes, created[0])
         operation = self._new_operation(

@@ -42,6 +42,7 @@ class Planner:
         self._local: LocalSearch | None = None
         self._exact = ExactSearch(graph) if len(graph.operations) <= MAX_EXACT else None
         self._smallest_was_sought = False
+        self._impossible_bytes = 0
 
     @property
     def local(self) -> LocalSearch:
@@ -137,26 +138,29 @@ class Planner:
             self._bounds[budget_bytes] = max(self._bounds[budget_bytes], bound)
         return answer.is_proven
 
-    def _ask_any(self, exact: ExactSearch, budget_bytes: int, max_nodes: int) -> bool:
-        """Look for any schedule within a budget; return whether one was found."""
+    def _ask_any(self, exact: ExactSearch, budget_bytes: int, max_nodes: int) -> None:
+        """Look for any schedule within a budget, and remember if there can be none."""
         for prefer_short in (True, False):
             answer = exact.any_within(budget_bytes, max_nodes, prefer_short)
             if answer.order is not None:
                 self._found.append(schedule_of(self.graph, answer.order))
-                return True
-        return False
+            if answer.is_proven:
+                self._impossible_bytes = max(self._impossible_bytes, budget_bytes)
+            if answer.is_proven or answer.order is not None:
+                return
 
     def _shrink(self, exact: ExactSearch) -> None:
         """Look for schedules below the smallest peak, by smaller and smaller steps."""
         best = min(f.peak_bytes for f in self._found)
-        part = 2
-        while part < 2048 and best // part > 0:
-            if self._ask_any(exact, best - best // part, FEW_NODES // 4):
+        for first_part, max_nodes in ((2, FEW_NODES // 4), (96, 2 * FEW_NODES)):
+            part = first_part
+            while part < 2048 and best // part > 0:
+                budget_bytes = best - best // part
+                if budget_bytes > self._impossible_bytes:
+                    self._ask_any(exact, budget_bytes, max_nodes)
                 reached = min(f.peak_bytes for f in self._found)
                 part = part if reached < best else 2 * part
                 best = reached
-            else:
-                part *= 2
 
     # -- results
 

@@ -28,8 +28,8 @@ def prepare_dynamo() -> None:
 
     # transformers adds warning_once and warning_advice to all loggers.
     names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
-    methods = {getattr(logging.Logger, name, None) for name in names} - {None}
-    config.ignore_logging_functions.update(methods)
+    methods = (getattr(logging.Logger, name, None) for name in names)
+    config.ignore_logging_functions.update(m for m in methods if m is not None)
     config.allow_rnn = True
 
 

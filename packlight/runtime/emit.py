@@ -193,7 +193,8 @@ class _Emitter:
             )
         assert node in self.step.folded, f"{node} is not in memory"
         args, kwargs = pytree.tree_map_only(fx.Node, self.value, (node.args, dict(node.kwargs)))
-        new = self.new.call_function(node.target, args, kwargs)
+        target: Any = node.target
+        new = self.new.call_function(target, args, kwargs)
         new.meta = _plain_meta(node.meta)
         self.place(node, new)
         return new
@@ -222,9 +223,8 @@ class _Emitter:
             target, kwargs = self._in_place(index, node, instruction.overwrite[1], args, kwargs)
         state = self.step.rng_state_of.get(index)
         if state is not None and self.special.get(state) is not None and self._is_replay(index):
-            new = self.new.call_function(
-                replay, (self.special[state], _device(node), target, *args), kwargs
-            )
+            replayed: Any = (self.special[state], _device(node), target, *args)
+            new = self.new.call_function(replay, replayed, kwargs)
         else:
             new = self.new.call_function(target, args, kwargs)
         self.ran.add(index)
