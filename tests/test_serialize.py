@@ -32,16 +32,20 @@ def random_graph(seed: int) -> StepGraph:
     num_forward = rng.randrange(1, 6)
     for index in range(num_forward + rng.randrange(1, 6)):
         reads = rng.sample(live, rng.randrange(1, len(live) + 1))
+        overwritten = rng.choice([None, reads[0]])
+        sizes = [rng.randrange(0, 2**33) for _ in range(rng.randrange(1, 4))]
+        if overwritten is not None:
+            sizes[0] = build._buffers[overwritten].bytes
         live += build.operation(
             f"aten.op{index}.default",
             reads,
-            [rng.randrange(0, 2**33) for _ in range(rng.randrange(1, 4))],
+            sizes,
             seconds=rng.random() * 10.0 ** rng.randrange(-9, 3),
             workspace_bytes=rng.randrange(0, 1000),
             phase=Phase.FORWARD if index < num_forward else Phase.BACKWARD,
             is_random=rng.random() < 0.2,
             can_recompute=rng.random() < 0.8,
-            overwrites_read=rng.choice([None, reads[0]]),
+            overwrites_read=overwritten,
         )
         if index == num_forward - 1:
             loss = live[-1]

@@ -140,7 +140,9 @@ ERRORS = {
         1, [run(0), Instruction(Action.OFFLOAD, 0), run(1)], "not simulated",
     ),
     "overwrite not offered": (1, [run(0), run(1, overwrite=(1, 0)), run(2)], "cannot overwrite"),
-    "output missing at the end": (4, [run(0), run(1), run(2), free(2)], "the step ends without"),
+    "output missing at the end": (
+        6, [run(0), run(1), free(0), run(0), run(2), free(2)], "the step ends without",
+    ),
 }
 
 
@@ -213,9 +215,11 @@ def random_schedule(graph: StepGraph, seed: int) -> Schedule:
         order.append(op)
 
     num_forward = 0
+    outputs = set(graph.outputs) | set(graph.forward_outputs)
+    # Running an operation again would make an output again that its caller already has.
+    pinned = {b for op in graph.operations if outputs & set(op.creates) for b in op.creates}
     for op in graph.operations:
         make(op.id)
-        pinned = set(graph.outputs) | set(graph.forward_outputs)
         # sorted: sets of ints iterate alike everywhere only by luck.
         live.difference_update(
             b for b in sorted(live - pinned) if draw.random() > keep_chance

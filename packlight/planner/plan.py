@@ -152,14 +152,13 @@ class Planner:
     def _shrink(self, exact: ExactSearch) -> None:
         """Look for schedules below the smallest peak, by smaller and smaller steps."""
         best = min(f.peak_bytes for f in self._found)
-        for first_part, max_nodes in ((2, FEW_NODES // 4), (96, 2 * FEW_NODES)):
-            part = first_part
+        for part, finer, max_nodes in ((2, 2, FEW_NODES // 4), (96, 8, 2 * FEW_NODES)):
             while part < 2048 and best // part > 0:
                 budget_bytes = best - best // part
                 if budget_bytes > self._impossible_bytes:
                     self._ask_any(exact, budget_bytes, max_nodes)
                 reached = min(f.peak_bytes for f in self._found)
-                part = part if reached < best else 2 * part
+                part = part if reached < best else finer * part
                 best = reached
 
     # -- results
