@@ -89,8 +89,8 @@ CASES = {
             {}, "transformer.h", 3,
         ),
         Case(
-            "bert", "BERT base (12 x 768, sequence 128, batch 16, dropout 0.1)", "bert",
-            {"layers": 12, "width": 768, "heads": 12, "vocabulary": 30522, "batch_size": 16,
+            "bert", "BERT base (12 x 768, sequence 128, batch 8, dropout 0.1)", "bert",
+            {"layers": 12, "width": 768, "heads": 12, "vocabulary": 30522, "batch_size": 8,
              "length": 128},
             {}, "bert.encoder.layer", 3,
         ),
