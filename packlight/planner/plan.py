@@ -1,9 +1,9 @@
 """From a step and a budget to a plan, and the memory of what was found before.
 
 Small steps are searched exactly, larger ones by a dynamic program and local moves. Every schedule
-found
-is remembered: the answer is always the fastest known one that fits, so that within one planner a
-larger budget never gets a slower plan than a smaller one planned before it.
+found is remembered: the answer is always the fastest known one that fits, so that within a planner
+a larger budget never gets a slower plan than a smaller one planned before it. Two planners that are
+asked the same questions in the same order give the same answers.
 """
 
 from __future__ import annotations
@@ -50,10 +50,6 @@ class Planner:
         if self._local is None:
             self._local = LocalSearch(self.graph)
         return self._local
-
-    @property
-    def _views(self) -> list[tuple[StepGraph, list[int], list[object]]]:
-        return [(v.graph, v.old_ids, list(v.segments)) for v in self.local.views]
 
     def plan(self, budget_bytes: int | None) -> Plan:
         """Return the fastest plan known within a budget, after looking for one.
