@@ -18,6 +18,7 @@ from packlight.step import (
     Phase,
     Schedule,
     StepGraph,
+    live_after_forward,
     simulate,
 )
 from packlight.step.profile import StepMemory, StepProfile
@@ -97,7 +98,7 @@ def test_a_plan_is_told_layer_by_layer_and_equal_layers_together() -> None:
     backward = "5 -4 2 6 -6 -3 7 -7 -2 0 8 -8 -1 9 -10".split()
     recompute = schedule(forward + backward, len(forward))
     simulate(graph, recompute)
-    assert breakdown.kept_buffers(graph, recompute) == {2, 4, 5}
+    assert live_after_forward(graph, recompute) == {2, 4, 5}
     rows = {row.layer: row for row in breakdown.plan_rows(graph, recompute)}
     assert set(rows) == {"h.0-1.fc", "h.0-1.act", breakdown.OUTSIDE}
     assert rows["h.0-1.fc"].recomputed == (("fc", 1),)

@@ -20,13 +20,19 @@ from packlight.report.accounts import (
     curve,
     layer_accounts,
     layer_groups,
-    live_after_forward,
     peak_by_kind,
     peak_by_layer,
     whole_step_bytes,
 )
 from packlight.report.figures import memory_over_time, three_kinds
-from packlight.step import Plan, PlanStatus, Schedule, StepGraph, simulate
+from packlight.step import (
+    Plan,
+    PlanStatus,
+    Schedule,
+    StepGraph,
+    live_after_forward,
+    simulate,
+)
 from packlight.step.profile import StepProfile
 from packlight.units import format_bytes
 from tests.oracles.gpt import gpt_profile, gpt_step

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from packlight.capture.peak import record_allocations, running_peak
+from packlight.capture.peak import allocator_peak
 
 MIN_REPEATS = 3
 MAX_REPEATS = 12
@@ -156,7 +156,7 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
         return target(*real_args, **real_kwargs)
 
     call()  # whatever is set up once (library handles, thread pools) is not workspace
-    result, high_bytes = _high_water(call, device)
+    result, high_bytes, _ = allocator_peak(call, device)
     outputs = _output_facts(result, inputs, device)
     created = sum(
         o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None
@@ -203,18 +203,6 @@ def _device_of(inputs: list[torch.Tensor], kwargs: Any) -> torch.device:
         if tensor.device.type != "cpu":
             return tensor.device
     return torch.device(kwargs.get("device") or "cpu")
-
-
-def _high_water(call: Callable[[], Any], device: torch.device) -> tuple[Any, int]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        result = call()
-        torch.cuda.synchronize(device)
-        return result, torch.cuda.max_memory_allocated(device) - before
-    result, events = record_allocations(call)
-    return result, running_peak(events)[0]
 
 
 def _output_facts(
@@ -326,7 +314,7 @@ def _in_place_argument(
             ) -> Any:
                 return overload(*a, **k, **out)
 
-            result, high_bytes = _high_water(call, device)
+            result, high_bytes, _ = allocator_peak(call, device)
         except (RuntimeError, NotImplementedError):
             continue
         is_cheaper = high_bytes < expected.untyped_storage().nbytes()

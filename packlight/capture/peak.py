@@ -47,19 +47,22 @@ def measure_peak(fn: Callable[[], Any], device: torch.device | str | None = None
     3072
     """
     gc.collect()  # what earlier calls left in reference cycles must not be freed inside this one
-    kind = torch.device(device or "cpu")
-    if kind.type == "cuda":
-        torch.cuda.synchronize(kind)
-        before = torch.cuda.memory_allocated(kind)
-        torch.cuda.reset_peak_memory_stats(kind)
-        result = fn()
-        torch.cuda.synchronize(kind)
-        peak = torch.cuda.max_memory_allocated(kind) - before
-        end = torch.cuda.memory_allocated(kind) - before
-    else:
-        result, events = record_allocations(fn)
-        peak, end = running_peak(events)
+    result, peak, end = allocator_peak(fn, torch.device(device or "cpu"))
     return MemoryPeak(peak, end, _resident_high_water_bytes(), result)
+
+
+def allocator_peak(fn: Callable[[], Any], device: torch.device) -> tuple[Any, int, int]:
+    """Run `fn()`; return its result, the allocator's peak and its end, both above the start."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = fn()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return result, peak, torch.cuda.memory_allocated(device) - before
+    result, events = record_allocations(fn)
+    return result, *running_peak(events)
 
 
 def record_allocations(fn: Callable[[], Any]) -> tuple[Any, list[int]]:

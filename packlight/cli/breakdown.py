@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import plain_schedule, plan_schedule, smallest_plan
-from packlight.step import Action, BufferKind, Plan, Schedule, StepGraph, simulate
+from packlight.step import BufferKind, Plan, Schedule, StepGraph, live_after_forward, simulate
 from packlight.units import format_bytes
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def plan_rows(
 ) -> list[PlanRow]:
     """Return what is kept and what runs again, layer by layer; equal layers share a row."""
     counts = schedule.compute_counts()
-    kept = kept_buffers(graph, schedule)
+    kept = live_after_forward(graph, schedule)
     operations = graph.operations[: graph.num_forward]
     depth = sensible_depth((o.layer for o in operations), 10 * max_layers)
     layers: dict[str, PlanRow] = {}
@@ -212,7 +212,7 @@ def plan_rows(
         row = layers.get(name, PlanRow(name, 1, 0, (), (), 0.0))
         kept_bytes = sum(graph.buffers[b].bytes for b in operation.creates if b in kept)
         again = counts.get(operation.id, 1) - 1
-        label = short_name(operation.name)
+        label = operation.short_name
         layers[name] = PlanRow(
             name,
             1,
@@ -237,29 +237,6 @@ def plan_rows(
         )
         for rows in groups.values()
     ]
-
-
-def kept_buffers(graph: StepGraph, schedule: Schedule) -> set[int]:
-    """Return the buffers, resident ones left out, in memory when the forward ends."""
-    live: set[int] = set()
-    for instruction in schedule.instructions[: schedule.num_forward]:
-        if instruction.action is Action.COMPUTE:
-            live.update(graph.operations[instruction.target].creates)
-            if instruction.overwrite is not None:
-                live.discard(instruction.overwrite[1])
-        elif instruction.action is Action.FREE:
-            live.discard(instruction.target)
-    return live
-
-
-def short_name(operation_name: str) -> str:
-    """Return an operation's name without namespace and overload.
-
-    >>> short_name("aten.native_layer_norm.default")
-    'native_layer_norm'
-    """
-    parts = operation_name.split(".")
-    return parts[min(1, len(parts) - 1)]
 
 
 def layer_at_depth(layer: str, depth: int) -> str:

@@ -18,6 +18,7 @@ from packlight.step import (
     Schedule,
     StepGraph,
     Timeline,
+    live_after_forward,
     simulate,
 )
 
@@ -101,18 +102,9 @@ def _thin(corners: list[tuple[float, int]]) -> list[tuple[float, int]]:
     return [corners[position] for position in sorted(kept)]
 
 
-def short_name(operation_name: str) -> str:
-    """Return an operation's name without what all ATen names share.
-
-    >>> short_name("aten.native_layer_norm.default")
-    'native_layer_norm'
-    """
-    return operation_name.removeprefix("aten.").removesuffix(".default")
-
-
 def place_name(operation: Operation) -> str:
     """Return where an operation is, for people: "lm_head backward (mm)"."""
-    name = short_name(operation.name)
+    name = operation.short_name
     if not operation.layer:
         return name if operation.phase is Phase.FORWARD else f"{name} ({operation.phase.value})"
     phase = "" if operation.phase is Phase.FORWARD else f" {operation.phase.value}"
@@ -218,21 +210,6 @@ def layer_accounts(
                 account.num_reruns += runs - 1
                 account.rerun_seconds += (runs - 1) * operation.seconds
                 assert account.reruns is not None
-                name = short_name(operation.name)
+                name = operation.short_name
                 account.reruns[name] = account.reruns.get(name, 0) + runs - 1
     return list(accounts.values())
-
-
-def live_after_forward(graph: StepGraph, schedule: Schedule) -> set[int]:
-    """Return the buffers that a schedule carries from the forward to the backward."""
-    live: set[int] = set()
-    for instruction in schedule.instructions[: schedule.num_forward]:
-        if instruction.action is Action.COMPUTE:
-            live.update(graph.operations[instruction.target].creates)
-            if instruction.overwrite is not None:
-                live.discard(instruction.overwrite[1])
-        elif instruction.action is Action.FREE:
-            live.discard(instruction.target)
-    return live
-
-

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packlight.planner import plain_schedule
-from packlight.report.accounts import curve, layer_accounts, short_name, whole_step_bytes
+from packlight.report.accounts import curve, layer_accounts, whole_step_bytes
 from packlight.report.style import css_variables, drawing, to_svg
 from packlight.report.template import CSS, PAGE, SCRIPT
 from packlight.step import Plan, simulate
@@ -290,7 +290,7 @@ def _operation_section(profile: StepProfile, plan: Plan) -> str:
         made = sum(graph.buffers[b].bytes for b in operation.creates)
         cost = again[op] * operation.seconds
         rows.append([
-            _Cell(f"<code>{escape(short_name(operation.name))}</code>"),
+            _Cell(f"<code>{escape(operation.short_name)}</code>"),
             _Cell(f"<code>{escape(operation.layer)}</code>"),
             _number(again[op], str(again[op])),
             _seconds(operation.seconds),

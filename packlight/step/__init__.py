@@ -1,7 +1,7 @@
 """One training step as data: graph, schedule, timeline, plan. Standard library and numpy only."""
 
 from packlight.step.profile import StepMemory, StepProfile
-from packlight.step.simulate import simulate
+from packlight.step.simulate import live_after_forward, simulate
 from packlight.step.types import (
     Action,
     Buffer,
@@ -38,5 +38,6 @@ __all__ = [
     "StepMemory",
     "StepProfile",
     "Timeline",
+    "live_after_forward",
     "simulate",
 ]

@@ -115,3 +115,16 @@ def _checked_overwrite(
     if (created, read) not in operation.overwrites or read in resident or read not in live:
         raise ScheduleError(index, f"{operation.name} cannot overwrite buffer {read}")
     return created, read
+
+
+def live_after_forward(graph: StepGraph, schedule: Schedule) -> set[int]:
+    """Return the buffers, resident ones left out, in memory when the forward ends."""
+    live: set[int] = set()
+    for instruction in schedule.instructions[: schedule.num_forward]:
+        if instruction.action is Action.COMPUTE:
+            live.update(graph.operations[instruction.target].creates)
+            if instruction.overwrite is not None:
+                live.discard(instruction.overwrite[1])
+        elif instruction.action is Action.FREE:
+            live.discard(instruction.target)
+    return live

@@ -102,6 +102,11 @@ class Operation:
     overwrites: tuple[tuple[int, int], ...] = ()
     layer: str = ""
 
+    @property
+    def short_name(self) -> str:
+        """The name without what all ATen names share: "native_layer_norm", "sum.dim_IntList"."""
+        return self.name.removeprefix("aten.").removesuffix(".default")
+
 
 @dataclass(frozen=True)
 class StepGraph:
