@@ -23,7 +23,7 @@ demo: $(READY) ## train a small GPT in 40% of its memory, losses identical to th
 
 test: $(READY) ## lint, types, import rules, tests and doctests
 	$(MAKE) lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --show-capture=stdout
 
 lint: $(READY) ## style, types and import rules
 	$(BIN)/ruff check .

@@ -117,6 +117,6 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
         self.step_index = step_index
         self.loss = loss
         super().__init__(
-            f"the loss of step {step_index} is {loss}; parameters and optimizer are untouched\n"
+            f"the loss of step {step_index + 1} is {loss}; parameters and optimizer are untouched\n"
             "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,6 +21,12 @@ from packlight.step import StepGraph
 from tests.models import FAMILIES, make
 
 FRACTIONS = (0.0, 0.25, 0.35, 0.5, 0.7, 1.0)  # of eager's peak; 0 for the smallest feasible
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Plans for several budgets are comparable only if they are made with the same times."""
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
 
 
 class Run:

@@ -48,13 +48,15 @@ class CallCache:
         key = f"{device_name(device)}|{torch.__version__}|{FORMAT_VERSION}"
         name = f"calls-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
         self.path = (directory or cache_directory()) / name
-        self._facts: dict[str, CallFacts] = {}
+        self._facts = self._read()
         self._is_changed = False
+
+    def _read(self) -> dict[str, CallFacts]:
         try:
             stored = json.loads(self.path.read_text())
-            self._facts = {k: _from_json(v) for k, v in stored["calls"].items()}
+            return {k: _from_json(v) for k, v in stored["calls"].items()}
         except (OSError, ValueError, KeyError, TypeError):
-            self._facts = {}
+            return {}
 
     def get(self, signature: str) -> CallFacts | None:
         """Return what is known of a call."""
@@ -66,9 +68,10 @@ class CallCache:
         self._is_changed = True
 
     def save(self) -> None:
-        """Write the cache, whole or not at all."""
+        """Write the cache, whole or not at all, with what other processes added meanwhile."""
         if not self._is_changed:
             return
+        self._facts = {**self._read(), **self._facts}
         text = json.dumps({"calls": {k: asdict(v) for k, v in self._facts.items()}})
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -186,6 +186,8 @@ class _Trainer:
         """Return the error with the name of the checkpoint to go back to."""
         from packlight.runtime.checkpoint import newest_checkpoint
 
+        # The training step counts its own steps, not those before a resumption.
+        error = NonFiniteLossError(self.num_done, error.loss)
         directory = self.arguments.checkpoint
         found = newest_checkpoint(directory) if directory else None
         if found is None:
