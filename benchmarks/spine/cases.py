@@ -29,6 +29,7 @@ class Case:
         num_rounds: how often every cell is timed.
         budgets_bytes: budgets to plan for besides the rivals' peaks.
         segments: how many segments `checkpoint_sequential` gets.
+        memory_budgets: values of torch's `activation_memory_budget`.
         inductor_budgets: values of `activation_memory_budget` to run with inductor's own kernels.
     """
 
@@ -41,6 +42,7 @@ class Case:
     num_rounds: int
     budgets_bytes: tuple[int, ...] = ()
     segments: tuple[int, ...] = (3,)
+    memory_budgets: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1, 0.0)
     inductor_budgets: tuple[float, ...] = ()
 
     def build(self, quick: bool, device: str, seed: int) -> Built:
@@ -86,13 +88,13 @@ CASES = {
             "gpt2", "GPT-2 (12 x 768, sequence 512, batch 2, dropout 0.1)", "gpt2",
             {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257, "batch_size": 2,
              "length": 512},
-            {}, "transformer.h", 3,
+            {}, "transformer.h", 3, segments=(), memory_budgets=(0.5, 0.1),
         ),
         Case(
             "bert", "BERT base (12 x 768, sequence 128, batch 8, dropout 0.1)", "bert",
             {"layers": 12, "width": 768, "heads": 12, "vocabulary": 30522, "batch_size": 8,
              "length": 128},
-            {}, "bert.encoder.layer", 3,
+            {}, "bert.encoder.layer", 3, segments=(), memory_budgets=(0.5, 0.1),
         ),
         Case(
             "resnet50", "ResNet-50 (224 x 224, batch 8)", "resnet50",

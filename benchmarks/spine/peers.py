@@ -26,7 +26,6 @@ from torch.utils.checkpoint import (
 from benchmarks.spine.cases import Built, Case
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
-MEMORY_BUDGETS = (0.7, 0.5, 0.3, 0.1, 0.0)
 
 EAGER = "eager"
 CHECKPOINT = "torch.utils.checkpoint"
@@ -78,7 +77,7 @@ def peers_of(case: Case) -> list[Peer]:
     ]
     peers += [
         Peer(MEMORY_BUDGET, f"{b:g}", functools.partial(_memory_budget, b), is_compiled=True)
-        for b in MEMORY_BUDGETS
+        for b in case.memory_budgets
     ]
     peers += [
         Peer(INDUCTOR, "no budget" if b == 1.0 else f"{MEMORY_BUDGET} {b:g}",
