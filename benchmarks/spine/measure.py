@@ -22,7 +22,7 @@ from benchmarks.spine.cases import Built, Case
 from benchmarks.spine.peers import EAGER, LossFn, Peer, distinct, peers_of
 from benchmarks.spine.records import Record, provenance
 from packlight.capture.peak import measure_peak
-from packlight.planner import plan_schedule, smallest_plan
+from packlight.planner import Planner, plan_schedule, smallest_plan
 from packlight.runtime.backend import PacklightBackend
 from packlight.runtime.dynamo import prepare_dynamo
 from packlight.step import Plan, Schedule, StepGraph
@@ -322,7 +322,7 @@ def _relative_error(
 def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
     tracemalloc.start()
     try:
-        plan_schedule(graph, budget_bytes)
+        Planner(graph).plan(budget_bytes)  # a planner of its own: others remember their plans
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
