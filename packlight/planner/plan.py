@@ -178,8 +178,8 @@ _latest: list[Planner] = []
 
 
 def _planner_of(graph: StepGraph) -> Planner:
-    """Return the planner of the latest graph if it is this very one, else a new one."""
-    if not _latest or _latest[0].graph is not graph:
+    """Return the planner of the latest graph if it equals this one, else a new one."""
+    if not _latest or _latest[0].graph != graph:
         _latest[:] = [Planner(graph)]
     return _latest[0]
 
@@ -187,7 +187,7 @@ def _planner_of(graph: StepGraph) -> Planner:
 def plan_schedule(graph: StepGraph, budget_bytes: int | None) -> Plan:
     """Return the fastest schedule found for a step within a budget.
 
-    Asked again about the same graph (the same object), it goes on from what it found before: plans
+    Asked again about an equal graph, it goes on from what it found before: plans
     get no slower, and a larger budget never gets a slower plan than a smaller one planned before.
 
     Args:
