@@ -176,7 +176,7 @@ def test_ctrl_c_saves_and_the_command_it_prints_resumes_to_the_bit(
     interrupted.parent.mkdir()
     signal_once = (
         "        if count == 3 and not os.path.exists('sent'):\n"
-        "            open('sent', 'w').close(); os.kill(os.getpid(), signal.SIGINT)\n"
+        "            open('sent', 'w').close(); signal.raise_signal(signal.SIGINT)\n"
         "        yield"
     )
     interrupted.write_text(EXAMPLE.replace("        yield", signal_once))
@@ -201,7 +201,7 @@ def test_an_interrupted_run_never_writes_among_checkpoints_of_another(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "example-checkpoint").mkdir()
-    signal_later = "if count > 1: os.kill(os.getpid(), signal.SIGINT)\n        yield"
+    signal_later = "if count > 1: signal.raise_signal(signal.SIGINT)\n        yield"
     example.write_text(EXAMPLE.replace("yield", signal_later))
     assert run("train", example, "--steps", 5) == 130
     assert list((tmp_path / "example-checkpoint").iterdir()) == []
@@ -216,7 +216,7 @@ def test_ctrl_c_before_the_first_step_has_nothing_to_save(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    example.write_text(EXAMPLE.replace("yield", "os.kill(os.getpid(), signal.SIGINT); yield"))
+    example.write_text(EXAMPLE.replace("yield", "signal.raise_signal(signal.SIGINT); yield"))
     assert run("train", example) == 130
     assert capsys.readouterr().err == "interrupted\n"
     assert list(tmp_path.iterdir()) == [example]
