@@ -113,8 +113,10 @@ class ExactSearch:
             o.can_recompute and self.creates[o.id] != 0 and not self.creates[o.id] & self.pinned
             for o in operations
         ]
-        self.grows = [self._bytes_of(c) + operations[i].workspace_bytes
-                      for i, c in enumerate(self.creates)]
+        self.last_chance = graph.last_chances()
+        self.grows = [
+            self._bytes_of(c) + operations[i].workspace_bytes for i, c in enumerate(self.creates)
+        ]
         self._find_needs(mask(graph.outputs))
         self._bytes: dict[int, int] = {}
         self._ahead: dict[tuple[int, int], int] = {}
@@ -167,7 +169,7 @@ class ExactSearch:
         total, missing = 0, self.needed[t] & ~live
         while missing:
             maker = self.maker[missing.bit_length() - 1]
-            if not self.can_rerun[maker]:
+            if not self.can_rerun[maker] or self.last_chance[maker] < t:
                 total = -1
                 break
             total += self.ticks[maker]
@@ -296,7 +298,11 @@ class ExactSearch:
         while missing:
             maker = self.maker[missing.bit_length() - 1]
             missing &= ~self.creates[maker]
-            if self.can_rerun[maker] and not self.reads[maker] & ~live:
+            if (
+                self.can_rerun[maker]
+                and not self.reads[maker] & ~live
+                and self.last_chance[maker] >= t
+            ):
                 runs.append(maker)
         found: list[_Node] = []
         for k in runs:

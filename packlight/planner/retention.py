@@ -55,10 +55,14 @@ class Retention:
             o.can_recompute and handed_out.isdisjoint(o.creates) for o in operations
         ]
         self.overwrites = [
-            tuple((v, c) for c, v in sorted(o.overwrites, key=lambda pair: -self.size[pair[0]])
-                  if not resident[v])
+            tuple(
+                (v, c)
+                for c, v in sorted(o.overwrites, key=lambda pair: -self.size[pair[0]])
+                if not resident[v]
+            )
             for o in operations
         ]
+        self.last_chance = graph.last_chances()
         self.maker = [-1] * len(buffers)
         for o in operations:
             for b in o.creates:
@@ -68,7 +72,9 @@ class Retention:
         small = n <= MAX_DROP_OUTPUTS
         pinned = outputs & forward_outputs if small else outputs | forward_outputs
         self.is_fixed = [
-            resident[b.id] or b.id in pinned or self.maker[b.id] < 0
+            resident[b.id]
+            or b.id in pinned
+            or self.maker[b.id] < 0
             or not self.can_recompute[self.maker[b.id]]
             for b in buffers
         ]
@@ -155,9 +161,11 @@ class Retention:
                 continue
             near = [
                 (start, max((u for u in plain.used_at[buffer] if u <= start + 1), default=start))
-                if is_gradient else
-                (start, max((u for u in plain.used_at[buffer] if u < graph.num_forward),
-                            default=start))
+                if is_gradient
+                else (
+                    start,
+                    max((u for u in plain.used_at[buffer] if u < graph.num_forward), default=start),
+                )
             ]
             ends = [(max(due - 1, start), due) for due in self.due.get(buffer, ())]
             found[buffer] = _merged([i for i in (*near, *ends) if i[1] > i[0]])
@@ -207,7 +215,8 @@ class Retention:
     def held_at(self, position: int) -> list[int]:
         """Return the buffers in memory when a position starts, in the order of their ids."""
         return sorted(
-            b for b in self._blocks[position // BLOCK]
+            b
+            for b in self._blocks[position // BLOCK]
             if any(start < position <= end for start, end in self.intervals[b])
         )
 
@@ -224,6 +233,7 @@ class Retention:
         rerun: set[int] = set()
         used: set[int] = set()
         intervals, maker, can_recompute = self.intervals, self.maker, self.can_recompute
+        last_chance = self.last_chance
         stack = list(self.reads[position])
         if self.starts[position]:
             stack.extend(b for b in self.starts[position] if b not in creates)
@@ -240,7 +250,7 @@ class Retention:
                     break
             else:
                 index = maker[buffer]
-                if index >= position or not can_recompute[index]:
+                if index >= position or not can_recompute[index] or last_chance[index] < position:
                     ok = False
                 elif index not in rerun:
                     rerun.add(index)
@@ -252,8 +262,12 @@ class Retention:
             local = self._local_peak(position, sequence)
             if sequence:
                 extra = sum(self.seconds[i] for i in sequence)
-        old = (self.lists[position], self.used[position],
-               int(self.local_bytes[position]), float(self.extra_seconds[position]))
+        old = (
+            self.lists[position],
+            self.used[position],
+            int(self.local_bytes[position]),
+            float(self.extra_seconds[position]),
+        )
         self._journal.append((position, None, old))
         self._store(position, (sequence, frozenset(used), local, extra))
         return ok

@@ -78,6 +78,7 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
     labels: list[int] = []
     pending: list[int] = []
     top = len(cuts)
+    earliest_reader = _first_segment_reading_mutated(graph, segment_of, top)
     for operation in graph.operations[graph.num_forward :]:
         ready = top
         has_gradient = False
@@ -88,7 +89,7 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
                 has_gradient = True
             elif 0 <= facts.maker[buffer] < graph.num_forward:
                 forward_reads.append(buffer)
-        label = ready
+        label = min([ready, *(earliest_reader[b] for b in operation.mutates)])
         own = max((segment_of[facts.maker[b]] for b in forward_reads), default=-1)
         in_reach = all(
             segment_of[facts.maker[b]] >= ready or frontier_from[b] >= ready for b in forward_reads
@@ -105,6 +106,9 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
         else:
             for buffer in operation.creates:
                 label_of_buffer[buffer] = label
+            for buffer in operation.reads:
+                if buffer in earliest_reader:
+                    earliest_reader[buffer] = min(earliest_reader[buffer], label)
     readers: dict[int, int] = {}
     for offset, operation in enumerate(graph.operations[graph.num_forward :]):
         for buffer in facts.reads[operation.id]:
@@ -116,6 +120,21 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
         for buffer in facts.reads[graph.num_forward + offset]:
             readers[buffer] = max(readers.get(buffer, -1), labels[offset])
     return labels
+
+
+def _first_segment_reading_mutated(
+    graph: StepGraph, segment_of: list[int], top: int
+) -> dict[int, int]:
+    """Return for each buffer that an update changes the first segment whose forward reads it.
+
+    The update must wait for that segment's backward, which may recompute its forward.
+    """
+    first = {b: top for o in graph.operations for b in o.mutates}
+    for operation in graph.operations[: graph.num_forward]:
+        for buffer in operation.reads:
+            if buffer in first:
+                first[buffer] = min(first[buffer], segment_of[operation.id])
+    return first
 
 
 def _segment_of_forward(num_forward: int, cuts: Sequence[int]) -> list[int]:
@@ -141,9 +160,7 @@ def reorder_backward(graph: StepGraph, labels: list[int]) -> tuple[StepGraph, li
     num = graph.num_forward
     backward = sorted(range(len(labels)), key=lambda offset: -labels[offset])
     old_ids = list(range(num)) + [num + offset for offset in backward]
-    operations = tuple(
-        replace_id(graph.operations[old], new) for new, old in enumerate(old_ids)
-    )
+    operations = tuple(replace_id(graph.operations[old], new) for new, old in enumerate(old_ids))
     return replace(graph, operations=operations), old_ids
 
 
@@ -157,7 +174,8 @@ def restore_ids(schedule: Schedule, old_ids: list[int]) -> Schedule:
     return Schedule(
         tuple(
             Instruction(i.action, old_ids[i.target], i.overwrite)
-            if i.action is Action.COMPUTE else i
+            if i.action is Action.COMPUTE
+            else i
             for i in schedule.instructions
         ),
         schedule.num_forward,
@@ -177,12 +195,15 @@ def build_segments(graph: StepGraph, cuts: Sequence[int], labels: Sequence[int])
     for index in range(len(cuts) + 1):
         forward = tuple(range(bounds[index], bounds[index + 1]))
         frontier = frozenset(
-            b for b, last in last_reader.items()
+            b
+            for b, last in last_reader.items()
             if facts.maker[b] < bounds[index] and last >= index and b not in facts.pinned
         )
         segments.append(
             Segment(
-                forward, tuple(by_label[index]), frontier,
+                forward,
+                tuple(by_label[index]),
+                frontier,
                 sum(facts.size[b] for b in frontier),
                 sum(graph.operations[i].seconds for i in forward),
                 sum(graph.operations[i].seconds for i in by_label[index]),

@@ -24,9 +24,9 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
 
     Raises:
         ScheduleError: an operation reads a buffer that is not live, a buffer is freed twice, an
-            operation that must run once runs again or never, a backward operation runs in the
-            forward, or an output is missing when it is due, or is not left alone once the forward
-            handed it out.
+            operation that must run once runs again or never, something reads what was updated
+            before, a backward operation runs in the forward, or an output is missing when it is
+            due, or is not left alone once the forward handed it out.
 
     Cost: linear in the number of instructions.
     """
@@ -39,6 +39,7 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
     peak_live: tuple[int, ...] = ()
     seconds = 0.0
     ran: set[int] = set()
+    mutated: set[int] = set()
     # What the forward handed out belongs to the caller from there on, if it outlives the step.
     handed_out: frozenset[int] = frozenset()
     for index, instruction in enumerate(schedule.instructions):
@@ -52,7 +53,11 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
                 raise ScheduleError(index, f"{operation.name} must run exactly once")
             if index < schedule.num_forward and operation.id >= graph.num_forward:
                 raise ScheduleError(index, f"{operation.name} of the backward runs in the forward")
+            late = mutated.intersection(operation.reads)
+            if late:
+                raise ScheduleError(index, f"{operation.name} reads {sorted(late)} updated before")
             ran.add(operation.id)
+            mutated.update(operation.mutates)
             before = live_bytes
             again = [b for b in operation.creates if b in live]
             if again:

@@ -88,6 +88,8 @@ class Operation:
         overwrites: pairs (created, read): the created buffer may take over the storage of the read
             one if nobody reads that afterwards (an in-place call with bit-identical results).
         layer: where in the model it comes from, for reports.
+        mutates: resident buffers that it gives a new value (an optimizer's update of a parameter):
+            whatever else reads them must have run for the last time before it.
     """
 
     id: int
@@ -101,6 +103,7 @@ class Operation:
     can_recompute: bool = True
     overwrites: tuple[tuple[int, int], ...] = ()
     layer: str = ""
+    mutates: tuple[int, ...] = ()
 
     @property
     def short_name(self) -> str:
@@ -129,6 +132,7 @@ class StepGraph:
 
     def __post_init__(self) -> None:
         created: set[int] = {b.id for b in self.buffers if b.kind.is_resident}
+        mutated: set[int] = set()
         for position, buffer in enumerate(self.buffers):
             if buffer.id != position:
                 raise ValueError(f"buffer at position {position} has id {buffer.id}")
@@ -141,7 +145,9 @@ class StepGraph:
                     f"operation {position} ({operation.name}) reads {missing} too early"
                 )
             self._check_overwrites(operation)
+            self._check_mutates(operation, mutated)
             created.update(operation.creates)
+            mutated.update(operation.mutates)
         lost = [b for b in (*self.forward_outputs, *self.outputs) if b not in created]
         if lost:
             raise ValueError(f"outputs {lost} are created by no operation")
@@ -154,6 +160,29 @@ class StepGraph:
             sizes = self.buffers[created].bytes, self.buffers[read].bytes
             if sizes[0] != sizes[1]:
                 raise ValueError(f"{what}: they have {sizes[0]} and {sizes[1]} bytes")
+
+    def _check_mutates(self, operation: Operation, mutated: set[int]) -> None:
+        what = f"operation {operation.id} ({operation.name})"
+        late = sorted(mutated.intersection(operation.reads))
+        if late:
+            raise ValueError(f"{what} reads {late} after their update")
+        if operation.mutates and operation.can_recompute:
+            raise ValueError(f"{what} updates {operation.mutates} and could run again")
+        strange = [b for b in operation.mutates if not self.buffers[b].kind.is_resident]
+        if strange:
+            raise ValueError(f"{what} updates {strange}, which are not there before the step")
+
+    def last_chances(self) -> list[int]:
+        """Return for each operation the id of the first one that updates what it reads.
+
+        From there on it cannot run again; `len(operations)` where nothing stands in its way.
+        """
+        never = len(self.operations)
+        updated = {b: o.id for o in reversed(self.operations) for b in o.mutates}
+        return [
+            min((updated[b] for b in o.reads if b in updated), default=never)
+            for o in self.operations
+        ]
 
     @property
     def seconds(self) -> float:
@@ -326,8 +355,17 @@ class GraphBuilder:
         overwrites = () if overwrites_read is None else ((created[0], overwrites_read),)
         self._operations.append(
             Operation(
-                len(self._operations), name, tuple(reads), tuple(created), seconds, workspace_bytes,
-                phase, is_random, can_recompute, overwrites, layer,
+                len(self._operations),
+                name,
+                tuple(reads),
+                tuple(created),
+                seconds,
+                workspace_bytes,
+                phase,
+                is_random,
+                can_recompute,
+                overwrites,
+                layer,
             )
         )
         return created
@@ -337,6 +375,9 @@ class GraphBuilder:
     ) -> StepGraph:
         """Return the graph."""
         return StepGraph(
-            tuple(self._operations), tuple(self._buffers), num_forward,
-            tuple(forward_outputs), tuple(outputs),
+            tuple(self._operations),
+            tuple(self._buffers),
+            num_forward,
+            tuple(forward_outputs),
+            tuple(outputs),
         )
