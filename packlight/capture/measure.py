@@ -165,7 +165,7 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     del result
     if is_view:
         return CallFacts(0.0, 0, outputs, None)
-    seconds = _median_seconds(call, device)
+    seconds = median_seconds(call, device)
     in_place = None
     if len(outputs) == 1 and created > 0:
         in_place = _in_place_argument(target, args, kwargs, device)
@@ -226,7 +226,8 @@ def allocated_bytes(num_bytes: int, device: torch.device) -> int:
     return -(-num_bytes // 512) * 512 if device.type == "cuda" else num_bytes
 
 
-def _median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the median duration of a few runs of `call()`."""
     samples: list[float] = []
     while len(samples) < MIN_REPEATS or (
         len(samples) < MAX_REPEATS and sum(samples) < SECONDS_PER_CALL_SITE
@@ -319,7 +320,7 @@ def _in_place_argument(
             continue
         is_cheaper = high_bytes < expected.untyped_storage().nbytes()
         shares = result.untyped_storage()._cdata == victim.untyped_storage()._cdata
-        if is_cheaper and shares and _same_bits(result, expected):
+        if is_cheaper and shares and same_bits(result, expected):
             return index
     return None
 
@@ -334,7 +335,8 @@ def _same_layout(expected: torch.Tensor, victim: torch.Tensor) -> bool:
     )
 
 
-def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype agree in shape and in every bit, NaNs and -0.0 included."""
     if a.dtype.is_complex:
         return torch.equal(torch.view_as_real(a), torch.view_as_real(b))
     if a.dtype.is_floating_point and a.dtype.itemsize in (2, 4, 8):

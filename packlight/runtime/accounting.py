@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +13,14 @@ from torch.utils import _pytree as pytree
 from packlight.capture.measure import allocated_bytes
 from packlight.capture.peak import measure_peak
 from packlight.errors import UnsupportedModelError
+from packlight.runtime.twin import (
+    Group,
+    needs_closure,
+    stand_in,
+    state_tensors,
+    step_alone,
+    trainable,
+)
 
 
 def tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -45,34 +51,69 @@ class OptimizerMemory:
     workspace_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class TwoSteps:
+    """What the first two steps of a parameter allocated, in bytes.
+
+    Attributes:
+        state_bytes: the state that the first step made.
+        first_bytes: the first step's peak, the state included.
+        later_bytes: the second step's peak.
+    """
+
+    state_bytes: int
+    first_bytes: int
+    later_bytes: int
+
+    @property
+    def workspace_bytes(self) -> int:
+        """The most that either step held beyond the state."""
+        return max(self.first_bytes - self.state_bytes, self.later_bytes, 0)
+
+
+def measure_two_steps(
+    step: Callable[[], Any], states: Mapping[Any, Any], device: torch.device
+) -> TwoSteps:
+    """Call `step()` twice and return what it allocated on a device.
+
+    Args:
+        step: steps a stand-in that has no state yet.
+        states: the stand-in's state.
+        device: whose allocator to watch.
+    """
+    first = measure_peak(step, device)
+    held = tensors_bytes(state_tensors(dict(states)))
+    second = measure_peak(step, device)
+    return TwoSteps(held, first.peak_bytes, second.peak_bytes)
+
+
 def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     """Return an optimizer's memory without stepping it and before its state exists.
 
-    One parameter of each shape is copied and stepped twice by a copy of the optimizer, with zero
-    gradients: the first step shows the state it creates, the second what every later step allocates
-    for a moment. Optimizers that treat all parameters at once (`foreach`, the default on CUDA)
-    allocate for all of them together, so there the parameters' workspaces add up.
+    One parameter of each shape is copied and stepped twice by a stand-in for the optimizer: the
+    first step shows the state it creates, the second what every later step allocates for a moment.
+    Optimizers that treat all parameters at once (`foreach`, the default on CUDA) allocate for all
+    of them together, so there the parameters' workspaces add up.
 
     Raises:
         UnsupportedModelError: the optimizer's step needs a closure.
     """
+    if needs_closure(optimizer):
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
+            "promised\nhint: use an optimizer whose step() takes no arguments"
+        )
     state_bytes = 0
     workspace = 0
     summed_workspace = 0
-    known: dict[Any, OptimizerMemory] = {}
+    known: dict[Any, TwoSteps] = {}
     for index, group in enumerate(optimizer.param_groups):
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
+        for parameter in trainable(group):
             key = (index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
             if key not in known:
-                known[key] = _measure_one(optimizer, group, parameter)
+                known[key] = _measure_whole(optimizer, group, parameter)
             one = known[key]
-            existing = [
-                v
-                for v in optimizer.state.get(parameter, {}).values()
-                if isinstance(v, torch.Tensor)
-            ]
+            existing = state_tensors(optimizer.state.get(parameter))
             state_bytes += tensors_bytes(existing) if existing else one.state_bytes
             is_together = group.get("foreach")
             if is_together is None:
@@ -83,25 +124,14 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     return OptimizerMemory(state_bytes, max(workspace, summed_workspace))
 
 
-def _measure_one(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], parameter: torch.Tensor
-) -> OptimizerMemory:
-    stand_in = nn.Parameter(torch.zeros_like(parameter))
-    stand_in.grad = torch.zeros_like(parameter)
-    twin = copy.copy(optimizer)
-    twin.state = defaultdict(dict)
-    twin.param_groups = [{**group, "params": [stand_in]}]
-    # Hooks of the original are the user's business with the original.
-    twin._optimizer_step_pre_hooks = type(optimizer._optimizer_step_pre_hooks)()
-    twin._optimizer_step_post_hooks = type(optimizer._optimizer_step_post_hooks)()
-    try:
-        first = measure_peak(twin.step, parameter.device)
-        second = measure_peak(twin.step, parameter.device)
-    except TypeError as error:
-        raise UnsupportedModelError(
-            f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
-            "promised\nhint: use an optimizer whose step() takes no arguments"
-        ) from error
-    held = [v for v in twin.state[stand_in].values() if isinstance(v, torch.Tensor)]
-    state_bytes = tensors_bytes(held)
-    return OptimizerMemory(state_bytes, max(first.peak_bytes - state_bytes, second.peak_bytes, 0))
+def _measure_whole(
+    optimizer: torch.optim.Optimizer, group: Group, parameter: torch.Tensor
+) -> TwoSteps:
+    copy = nn.Parameter(torch.zeros_like(parameter))
+    gradient = torch.zeros_like(parameter)
+    twin = stand_in(optimizer, [group], [[copy]])
+
+    def step() -> None:
+        step_alone(twin, twin.param_groups[0], copy, gradient, twin.state)
+
+    return measure_two_steps(step, twin.state, parameter.device)
