@@ -111,12 +111,16 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
     Attributes:
         step_index: how many steps had been trained before.
         loss: its value.
+        microbatch_index: in which microbatch, None where the batch runs as a whole.
     """
 
-    def __init__(self, step_index: int, loss: float) -> None:
+    def __init__(self, step_index: int, loss: float, microbatch_index: int | None = None) -> None:
         self.step_index = step_index
         self.loss = loss
+        self.microbatch_index = microbatch_index
+        where = "" if microbatch_index is None else f" in microbatch {microbatch_index + 1}"
         super().__init__(
-            f"the loss of step {step_index + 1} is {loss}; parameters and optimizer are untouched\n"
+            f"the loss of step {step_index + 1} is {loss}{where}; parameters and optimizer are "
+            "untouched\n"
             "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
         )

@@ -9,7 +9,7 @@ import pytest
 
 from packlight.cli import breakdown
 from packlight.errors import InfeasibleBudgetError
-from packlight.planner import plain_schedule, smallest_plan
+from packlight.planner import plain_schedule, plan_whole_step, smallest_plan
 from packlight.step import (
     Action,
     BufferKind,
@@ -118,25 +118,25 @@ def test_the_plain_step_recomputes_nothing() -> None:
 def test_the_smallest_whole_step_budget_is_exact() -> None:
     """One byte less is refused, with that figure in whole-step bytes."""
     smallest = MEMORY.resident_bytes + smallest_plan(two_layers()).peak_bytes
-    plan = breakdown.plan_whole_step(profile(), smallest)
-    assert breakdown.whole_step_peak_bytes(MEMORY, plan.peak_bytes) <= smallest
+    plan = plan_whole_step(two_layers(), MEMORY, smallest)
+    assert MEMORY.peak_bytes(plan.peak_bytes) <= smallest
     for budget in (smallest - 1, MEMORY.resident_bytes, 1):
         with pytest.raises(InfeasibleBudgetError) as caught:
-            breakdown.plan_whole_step(profile(), budget)
+            plan_whole_step(two_layers(), MEMORY, budget)
         assert caught.value.smallest_bytes == smallest
         assert caught.value.budget_bytes == budget
 
 
 def test_the_update_may_be_what_does_not_fit() -> None:
-    hungry = replace(profile(), memory=replace(MEMORY, update_workspace_bytes=5000))
-    needed = MEMORY.resident_bytes + MEMORY.gradient_bytes + 5000
-    assert breakdown.plan_whole_step(hungry, needed)
+    hungry = replace(MEMORY, update_workspace_bytes=5000)
+    needed = MEMORY.resident_bytes + 5000
+    assert plan_whole_step(two_layers(), hungry, needed)
     with pytest.raises(InfeasibleBudgetError, match="the optimizer's update") as caught:
-        breakdown.plan_whole_step(hungry, needed - 1)
+        plan_whole_step(two_layers(), hungry, needed - 1)
     assert caught.value.smallest_bytes == needed
-    assert ("update workspace", 5000) in caught.value.peak_buffers
+    assert ("workspace", 5000) in caught.value.peak_buffers
 
 
 def test_no_budget_is_the_plain_step() -> None:
-    plan = breakdown.plan_whole_step(profile(), None)
+    plan = plan_whole_step(two_layers(), MEMORY, None)
     assert set(plan.schedule.compute_counts().values()) == {1}

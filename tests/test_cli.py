@@ -459,14 +459,12 @@ def test_an_infeasible_budget_names_one_that_is_feasible(
 
 
 def plan_within(example: Path, budget_bytes: int) -> object:
-    from packlight.cli.breakdown import plan_whole_step
     from packlight.cli.example import BatchStream, build, load_example
 
     loaded = load_example(str(example))
     model, optimizer = build(loaded, "cpu", 0)
     batch = next(BatchStream(loaded, "train", "cpu", 0))
-    profile = packlight.profile(model, loaded.loss, batch, optimizer, progress=False)
-    return plan_whole_step(profile, budget_bytes)
+    return packlight.plan(model, loaded.loss, batch, budget_bytes, optimizer, progress=False)
 
 
 def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(

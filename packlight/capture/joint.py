@@ -163,7 +163,10 @@ class _Reader:
     # -- which part of the step a node belongs to
 
     def _forward_nodes(self) -> set[fx.Node]:
-        """Return calls of the forward: what its outputs need, and all that was traced there."""
+        """Return calls of the forward: what its outputs need, and all that was traced there.
+
+        Calls marked late (see capture/chunk.py) run with the backward, whatever they are.
+        """
         needed: set[fx.Node] = set()
         stack = [n for n in pytree.tree_leaves(self.forward_results) if isinstance(n, fx.Node)]
         while stack:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from packlight.errors import InfeasibleBudgetError
-from packlight.planner import plain_schedule, plan_schedule, smallest_plan
-from packlight.step import BufferKind, Plan, Schedule, StepGraph, live_after_forward, simulate
+from packlight.planner import plain_schedule
+from packlight.step import BufferKind, Schedule, StepGraph, live_after_forward, simulate
 from packlight.units import format_bytes
 
 if TYPE_CHECKING:
@@ -71,69 +70,6 @@ class PlanRow:
     kept: tuple[str, ...]
     recomputed: tuple[tuple[str, int], ...]
     extra_seconds: float
-
-
-def whole_step_peak_bytes(memory: StepMemory, allocated_peak_bytes: int) -> int:
-    """Return the peak over forward, backward and update, resident bytes included.
-
-    The update holds all gradients and its own workspace; no plan of forward and backward lowers it.
-    """
-    return max(memory.resident_bytes + allocated_peak_bytes, memory.update_peak_bytes)
-
-
-def plan_whole_step(profile: StepProfile, budget_bytes: int | None) -> Plan:
-    """Return a plan whose whole-step peak is within the budget.
-
-    Raises:
-        InfeasibleBudgetError: with whole-step numbers.
-    """
-    memory = profile.memory
-    if budget_bytes is None:
-        return plan_schedule(profile.graph, None)
-    resident = [
-        ("parameters", memory.parameter_bytes + memory.state_bytes),
-        ("optimizer state", memory.optimizer_bytes),
-        ("batch", memory.input_bytes),
-    ]
-    try:
-        if budget_bytes <= memory.resident_bytes:
-            raise InfeasibleBudgetError(budget_bytes, _smallest_bytes(profile), "", [])
-        plan = plan_schedule(profile.graph, budget_bytes - memory.resident_bytes)
-    except InfeasibleBudgetError as error:
-        smallest = whole_step_peak_bytes(memory, error.smallest_bytes)
-        if not error.peak_operation:
-            smallest = error.smallest_bytes
-        raise InfeasibleBudgetError(
-            budget_bytes,
-            smallest,
-            error.peak_operation or "the start: what is there before the first operation",
-            sorted(error.peak_buffers + resident, key=lambda item: -item[1]),
-            _hint_of(error),
-        ) from None
-    if memory.update_peak_bytes > budget_bytes:
-        raise InfeasibleBudgetError(
-            budget_bytes,
-            _smallest_bytes(profile),
-            "the optimizer's update",
-            sorted(
-                [
-                    *resident,
-                    ("gradients", memory.gradient_bytes),
-                    ("update workspace", memory.update_workspace_bytes),
-                ],
-                key=lambda item: -item[1],
-            ),
-        )
-    return plan
-
-
-def _smallest_bytes(profile: StepProfile) -> int:
-    return whole_step_peak_bytes(profile.memory, smallest_plan(profile.graph).peak_bytes)
-
-
-def _hint_of(error: InfeasibleBudgetError) -> str:
-    _, _, hint = str(error).partition("\nhint: ")
-    return hint
 
 
 def peak_breakdown(profile: StepProfile) -> PeakBreakdown:
@@ -287,7 +223,7 @@ def _ranges(numbers: Iterable[str]) -> str:
 
 def headline(memory: StepMemory, allocated_peak_bytes: int) -> str:
     """Return the whole-step peak and its two parts in words."""
-    whole = whole_step_peak_bytes(memory, allocated_peak_bytes)
+    whole = memory.peak_bytes(allocated_peak_bytes)
     return (
         f"{format_bytes(whole)} = {format_bytes(memory.resident_bytes)} there before the step "
         f"(parameters, optimizer state, batch) + {format_bytes(whole - memory.resident_bytes)} "

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from packlight.cli import options
-from packlight.cli.profile import capture
+from packlight.cli.profile import planned
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -35,11 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_allowed(arguments.allow)
     console = Console()
-    profile, _ = capture(arguments)
-    plan = breakdown.plan_whole_step(profile, budget_bytes)
+    step = planned(arguments, budget_bytes)
+    profile, plan = step.profile, step.plan
     console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
     for line in summary(profile, plan, budget_bytes):
         console.print(line, highlight=False)
+    console.print(step.describe(), highlight=False, markup=False)
     plans = pareto(profile.graph)
     console.print(pareto_table(profile, plans))
     if report is not None:
@@ -61,7 +62,7 @@ def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[
         f"predicted peak   {headline(profile.memory, plan.peak_bytes)}",
         f"plain step       {headline(profile.memory, plan.plain_peak_bytes)}",
         f"predicted time   {format_seconds(plan.seconds)}, {plan.slowdown:.3f} x the plain step's "
-        f"{format_seconds(plan.plain_seconds)} (forward and backward)",
+        f"{format_seconds(plan.plain_seconds)} per run of the schedule",
         f"lower bound      {bound:.3f} x: no schedule within this budget is faster",
         f"status           {plan.status.value}",
     ]
@@ -90,15 +91,13 @@ def plan_table(rows: list[PlanRow]) -> Table:
 
 def pareto_table(profile: StepProfile, plans: list[Plan]) -> Table:
     """Return other budgets and what they cost."""
-    from packlight.cli.breakdown import whole_step_peak_bytes
-
     table = Table(title="Other budgets")
     for name in ("whole step", "allocated by the step", "slowdown", "bound", "status"):
         table.add_column(name, justify="right")
     for plan in plans:
         bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
         table.add_row(
-            format_bytes(whole_step_peak_bytes(profile.memory, plan.peak_bytes)),
+            format_bytes(profile.memory.peak_bytes(plan.peak_bytes)),
             format_bytes(plan.peak_bytes),
             f"{plan.slowdown:.3f}",
             f"{bound:.3f}",

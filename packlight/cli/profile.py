@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,6 +13,7 @@ from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from packlight.cli.breakdown import LayerRow, PeakBreakdown
+    from packlight.runtime.train_step import TrainStep
     from packlight.step.profile import StepProfile
 
 HELP = "show where the memory of a training step goes, by kind and by layer"
@@ -44,15 +45,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def capture(arguments: argparse.Namespace) -> tuple[StepProfile, dict[str, int]]:
-    """Return the profile of the example's step, and the bytes of each parameter by name."""
-    import packlight
+    """Return the profile of the example's plain step, and the bytes of each parameter by name."""
+    step = planned(arguments, None, moves=())
+    return step.profile, {name: p.nbytes for name, p in step.model.named_parameters()}
+
+
+def planned(
+    arguments: argparse.Namespace, budget_bytes: int | None, **options: Any
+) -> TrainStep:
+    """Return the example's step, captured and planned."""
     from packlight.cli.example import BatchStream, build, load_example
+    from packlight.runtime.train_step import planned_step
 
     example = load_example(arguments.file)
     model, optimizer = build(example, arguments.device, arguments.seed)
     batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
-    profile = packlight.profile(model, example.loss, batch, optimizer)
-    return profile, {name: p.nbytes for name, p in model.named_parameters()}
+    return planned_step(model, example.loss, batch, budget_bytes, optimizer, **options)
 
 
 def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:
@@ -61,10 +69,9 @@ def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:
     table = Table(
         title="Plain step: what is in memory at its peak",
         caption=(
-            f"{len(graph.operations)} operations, {format_seconds(graph.seconds)} without the "
-            f"update, on {profile.device_name} with torch {profile.torch_version}\n"
-            f"the update then holds {format_bytes(profile.memory.gradient_bytes)} gradients and "
-            f"{format_bytes(profile.memory.update_workspace_bytes)} workspace"
+            f"{len(graph.operations)} operations, {format_seconds(graph.seconds)} "
+            f"on {profile.device_name} with torch {profile.torch_version}\n"
+            f"the update at its end holds {format_bytes(profile.memory.gradient_bytes)} gradients"
         ),
     )
     table.add_column("kind")

@@ -3,6 +3,7 @@
 from packlight.planner.bound import lower_bound_seconds
 from packlight.planner.plain import plain_schedule, schedule_from_order
 from packlight.planner.plan import Planner, pareto, plan_schedule, smallest_plan
+from packlight.planner.whole_step import plan_whole_step
 
 __all__ = [
     "Planner",
@@ -10,6 +11,7 @@ __all__ = [
     "pareto",
     "plain_schedule",
     "plan_schedule",
+    "plan_whole_step",
     "schedule_from_order",
     "smallest_plan",
 ]

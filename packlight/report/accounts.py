@@ -113,14 +113,12 @@ def place_name(operation: Operation) -> str:
 
 def whole_step_bytes(memory: StepMemory | None, allocated_bytes: int) -> int:
     """Return a whole step's peak: resident bytes, and the plan's peak or the update's."""
-    if memory is None:
-        return allocated_bytes
-    return max(memory.resident_bytes + allocated_bytes, memory.update_peak_bytes)
+    return allocated_bytes if memory is None else memory.peak_bytes(allocated_bytes)
 
 
 def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
     """Return the bytes live at the peak by what they are; they add up to the peak."""
-    outputs = set(graph.outputs)
+    parameter_gradients = graph.parameter_gradients()
     groups = {
         "activations": 0,
         "activation gradients": 0,
@@ -133,7 +131,8 @@ def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
         if buffer.kind is BufferKind.OUTPUT:
             group = "outputs"
         elif buffer.kind is BufferKind.GRADIENT:
-            group = "parameter gradients" if b in outputs else "activation gradients"
+            is_final = b in parameter_gradients
+            group = "parameter gradients" if is_final else "activation gradients"
         else:
             group = "activations"
         groups[group] += buffer.bytes

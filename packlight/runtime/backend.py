@@ -8,7 +8,6 @@ above what was there before: saved activations, outputs, gradients, workspace.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,13 +16,13 @@ import torch
 from torch import fx
 
 from packlight.capture.joint import JointStep, read_joint_graph
-from packlight.capture.measure import call_signature
 from packlight.capture.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.planner import lower_bound_seconds, plan_schedule
+from packlight.runtime.aot import mutations, written_back
 from packlight.runtime.dynamo import prepare_dynamo, refuse_graph_break, specialize
 from packlight.runtime.emit import OVERWRITTEN_KEY, EmittedStep, emit
-from packlight.runtime.rehearse import fits, rehearse
+from packlight.runtime.rehearse import fits, rehearse, typical_seconds
 from packlight.step import Plan, PlanStatus, StepGraph, simulate
 from packlight.units import parse_bytes
 
@@ -115,7 +114,7 @@ class PacklightBackend:
         shapes = tuple(
             tuple(node.meta["val"].shape)
             for i, node in enumerate(step.forward_results)
-            if isinstance(node, fx.Node) and i not in _mutations(joint, num_fwd_outputs)
+            if isinstance(node, fx.Node) and i not in mutations(joint, num_fwd_outputs)
         )
         self.compilations.append(Compilation(step.graph, plan, shapes))
         return emitted.forward, emitted.backward
@@ -131,14 +130,9 @@ class PacklightBackend:
         if primals is None:
             return None
         tangents = [n.meta["val"] for n in step.tangents]
-        seconds = rehearse(emitted, primals, tangents, step.device)
-        by_call: dict[str, list[int]] = {}
-        for index in seconds:
-            by_call.setdefault(call_signature(*step.call(index)), []).append(index)
-        for indices in by_call.values():
-            typical = statistics.median(seconds[i] for i in indices)
-            seconds.update(dict.fromkeys(indices, typical))
-            profiler.note_in_step(*step.call(indices[0]), typical)
+        seconds = typical_seconds(step, rehearse(emitted, primals, tangents, step.device))
+        for index, typical in seconds.items():
+            profiler.note_in_step(*step.call(index), typical)
         return step.with_seconds(seconds)
 
 
@@ -197,15 +191,12 @@ def check_allowed(allow: Any) -> tuple[str, ...]:
 
 def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:
     """Return the step behind AOTAutograd's joint graph."""
-    mutated_inputs = _mutations(joint, num_forward_outputs)
-    placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
-    by_description = {n.meta.get("desc"): i for i, n in enumerate(placeholders)}
-    mutated = frozenset(by_description[d] for d in mutated_inputs.values() if d in by_description)
+    mutated_inputs = mutations(joint, num_forward_outputs)
     return read_joint_graph(
         joint,
         num_forward_outputs,
         profiler.measure,
-        mutated_primals=mutated,
+        mutated_primals=frozenset(written_back(joint, num_forward_outputs).values()),
         pinned_outputs=lambda index: index not in mutated_inputs,
     )
 
@@ -253,16 +244,6 @@ def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | 
             return None
         found.append(real)
     return found
-
-
-def _mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
-    """Return, for forward outputs that are new values of inputs, which input each belongs to."""
-    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
-    return {
-        index: described.mutated_input
-        for index, described in enumerate(output.meta.get("desc") or ())
-        if index < num_forward_outputs and type(described).__name__ == "InputMutationAOTOutput"
-    }
 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:

@@ -60,7 +60,7 @@ def emit(step: JointStep, schedule: Schedule) -> EmittedStep:
     backward_part = schedule.instructions[schedule.num_forward :]
     recomputed = frozenset(op for op, count in schedule.compute_counts().items() if count > 1)
     entering = _buffers_entering(step, backward_part)
-    forward = _Emitter(step, recomputed, is_backward=False)
+    forward = Emitter(step, recomputed, is_backward=False)
     forward.wanted_copies = frozenset(entering)
     for node in step.module.graph.nodes:
         if node.op == "get_attr":
@@ -70,7 +70,7 @@ def emit(step: JointStep, schedule: Schedule) -> EmittedStep:
     forward.run(forward_part)
     outputs = [forward.value(r) for r in step.forward_results]
 
-    backward = _Emitter(step, recomputed, is_backward=True)
+    backward = Emitter(step, recomputed, is_backward=True)
     saved: list[tuple[fx.Node, fx.Node]] = []  # (joint node, node in the forward graph)
     saved_buffers: list[int] = []
     states = set(step.rng_state_of.values())
@@ -144,7 +144,7 @@ def _buffers_entering(step: JointStep, instructions: tuple[Instruction, ...]) ->
 
 
 @dataclass
-class _Emitter:
+class Emitter:
     """Writes one graph; knows the latest value of every joint node that is in memory."""
 
     step: JointStep
@@ -159,17 +159,20 @@ class _Emitter:
     of_buffer: dict[int, list[fx.Node]] = field(default_factory=dict)
 
     def place(self, node: fx.Node, value: fx.Node) -> None:
+        """Note the value of a joint node."""
         self.env[node] = value
         buffer = self.step.buffer_of_node.get(node)
         if buffer is not None:
             self.of_buffer.setdefault(buffer, []).append(node)
 
     def forget(self, buffer: int) -> None:
+        """Note that a buffer is not in memory any more."""
         for node in self.of_buffer.pop(buffer, ()):
             self.env.pop(node, None)
         self.special.pop(buffer, None)
 
     def run(self, instructions: tuple[Instruction, ...]) -> None:
+        """Write instructions in order."""
         for instruction in instructions:
             if instruction.action is Action.COMPUTE:
                 self.compute(instruction)
@@ -200,6 +203,7 @@ class _Emitter:
         return new
 
     def compute(self, instruction: Instruction) -> None:
+        """Write one call."""
         index = instruction.target
         operation = self.step.graph.operations[index]
         node = self.step.node_of_operation[index]

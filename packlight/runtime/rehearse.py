@@ -9,16 +9,20 @@ schedule.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
 
-from packlight.capture.measure import real_tensors
+from packlight.capture.joint import JointStep
+from packlight.capture.measure import call_signature, real_tensors
 from packlight.runtime.emit import OPERATION_KEY, EmittedStep
+from packlight.runtime.program import IgnoredEvents
 
 NUM_REHEARSALS = 3
 MEMORY_FRACTION = 0.8
@@ -48,24 +52,60 @@ def rehearse(
 ) -> dict[int, float]:
     """Return the least seconds of each operation over several runs of a planned step.
 
-    What disturbs a call (another process, a stalled thread) only ever adds to its time.
-
     Args:
         emitted: the graphs.
         primals: real inputs of the forward, in order.
         tangents: (fake) gradients that the backward starts from; ones are used.
         device: where the step runs.
     """
+    num_saved = len(emitted.saved_buffers)
+
+    def once(clock: _Clock, ones: list[torch.Tensor]) -> None:
+        results = _TimedRun(emitted.forward, clock).run(*primals)
+        saved = list(results[len(results) - num_saved :]) if num_saved else []
+        del results
+        _TimedRun(emitted.backward, clock).run(*_drained(saved), *ones)
+
+    return _least_seconds(once, tangents, device)
+
+
+def rehearse_program(
+    program: fx.GraphModule,
+    primals: list[Any],
+    tangents: list[torch.Tensor],
+    device: torch.device,
+) -> dict[int, float]:
+    """Return the same for a whole step in one function (runtime/program.py); nothing is updated."""
+
+    def once(clock: _Clock, ones: list[torch.Tensor]) -> None:
+        _TimedRun(program, clock).run(*primals, *ones, IgnoredEvents())
+
+    return _least_seconds(once, tangents, device)
+
+
+def typical_seconds(step: JointStep, seconds: dict[int, float]) -> dict[int, float]:
+    """Return times of operations in which equal calls have the same, their median."""
+    by_call: dict[str, list[int]] = {}
+    for index in seconds:
+        by_call.setdefault(call_signature(*step.call(index)), []).append(index)
+    typical = dict(seconds)
+    for indices in by_call.values():
+        typical.update(dict.fromkeys(indices, statistics.median(seconds[i] for i in indices)))
+    return typical
+
+
+def _least_seconds(
+    once: Callable[[_Clock, list[torch.Tensor]], None],
+    tangents: list[torch.Tensor],
+    device: torch.device,
+) -> dict[int, float]:
+    """What disturbs a call (another process, a stalled thread) only ever adds to its time."""
     samples: dict[int, list[float]] = defaultdict(list)
     with real_tensors():
         ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
         for rehearsal in range(NUM_REHEARSALS + 1):
             clock = _Clock(device)
-            num_saved = len(emitted.saved_buffers)
-            results = _TimedRun(emitted.forward, clock).run(*primals)
-            saved = list(results[len(results) - num_saved :]) if num_saved else []
-            del results
-            _TimedRun(emitted.backward, clock).run(*_drained(saved), *ones)
+            once(clock, ones)
             if rehearsal > 0:  # the first one warms up
                 for operation, seconds in clock.read():
                     samples[operation].append(seconds)

@@ -16,9 +16,12 @@ class StepMemory:
         state_bytes: the model's buffers (batch-norm statistics and the like).
         input_bytes: the batch.
         optimizer_bytes: optimizer state, counted in full even before the first step creates it.
-        update_workspace_bytes: the most that the optimizer's step allocates for a moment.
-        gradient_bytes: gradients of the parameters, all of them at the step's end (these are part
-            of what a schedule allocates, too).
+        update_workspace_bytes: the most that an update after the last schedule allocates for a
+            moment; 0 where the updates are part of the schedule.
+        gradient_bytes: gradients of the parameters, all together. Where the updates are part of the
+            schedule, so are the gradients.
+        accumulated_bytes: what gradients of several microbatches are added up in, there for the
+            whole step.
     """
 
     parameter_bytes: int
@@ -27,16 +30,19 @@ class StepMemory:
     optimizer_bytes: int
     update_workspace_bytes: int
     gradient_bytes: int
+    accumulated_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """What is in memory from the step's start to its end."""
-        return self.parameter_bytes + self.state_bytes + self.input_bytes + self.optimizer_bytes
+        return (
+            self.parameter_bytes + self.state_bytes + self.input_bytes + self.optimizer_bytes
+            + self.accumulated_bytes
+        )
 
-    @property
-    def update_peak_bytes(self) -> int:
-        """The peak of the optimizer's step: everything resident, all gradients, its workspace."""
-        return self.resident_bytes + self.gradient_bytes + self.update_workspace_bytes
+    def peak_bytes(self, schedule_peak_bytes: int) -> int:
+        """The whole step's peak, if its schedule's is known."""
+        return self.resident_bytes + max(schedule_peak_bytes, self.update_workspace_bytes)
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,7 @@ class StepProfile:
     """A captured training step with its memory outside of the schedule.
 
     Attributes:
-        graph: forward and backward as data.
+        graph: forward, backward and updates as data.
         memory: everything else.
         device_name: where times were measured.
         torch_version: with which torch.

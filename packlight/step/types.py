@@ -172,6 +172,13 @@ class StepGraph:
         if strange:
             raise ValueError(f"{what} updates {strange}, which are not there before the step")
 
+    def parameter_gradients(self) -> frozenset[int]:
+        """Return the buffers that updates read, or that the step leaves behind as gradients."""
+        read = {b for o in self.operations if o.phase is Phase.UPDATE for b in o.reads}
+        return frozenset(
+            b for b in (*read, *self.outputs) if self.buffers[b].kind is BufferKind.GRADIENT
+        )
+
     def last_chances(self) -> list[int]:
         """Return for each operation the id of the first one that updates what it reads.
 

@@ -1,0 +1,241 @@
+"""A captured forward and backward completed to a whole step: results kept, gradients consumed.
+
+What `read_joint_graph` returns ends with the gradients of all parameters in memory. Here each
+gradient gets an operation that consumes it, so that a schedule may end its life long before the
+step's end:
+
+- update: the optimizer updates the parameter at once. It stands after the last operation that reads
+  the parameter, since those must see the old value.
+- accumulate: the gradient is added to the one of earlier microbatches.
+- together: one operation at the end takes all gradients (clipping by a global norm, optimizers that
+  look at all parameters at once).
+
+Results (the loss, new batch statistics) move to a storage of their own as soon as they are made
+(by taking over the old one), so that the operation behind them can run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from torch import fx
+
+from packlight.capture.joint import TANGENT, JointStep
+from packlight.step import Buffer, BufferKind, Operation, Phase
+
+KEEP = "packlight.keep"
+UPDATE = "packlight.update"
+
+
+class Consumption(StrEnum):
+    """What happens to gradients; see the head of this file."""
+
+    UPDATE = "update"
+    ACCUMULATE = "accumulate"
+    TOGETHER = "together"
+
+
+@dataclass(frozen=True, slots=True)
+class Consumer:
+    """What consuming the gradient of one parameter costs.
+
+    Attributes:
+        name: of the parameter.
+        seconds: of the update or the addition.
+        workspace_bytes: the most that it allocates for a moment.
+        state_bytes: optimizer state that the update reads and writes.
+    """
+
+    name: str
+    seconds: float = 0.0
+    workspace_bytes: int = 0
+    state_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A training step in which every gradient is consumed.
+
+    Attributes:
+        joint: the captured step; its graph has the added operations.
+        consumed_by: operation -> primals whose gradients it consumes.
+        kept_by: operation -> indices of the forward results that it keeps.
+        state_buffer_of: primal -> the buffer that stands for its optimizer state.
+    """
+
+    joint: JointStep
+    consumed_by: Mapping[int, tuple[int, ...]]
+    kept_by: Mapping[int, tuple[int, ...]]
+    state_buffer_of: Mapping[int, int]
+
+
+def whole_step(
+    joint: JointStep,
+    consumers: Mapping[int, Consumer],
+    how: Consumption,
+    together: Consumer | None = None,
+) -> WholeStep:
+    """Return a step whose gradients are consumed.
+
+    Args:
+        joint: captured with no mutated primals: the caller writes new values back at the end.
+        consumers: primal -> what consuming its gradient costs; gradients of other primals are
+            dropped.
+        how: what happens to gradients.
+        together: for `Consumption.TOGETHER`, what the one update costs.
+    """
+    return _Builder(joint, consumers, how, together).build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        joint: JointStep,
+        consumers: Mapping[int, Consumer],
+        how: Consumption,
+        together: Consumer | None,
+    ) -> None:
+        self.joint, self.consumers, self.how, self.together = joint, consumers, how, together
+        self.old = joint.graph
+        tangents = {b for o in self.old.operations if o.name == TANGENT for b in o.creates}
+        self.buffers = [
+            replace(b, kind=BufferKind.INPUT) if b.id in tangents else b for b in self.old.buffers
+        ]
+        self.roots = list(joint.root_of_buffer)
+        self.maker = {b: o.id for o in self.old.operations for b in o.creates}
+        self.kept_by: dict[int, tuple[int, ...]] = {}
+        self.consumed_by: dict[int, tuple[int, ...]] = {}
+        self.state_buffer_of: dict[int, int] = {}
+        # Operations to add after an old one, each with its node and what it keeps or consumes.
+        self.added: dict[int, list[tuple[Operation, fx.Node, Any]]] = {}
+
+    def build(self) -> WholeStep:
+        outputs = self._keep_results()
+        self._consume_gradients(outputs)
+        operations: list[Operation] = []
+        nodes: list[fx.Node] = []
+        facts: list[Any] = []
+        new_id: dict[int, int] = {}
+        num_forward = 0
+        for old in (None, *self.old.operations):
+            if old is not None and old.name != TANGENT:
+                new_id[old.id] = len(operations)
+                operations.append(replace(old, id=len(operations)))
+                nodes.append(self.joint.node_of_operation[old.id])
+                facts.append(self.joint.facts[old.id])
+            for operation, node, origin in self.added.get(-1 if old is None else old.id, ()):
+                index = len(operations)
+                operations.append(replace(operation, id=index))
+                nodes.append(node)
+                facts.append(None)
+                (self.kept_by if operation.name == KEEP else self.consumed_by)[index] = origin
+            if old is None or old.id < self.old.num_forward:
+                num_forward = len(operations)
+        graph = replace(
+            self.old,
+            operations=tuple(operations),
+            buffers=tuple(self.buffers),
+            num_forward=num_forward,
+            forward_outputs=(),
+            outputs=tuple(outputs),
+        )
+        joint = replace(
+            self.joint,
+            graph=graph,
+            node_of_operation=nodes,
+            root_of_buffer=self.roots,
+            overwritten_argument={
+                (new_id[o], b): a for (o, b), a in self.joint.overwritten_argument.items()
+            },
+            rng_state_of={new_id[o]: b for o, b in self.joint.rng_state_of.items()},
+            facts=facts,
+        )
+        return WholeStep(joint, self.consumed_by, self.kept_by, self.state_buffer_of)
+
+    def _new_buffer(self, num_bytes: int, kind: BufferKind, name: str) -> int:
+        self.buffers.append(Buffer(len(self.buffers), num_bytes, kind, name))
+        self.roots.append(None)
+        return len(self.buffers) - 1
+
+    def _add(self, after: int, operation: Operation, node: fx.Node, origin: Any) -> None:
+        self.added.setdefault(after, []).append((operation, node, origin))
+
+    def _keep_results(self) -> list[int]:
+        """Give every result a storage of its own from where it is made; return those buffers."""
+        of_buffer: dict[int, list[int]] = {}
+        for index, node in enumerate(self.joint.forward_results):
+            if isinstance(node, fx.Node) and node in self.joint.buffer_of_node:
+                of_buffer.setdefault(self.joint.buffer_of_node[node], []).append(index)
+        outputs = []
+        for buffer, results in of_buffer.items():
+            if self.buffers[buffer].kind.is_resident:
+                continue
+            old = self.buffers[buffer]
+            self.buffers[buffer] = replace(old, kind=BufferKind.ACTIVATION)
+            kept = self._new_buffer(old.bytes, BufferKind.OUTPUT, old.name)
+            node = self.joint.forward_results[results[0]]
+            operation = Operation(
+                0, KEEP, (buffer,), (kept,), 0.0,
+                phase=self.old.operations[self.maker[buffer]].phase,
+                can_recompute=False, overwrites=((kept, buffer),),
+                layer=self.old.operations[self.maker[buffer]].layer,
+            )
+            self._add(self.maker[buffer], operation, node, tuple(results))
+            outputs.append(kept)
+        return outputs
+
+    def _consume_gradients(self, results: list[int]) -> None:
+        last_read: dict[int, int] = {}
+        for operation in self.old.operations:
+            for buffer in operation.reads:
+                last_read[buffer] = operation.id
+        end = len(self.old.operations) - 1
+        # Nothing is updated before the loss is known to be finite.
+        result_made = max((after for after in self.added), default=-1)
+        all_reads: dict[int, None] = {}
+        all_mutated: list[int] = []
+        first_node: fx.Node | None = None
+        all_primals: list[int] = []
+        for primal, consumer in self.consumers.items():
+            node = self.joint.backward_results[primal]
+            if not isinstance(node, fx.Node):
+                continue
+            gradient = self.joint.buffer_of_node[node]
+            parameter = self.joint.buffer_of_node[self.joint.primals[primal]]
+            reads: tuple[int, ...] = (gradient, *results)
+            mutates: tuple[int, ...] = ()
+            if self.how is not Consumption.ACCUMULATE:
+                mutates = (parameter,)
+                if consumer.state_bytes:
+                    name = f"optimizer state of {consumer.name}"
+                    state = self._new_buffer(consumer.state_bytes, BufferKind.STATE, name)
+                    self.state_buffer_of[primal] = state
+                    mutates = (parameter, state)
+                reads = (*reads, *mutates)
+            if self.how is Consumption.TOGETHER:
+                all_reads.update(dict.fromkeys(reads))
+                all_mutated.extend(mutates)
+                first_node = first_node or node
+                all_primals.append(primal)
+                continue
+            made = self.maker.get(gradient, end)
+            # Whoever consumes a gradient may overwrite it: nobody reads it afterwards.
+            after = max(made, result_made, last_read.get(gradient, -1))
+            if mutates:
+                after = max(after, last_read.get(parameter, -1))
+            operation = Operation(
+                0, UPDATE, reads, (), consumer.seconds, consumer.workspace_bytes, Phase.UPDATE,
+                can_recompute=False, layer=consumer.name, mutates=mutates,
+            )
+            self._add(after, operation, node, (primal,))
+        if first_node is not None:
+            assert self.together is not None
+            operation = Operation(
+                0, UPDATE, tuple(all_reads), (), self.together.seconds,
+                self.together.workspace_bytes, Phase.UPDATE, can_recompute=False,
+                layer=self.together.name, mutates=tuple(all_mutated),
+            )
+            self._add(end, operation, first_node, tuple(all_primals))

@@ -1,0 +1,25 @@
+"""What AOTAutograd says about a joint graph beside the graph itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+def mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
+    """Return, for forward outputs that are new values of inputs, which input each belongs to."""
+    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
+    return {
+        index: described.mutated_input
+        for index, described in enumerate(output.meta.get("desc") or ())
+        if index < num_forward_outputs and type(described).__name__ == "InputMutationAOTOutput"
+    }
+
+
+def written_back(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, int]:
+    """Return, for forward outputs that are new values of inputs, the placeholders' positions."""
+    placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+    by_description = {n.meta.get("desc"): i for i, n in enumerate(placeholders)}
+    mutated = mutations(joint, num_forward_outputs)
+    return {i: by_description[d] for i, d in mutated.items() if d in by_description}

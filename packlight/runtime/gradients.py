@@ -1,0 +1,104 @@
+"""What becomes of gradients: updates in the backward, accumulation, or one update for all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from packlight.errors import NonFiniteLossError
+from packlight.runtime.update import ParameterUpdates
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """How gradients are clipped before the update, if at all.
+
+    Attributes:
+        norm: of all gradients together (`torch.nn.utils.clip_grad_norm_`).
+        value: of each element.
+    """
+
+    norm: float | None = None
+    value: float | None = None
+
+
+@dataclass
+class GradientFate:
+    """Receives results and gradients from a running step program (see `program.StepEvents`).
+
+    Attributes:
+        parameter_of: primal -> parameter whose gradient is consumed.
+        loss_index: the forward result that is the loss.
+        clipping: of gradients.
+        updates: where given, a parameter is updated as soon as its gradient is complete; else
+            gradients are collected in `parameter.grad`.
+        num_steps: trained so far, for errors.
+        microbatch_index: the one that runs, None where the batch runs as a whole.
+    """
+
+    parameter_of: Mapping[int, nn.Parameter]
+    loss_index: int
+    clipping: Clipping
+    updates: ParameterUpdates | None = None
+    num_steps: int = 0
+    microbatch_index: int | None = None
+
+    def result(self, index: int, value: torch.Tensor) -> None:
+        """Refuse a loss that is not finite, before anything is updated."""
+        if index == self.loss_index and not bool(torch.isfinite(value)):
+            raise NonFiniteLossError(self.num_steps, float(value), self.microbatch_index)
+
+    def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
+        """Update the parameter, or collect its gradient."""
+        parameter = self.parameter_of[primal]
+        if self.updates is not None:
+            if self.clipping.value is not None:
+                clip = torch.clamp_ if is_last_use else torch.clamp
+                gradient = clip(gradient, -self.clipping.value, self.clipping.value)
+            self.updates.apply(parameter, gradient)
+        elif parameter.grad is not None:
+            parameter.grad.add_(gradient)
+        else:
+            owns_all = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
+            parameter.grad = gradient if is_last_use and owns_all else gradient.clone()
+
+
+def update_all(
+    optimizer: torch.optim.Optimizer,
+    clipping: Clipping,
+    scaler: torch.amp.GradScaler | None,
+    updates: ParameterUpdates | None,
+) -> None:
+    """Update all parameters from their collected gradients and let go of those.
+
+    Args:
+        optimizer: the user's.
+        clipping: applied first.
+        scaler: unscales first, and skips the update where a gradient is not finite.
+        updates: where given, parameters are updated one after the other, with less workspace.
+    """
+    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if clipping.value is not None:
+        for parameter in parameters:
+            parameter.grad.clamp_(-clipping.value, clipping.value)
+    if clipping.norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clipping.norm, foreach=False)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif updates is not None:
+        updates.begin_step()
+        for parameter in parameters:
+            gradient, parameter.grad = parameter.grad, None
+            updates.apply(parameter, gradient)
+            del gradient
+    else:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+

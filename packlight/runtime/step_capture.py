@@ -1,0 +1,196 @@
+"""Captures the joint graph behind `loss_fn(model, batch)`, and later runs a program in its place.
+
+Dynamo traces the call, guards it, and collects its inputs (parameters, model buffers, tensors of
+the batch) at every call; AOTAutograd adds the backward. Both are asked for nothing else: what runs
+is the program that `install` is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from packlight.errors import UnsupportedModelError
+from packlight.runtime.aot import written_back
+from packlight.runtime.dynamo import plain_errors, prepare_dynamo, refuse_graph_break, specialize
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CapturedLoss:
+    """The joint graph of one call of a loss function.
+
+    Attributes:
+        joint: placeholders are primals then tangents; outputs are forward results then gradients.
+        num_forward_outputs: how many of the outputs are forward results.
+        written_back: forward result -> primal whose new value it is.
+        loss_index: which forward result is the loss.
+        arguments: the real primals of the captured call, in order.
+    """
+
+    joint: fx.GraphModule
+    num_forward_outputs: int
+    written_back: dict[int, int]
+    loss_index: int
+    arguments: list[Any]
+
+
+class _CapturedError(Exception):
+    """Ends a capture: the joint graph is known and nothing has run."""
+
+
+Program = Callable[[list[Any]], torch.Tensor]
+
+
+class CapturedAgainError(Exception):
+    """A guard of the traced call failed: the step is another one, and nothing of it has run."""
+
+
+@dataclass
+class _Entry:
+    """One graph that dynamo traced, and what runs in its place."""
+
+    joint: tuple[fx.GraphModule, int] | None = None
+    arguments: list[Any] = field(default_factory=list)
+    program: Program | None = None
+
+
+class StepCapture:
+    """One compiled call of a loss function, for one signature of the batch.
+
+    Calling it runs the installed program under dynamo's guards.
+    """
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        prepare_dynamo()
+        self.loss_fn, self.model = loss_fn, model
+        self._entry = _Entry()
+        # Dynamo's cache hangs on the code object: each signature gets one of its own.
+        function = FunctionType(_traced_loss.__code__.replace(), globals())
+        self._compiled = torch.compile(
+            function, backend=self._backend, fullgraph=True, dynamic=False
+        )
+
+    def capture(self, batch: Any) -> CapturedLoss:
+        """Return the joint graph of a call without running it.
+
+        Raises:
+            GraphBreakError: the call is not one graph.
+            UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
+        """
+        try:
+            with plain_errors(), torch.enable_grad():
+                self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            pass
+        if self._entry.joint is None:
+            raise UnsupportedModelError(
+                "the loss does not depend on any parameter that needs a gradient"
+            )
+        joint, num_forward_outputs = self._entry.joint
+        arguments, self._entry.arguments = self._entry.arguments, []
+        placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+        primals = placeholders[: len(arguments)]
+        mutated = written_back(joint, num_forward_outputs)
+        loss_index = _check_results(joint, num_forward_outputs, mutated)
+        _check_arguments(primals, arguments, len(placeholders))
+        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, arguments)
+
+    def install(self, program: Program) -> None:
+        """Set what runs with the primals of the latest captured call and returns the loss."""
+        self._entry.program = program
+
+    def __call__(self, batch: Any) -> torch.Tensor:
+        """Run the installed program on a batch of the captured signature.
+
+        Raises:
+            CapturedAgainError: the model or the loss function changed in a way that the traced
+                graph depends on; `capture` must be called again.
+        """
+        try:
+            with plain_errors(), torch.enable_grad():
+                loss: torch.Tensor = self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            raise CapturedAgainError from None
+        return loss
+
+    # -- the dynamo backend
+
+    def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+
+        refuse_graph_break()
+        specialize(inputs)
+        entry = self._entry = _Entry()
+
+        def take_joint(
+            joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            entry.joint = (joint, num_fwd_outputs)
+            raise _CapturedError
+
+        compiler = aot_autograd(
+            fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=take_joint
+        )
+        try:
+            compiler(module, inputs)
+        except _CapturedError:
+            pass
+
+        def run(*arguments: Any) -> Any:
+            if entry.program is None:
+                self._entry = entry
+                entry.arguments = list(arguments)
+                raise _CapturedError
+            return (entry.program(list(arguments)),)
+
+        return run
+
+
+def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
+    return loss_fn(model, batch)
+
+
+def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """Reached where there is no backward: `capture` tells the user."""
+    forward: Callable[..., Any] = module.forward
+    return forward
+
+
+def _check_results(joint: fx.GraphModule, num_outputs: int, mutated: dict[int, int]) -> int:
+    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
+    mine = [i for i in range(num_outputs) if i not in mutated]
+    shapes = [
+        tuple(node.meta["val"].shape)
+        for i in mine
+        if isinstance(node := output.args[0][i], fx.Node)
+    ]
+    if len(mine) != 1 or shapes != [()]:
+        raise UnsupportedModelError(
+            f"loss_fn must return one scalar tensor, it returned {len(mine)} tensor"
+            f"{'' if len(mine) == 1 else 's'} of shape {', '.join(map(str, shapes))}"
+            "\nhint: take the mean or the sum"
+        )
+    return mine[0]
+
+
+def _check_arguments(primals: list[fx.Node], arguments: list[Any], num_placeholders: int) -> None:
+    """The program is given dynamo's arguments: they must be the joint graph's primals."""
+    same = num_placeholders == len(arguments) + 1
+    for primal, argument in zip(primals, arguments, strict=False):
+        fake = primal.meta.get("val")
+        if isinstance(fake, torch.Tensor):
+            same = same and isinstance(argument, torch.Tensor) and fake.shape == argument.shape
+            same = same and fake.dtype == argument.dtype
+    if not same:
+        raise UnsupportedModelError(
+            f"the traced step takes {num_placeholders - 1} inputs where {len(arguments)} are "
+            "passed: inputs that share memory and are changed by the model cannot be planned as a "
+            "whole step\nhint: torch.compile(model, backend='packlight') plans such models"
+        )
