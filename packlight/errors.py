@@ -147,11 +147,11 @@ class MicrobatchError(PacklightError, ValueError):
         problem: what is in the way.
     """
 
-    HINT = (
-        "pass loss_weight=, a function of a batch whose values, normalised, weigh the microbatches "
-        "(such as lambda batch: (batch['labels'] != -100).sum()), 'rows' for a mean over rows or "
-        "'sum' for a loss that sums over them"
+    WEIGHTS = (
+        "a function of a batch whose values, normalised, weigh the microbatches (such as lambda "
+        "batch: (batch['labels'] != -100).sum()), 'rows' for a mean over rows or 'sum' for a sum"
     )
+    HINT = "pass loss_weight=, " + WEIGHTS
 
     def __init__(self, problem: str, operation: str = "", hint: str = HINT) -> None:
         self.operation = operation

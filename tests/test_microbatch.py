@@ -176,6 +176,10 @@ LOSSES: dict[str, Loss] = {
         F.cross_entropy(m(b["x"]), b["y"], reduction="sum", ignore_index=2) / (b["y"] != 2).sum()
     ),
     "masked mean": lambda m, b: (per_row(m, b) * b["mask"]).sum() / b["mask"].sum(),
+    "masked mean as a product": lambda m, b: per_row(m, b) @ b["mask"] / b["mask"].sum(),
+    "masked mean with where": lambda m, b: (
+        torch.where(b["mask"] > 0, per_row(m, b), 0.0).sum() / b["mask"].count_nonzero()
+    ),
     "mask normalised before the sum": lambda m, b: (
         per_row(m, b) * b["mask"] / b["mask"].sum()
     ).sum(),

@@ -43,7 +43,7 @@ def find_denominator(
         MicrobatchError: the loss is none of the known forms; says at which operation.
     """
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
-    gradients = list(output.args[0])[num_forward_outputs:]  # type: ignore[arg-type]
+    gradients = list(output.args[0])[num_forward_outputs:]
     trained = {index for index, gradient in enumerate(gradients) if gradient is not None}
     walk = _Walk(module, num_rows, leaf_of_primal, real_inputs, trained)
     walk.visit(_loss_of(output, num_forward_outputs), _Path())
@@ -189,6 +189,10 @@ class _Walk:
         if is_over_rows and not self._has_lost_rows(source):
             path = _reduced(path, "rows" if "mean" in str(node.target) else "sum", node)
         self.visit(source, path)
+        return True
+
+    def _step_dot(self, node: fx.Node, path: _Path) -> bool:
+        self._finish(node, node.all_input_nodes, _reduced(path, "sum", node))
         return True
 
     def _step_mul(self, node: fx.Node, path: _Path) -> bool:
@@ -368,6 +372,7 @@ _STEPS = {
     **dict.fromkeys(("add", "sub", "rsub"), "_step_add"),
     **dict.fromkeys(("stack", "cat"), "_step_stack"),
     **dict.fromkeys(("sum", "mean"), "_step_reduce"),
+    "dot": "_step_dot",
     "mul": "_step_mul",
     "div": "_step_div",
     "getitem": "_step_item",
@@ -410,7 +415,7 @@ def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
 
 def _loss_of(output: fx.Node, num_forward_outputs: int) -> fx.Node:
     """Return the node of the loss: the only forward output that is no new value of an input."""
-    results = list(output.args[0])[:num_forward_outputs]
+    results = list(output.args[0])[:num_forward_outputs]  # type: ignore[arg-type]
     described = list(output.meta.get("desc") or [None] * len(results))[:num_forward_outputs]
     losses = [
         r

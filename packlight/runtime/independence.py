@@ -84,7 +84,9 @@ def check_rows_independent(
                 raise MicrobatchError(
                     f"{rows} rows have the loss {whole:.7g}, but cut before row {cut} their parts "
                     f"add up to {described} = {sum(products):.7g} ({difference / scale:.2g} off, "
-                    f"{tolerance:g} allowed): rows depend on one another, or the weights are wrong"
+                    f"{tolerance:g} allowed): rows depend on one another, or the weights are wrong",
+                    hint="if rows are meant to (contrastive loss, load balancing), a batch has to "
+                    "run as a whole; if not, pass loss_weight=, " + MicrobatchError.WEIGHTS,
                 )
 
 
