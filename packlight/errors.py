@@ -124,3 +124,44 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
             "untouched\n"
             "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
         )
+
+
+class BatchError(PacklightError, ValueError):
+    """A batch that cannot be cut into rows.
+
+    Attributes:
+        path: where in the batch, such as "batch['labels']".
+        shape: of the tensor there, None if it is no tensor.
+    """
+
+    def __init__(
+        self, path: str, shape: tuple[int, ...] | None, problem: str, hint: str = ""
+    ) -> None:
+        self.path = path
+        self.shape = shape
+        where = path if shape is None else f"{path} of shape {shape}"
+        super().__init__(f"{where} {problem}" + (f"\nhint: {hint}" if hint else ""))
+
+
+class MicrobatchError(PacklightError, ValueError):
+    """A loss that is not known to be a weighted sum of its microbatches' losses.
+
+    Attributes:
+        operation: the operation of the loss at which the search stopped, or "" if it was run.
+        problem: what is in the way.
+    """
+
+    WEIGHTS = (
+        "a function of a batch whose values, normalised, weigh the microbatches (such as lambda "
+        "batch: (batch['labels'] != -100).sum()), 'rows' for a mean over rows or 'sum' for a sum"
+    )
+    HINT = "pass loss_weight=, " + WEIGHTS
+
+    def __init__(self, problem: str, operation: str = "", hint: str = HINT) -> None:
+        self.operation = operation
+        self.problem = problem
+        where = f" at {operation}" if operation else ""
+        super().__init__(
+            f"this loss does not split into microbatches{where}: {problem}"
+            + (f"\nhint: {hint}" if hint else "")
+        )
