@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from packlight.capture.chunk_regions import LATE_KEY, Region, find_heads, forward_nodes
@@ -67,7 +68,7 @@ class _Rewriter:
         self.counts: dict[fx.Node, fx.Node] = {}  # nll_loss_forward -> total weight
         self.made: list[fx.Node] = []
         values = (leaf for n in region.nodes for leaf in pytree.tree_leaves(n.meta["val"]))
-        self.fake_mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
+        self.fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
     def rewrite(self) -> fx.GraphModule:
         nodes = list(self.module.graph.nodes)
@@ -326,5 +327,5 @@ def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
 
 
 def _is_low_precision(node: fx.Node) -> bool:
-    dtype = node.meta["val"].dtype
+    dtype: torch.dtype = node.meta["val"].dtype
     return dtype.is_floating_point and dtype.itemsize < 4

@@ -274,7 +274,7 @@ def _kept(call: Call) -> list[int]:
 def _matmul(call: Call) -> Flow | None:
     """mm, addmm and bmm: rows of the result, or a sum where rows are what is summed over."""
     has_bias = len(call.shapes) == 3
-    first, second = len(call.shapes) - 2, len(call.shapes) - 1
+    first = len(call.shapes) - 2
     rank = len(call.result)
     row, column = rank - 2, rank - 1
     known = call.known
