@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,8 +26,16 @@ from torch import fx
 from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
-from packlight.capture.chunk_regions import LATE_KEY, Region, find_heads, forward_nodes
-from packlight.capture.chunk_rules import MEANS, SIZE_ARGUMENT, Dims, Reduced, Shape, shape_of
+from packlight.capture.chunk_regions import (
+    LATE_KEY,
+    Region,
+    find_heads,
+    forward_nodes,
+    nodes_below,
+)
+from packlight.capture.chunk_rows import Dims, Reduced, Shape, shape_of
+from packlight.capture.chunk_rules import MEANS, SIZE_ARGUMENT, is_label_loss
+from packlight.capture.chunk_writer import GraphWriter, merged_order
 
 __all__ = ["LATE_KEY", "Region", "chunked", "find_heads"]
 
@@ -66,44 +73,35 @@ class _Rewriter:
         self.parts: dict[fx.Node, list[fx.Node]] = {}
         self.sums: dict[fx.Node, fx.Node] = {}
         self.counts: dict[fx.Node, fx.Node] = {}  # nll_loss_forward -> total weight
-        self.made: list[fx.Node] = []
         values = (leaf for n in region.nodes for leaf in pytree.tree_leaves(n.meta["val"]))
-        self.fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        self.writer = GraphWriter(self.graph, fake_mode, {LATE_KEY: True})
+        self.call, self.view = self.writer.call, self.writer.view
 
     def rewrite(self) -> fx.GraphModule:
         nodes = list(self.module.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
         forward = forward_nodes(nodes)
-        below = self._below(nodes)
+        below = nodes_below(nodes, self.members)
         inputs = {i for n in self.members for i in n.all_input_nodes} - self.members
-        first = [n for n in nodes if n in inputs or (n in forward and n not in below)]
-        first = [n for n in first if n not in self.members]
+        # Chunks begin when all that they read is there and the rest of the forward is done.
+        first = inputs | (forward - below - self.members)
         start = max(position[n] for n in first)
-        late = [n for n in nodes if n in below or position[n] > start]
         for node in nodes[: start + 1]:
             if node not in self.members and node not in below:
                 self._copy(node)
         self._run_chunks()
-        for node in late:
-            if node not in self.members:
+        for node in nodes:
+            if node not in self.members and node not in self.copies:
                 self._copy(node)
                 if node in below and node in forward:
                     self.copies[node].meta[LATE_KEY] = True
-        for node in reversed(self.made):
-            if not node.users:
-                self.graph.erase_node(node)
+        self.writer.erase_unused()
         self.graph.set_codegen(copy.copy(self.module.graph._codegen))
         self.graph.lint()
         rewritten = fx.GraphModule(self.module, self.graph)
         rewritten.meta.update(self.module.meta)
         return rewritten
-
-    def _below(self, nodes: list[fx.Node]) -> set[fx.Node]:
-        below: set[fx.Node] = set()
-        for node in nodes:
-            if any(i in below or i in self.members for i in node.all_input_nodes):
-                below.add(node)
-        return below - self.members
 
     def _copy(self, node: fx.Node) -> None:
         self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
@@ -127,7 +125,7 @@ class _Rewriter:
             if self.region.shares[node] is Reduced.COUNT:
                 self.copies[node] = self.chunk[node] = self._count(parent)
                 return
-            self._finish(node, self._call(node, operator.getitem, (self.chunk[parent], index)))
+            self._finish(node, self.call(node, operator.getitem, (self.chunk[parent], index)))
             return
         needs = iter(self.region.needs[node])
 
@@ -150,16 +148,16 @@ class _Rewriter:
             if target in MEANS.values() and _is_low_precision(node):
                 kwargs = {"dtype": torch.float32, **kwargs}
             if self._can_accumulate(node) and node in self.sums:
-                self.sums[node] = self._call(node, _aten.addmm.default, (self.sums[node], *args))
+                self.sums[node] = self.call(node, _aten.addmm.default, (self.sums[node], *args))
                 return
-        if "nll_loss" in name and "forward" in name and args[3] != _NO_REDUCTION:
+        if is_label_loss(node) and args[3] != _NO_REDUCTION:
             # A chunk's sum of 16-bit losses could overflow: see `_finish`.
             is_small = _is_low_precision(args[0])
             args = _replaced(args, 3, _NO_REDUCTION if is_small else _SUM_REDUCTION)
         if name in ("view", "_unsafe_view", "reshape"):
-            self._finish(node, self._view(node, args[0], args[1]))
+            self._finish(node, self.view(node, args[0], args[1]))
         else:
-            self._finish(node, self._call(node, target, args, kwargs))
+            self._finish(node, self.call(node, target, args, kwargs))
 
     def _finish(self, node: fx.Node, made: fx.Node) -> None:
         """Note what a chunk made of a node: for its own later calls, and for what is outside."""
@@ -170,15 +168,15 @@ class _Rewriter:
             self.parts.setdefault(node, []).append(made)
             return
         if made.meta["val"].dim() > node.meta["val"].dim():
-            made = self._call(node, _aten.sum.default, (made,), {"dtype": torch.float32})
+            made = self.call(node, _aten.sum.default, (made,), {"dtype": torch.float32})
         if _is_low_precision(made):
-            made = self._call(node, _aten._to_copy.default, (made,), {"dtype": torch.float32})
+            made = self.call(node, _aten._to_copy.default, (made,), {"dtype": torch.float32})
         if node in self.sums:
-            made = self._call(node, _aten.add.Tensor, (self.sums[node], made))
+            made = self.call(node, _aten.add.Tensor, (self.sums[node], made))
         self.sums[node] = made
 
     def _can_accumulate(self, node: fx.Node) -> bool:
-        """Whether a sum can grow within the matrix product itself, without a second matrix."""
+        """Return whether a sum can grow within the product itself, without a second matrix."""
         return node.target is _aten.mm.default and not _is_low_precision(node)
 
     def _sized(self, node: fx.Node, name: str) -> Shape:
@@ -204,7 +202,7 @@ class _Rewriter:
                 self.merged[source, dims] = self._merged(user, source, dims)
             shape = shape_of(source)
             rows = math.prod(shape[d] for d in dims) // self.region.rows
-            self.slices[source, dims] = self._call(
+            self.slices[source, dims] = self.call(
                 user,
                 _aten.slice.Tensor,
                 (self.merged[source, dims], dims[-1], start * rows, end * rows),
@@ -217,10 +215,10 @@ class _Rewriter:
         if len(dims) == 1:
             return made
         shape = shape_of(source)
-        order = _merged_order(len(shape), dims)
+        order = merged_order(len(shape), dims)
         if order != sorted(order):
-            made = self._call(user, _aten.permute.default, (made, order))
-        return self._view(user, made, self._chunk_shape(shape, dims, 0, self.region.rows))
+            made = self.call(user, _aten.permute.default, (made, order))
+        return self.view(user, made, self._chunk_shape(shape, dims, 0, self.region.rows))
 
     def _whole(self, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
         """Return the parts of all chunks as the one tensor that the rest of the step reads."""
@@ -228,28 +226,15 @@ class _Rewriter:
         assert isinstance(dims, tuple)
         made = parts[0]
         if len(parts) > 1:
-            made = self._call(node, _aten.cat.default, (parts, dims[-1]))
+            made = self.call(node, _aten.cat.default, (parts, dims[-1]))
         shape = shape_of(node)
         if len(dims) > 1:
-            order = _merged_order(len(shape), dims)
-            made = self._view(node, made, [shape[d] for d in order])
+            order = merged_order(len(shape), dims)
+            made = self.view(node, made, [shape[d] for d in order])
             if order != sorted(order):
                 back = [order.index(d) for d in range(len(shape))]
-                made = self._call(node, _aten.permute.default, (made, back))
-        return self._with_strides(node, made)
-
-    def _with_strides(self, node: fx.Node, made: fx.Node) -> fx.Node:
-        """Return a value in the layout of the one that it replaces: views of it rely on that."""
-        wanted = node.meta["val"].stride()
-        if made.meta["val"].stride() == wanted:
-            return made
-        order = sorted(range(len(wanted)), key=lambda d: -wanted[d])
-        made = self._call(node, _aten.permute.default, (made, order))
-        made = self._call(
-            node, _aten.clone.default, (made,), {"memory_format": torch.contiguous_format}
-        )
-        back = [order.index(d) for d in range(len(wanted))]
-        return self._call(node, _aten.permute.default, (made, back))
+                made = self.call(node, _aten.permute.default, (made, back))
+        return self.writer.with_strides(node, made)
 
     def _total(self, node: fx.Node, total: fx.Node) -> fx.Node:
         """Return the sum over all chunks, or the mean where that was asked for."""
@@ -257,13 +242,13 @@ class _Rewriter:
         assert isinstance(source, fx.Node)
         if node.target in MEANS:
             num_terms = math.prod(shape_of(source)) // max(1, math.prod(shape_of(node)))
-            total = self._call(node, _aten.div.Scalar, (total, num_terms))
+            total = self.call(node, _aten.div.Scalar, (total, num_terms))
         elif node.target is operator.getitem and source.args[3] == _MEAN_REDUCTION:
-            total = self._call(node, _aten.div.Tensor, (total, self._count(source)))
+            total = self.call(node, _aten.div.Tensor, (total, self._count(source)))
         dtype = node.meta["val"].dtype
         if total.meta["val"].dtype != dtype:
-            total = self._call(node, _aten._to_copy.default, (total,), {"dtype": dtype})
-        return self._with_strides(node, total)
+            total = self.call(node, _aten._to_copy.default, (total,), {"dtype": dtype})
+        return self.writer.with_strides(node, total)
 
     def _count(self, loss: fx.Node) -> fx.Node:
         """Return the total weight of a loss's labels, for which no scores are needed."""
@@ -272,54 +257,16 @@ class _Rewriter:
             labels = self.copies[target]  # type: ignore[index]
             dtype = loss.meta["val"][1].dtype
             if weight is None:
-                counted = self._call(loss, _aten.ne.Scalar, (labels, ignored))
+                counted = self.call(loss, _aten.ne.Scalar, (labels, ignored))
             else:
-                skipped = self._call(loss, _aten.eq.Scalar, (labels, ignored))
-                labels = self._call(loss, _aten.masked_fill.Scalar, (labels, skipped, 0))
+                skipped = self.call(loss, _aten.eq.Scalar, (labels, ignored))
+                labels = self.call(loss, _aten.masked_fill.Scalar, (labels, skipped, 0))
                 weights = self.copies[weight]  # type: ignore[index]
-                counted = self._call(loss, _aten.take.default, (weights, labels))
-                counted = self._call(loss, _aten.masked_fill.Scalar, (counted, skipped, 0))
-            total = self._call(loss, _aten.sum.default, (counted,))
-            self.counts[loss] = self._call(loss, _aten._to_copy.default, (total,), {"dtype": dtype})
+                counted = self.call(loss, _aten.take.default, (weights, labels))
+                counted = self.call(loss, _aten.masked_fill.Scalar, (counted, skipped, 0))
+            total = self.call(loss, _aten.sum.default, (counted,))
+            self.counts[loss] = self.call(loss, _aten._to_copy.default, (total,), {"dtype": dtype})
         return self.counts[loss]
-
-    # -- nodes
-
-    def _view(self, origin: fx.Node, source: fx.Node, shape: Sequence[int]) -> fx.Node:
-        """Return a tensor in another shape: a view, where strides do not allow it a copy."""
-        try:
-            return self._call(origin, _aten.view.default, (source, list(shape)))
-        except (RuntimeError, ValueError):
-            copy = self._call(
-                origin, _aten.clone.default, (source,), {"memory_format": torch.contiguous_format}
-            )
-            return self._call(origin, _aten.view.default, (copy, list(shape)))
-
-    def _call(
-        self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None
-    ) -> fx.Node:
-        """Add a call that stands for (a part of) a node, with what it would return."""
-        kwargs = kwargs or {}
-        fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-        with self.fake_mode:
-            value = target(*fake[0], **fake[1])
-        node = self.graph.call_function(target, args, kwargs)
-        node.meta = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}
-        node.meta["val"] = value
-        node.meta[LATE_KEY] = True
-        self.made.append(node)
-        return node
-
-
-def _merged_order(rank: int, dims: Dims) -> list[int]:
-    """Return the order of dims in which row dims stand together where the last of them was."""
-    order: list[int] = []
-    for d in range(rank):
-        if d == dims[-1]:
-            order += dims
-        elif d not in dims:
-            order.append(d)
-    return order
 
 
 def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:

@@ -10,20 +10,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from packlight.capture.chunk_rules import (
-    Dims,
-    Reduced,
-    Share,
-    flow,
-    rule_of,
-    shape_of,
-    tensor_inputs,
-)
+from packlight.capture.chunk_rows import Dims, Reduced, Share, shape_of, tensor_inputs
+from packlight.capture.chunk_rules import flow, is_label_loss, rule_of
 from packlight.capture.layers import layers_of_nodes
 
 LATE_KEY = "packlight_late"
@@ -74,8 +68,7 @@ def find_heads(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]
         if any(seed in region.shares for region in regions):
             continue
         growth = _grown(nodes, forward, seed)
-        is_new = growth and not any(n in r.shares for n in growth.shares for r in regions)
-        if growth is not None and is_new:
+        if growth is not None and not any(n in r.shares for n in growth.shares for r in regions):
             members = tuple(n for n in nodes if n in growth.shares)
             size = max(_num_bytes(n) for n in members)
             name = layers.get(seed, seed.name)
@@ -97,6 +90,16 @@ def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
         and n not in after
         and n.meta.get("partitioner_tag") != "is_backward"
     }
+
+
+def nodes_below(nodes: list[fx.Node], members: Container[fx.Node]) -> set[fx.Node]:
+    """Return the nodes that need a member's result and are none themselves."""
+    below: set[fx.Node] = set()
+    for node in nodes:
+        needs_one = any(i in below or i in members for i in node.all_input_nodes)
+        if needs_one and node not in members:
+            below.add(node)
+    return below
 
 
 def _grown(nodes: list[fx.Node], forward: set[fx.Node], seed: fx.Node) -> _Growth | None:
@@ -230,16 +233,12 @@ class _Growth:
                 have = self.shares.get(argument)
                 if have is not None and have is not Reduced.COUNT and have != want:
                     return False
-            if "nll_loss" in str(node.target) and "forward" in str(node.target):
-                # Labels are counted before the first chunk.
-                if any(i in self.shares for i in tensor_inputs(node)[1:]):
-                    return False
-        below: set[fx.Node] = set()
-        for node in self.nodes:
-            if node in self.shares:
-                continue
-            if any(i in below or i in self.shares for i in node.all_input_nodes):
-                below.add(node)
+            # Labels are counted before the first chunk.
+            if is_label_loss(node) and any(i in self.shares for i in tensor_inputs(node)[1:]):
+                return False
+        below = nodes_below(self.nodes, self.shares)
+        if any(i in below for node in self.shares for i in node.all_input_nodes):
+            return False
         # What the forward makes of the results waits for the backward: it must not be much.
         return not any(n in self.forward and self._is_wide(n) for n in below)
 
