@@ -15,6 +15,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from packlight.capture.chunk_regions import LATE_KEY
 from packlight.capture.layers import layers_of_nodes
 from packlight.capture.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
@@ -171,7 +172,7 @@ class _Reader:
         stack = [n for n in pytree.tree_leaves(self.forward_results) if isinstance(n, fx.Node)]
         while stack:
             node = stack.pop()
-            if node not in needed:
+            if node not in needed and not node.meta.get(LATE_KEY):
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
         after_tangents: set[fx.Node] = set()
@@ -186,8 +187,11 @@ class _Reader:
         return {
             n
             for n in self.nodes
-            if n in needed
-            or (n not in after_tangents and n.meta.get("partitioner_tag") != "is_backward")
+            if not n.meta.get(LATE_KEY)
+            and (
+                n in needed
+                or (n not in after_tangents and n.meta.get("partitioner_tag") != "is_backward")
+            )
         }
 
     # -- nodes
@@ -408,7 +412,13 @@ class _Reader:
         return len(self.operations) - 1
 
     def _finish(self, num_forward: int) -> JointStep:
-        forward_outputs = self._result_buffers(self.forward_results)
+        forward_outputs = self._result_buffers(
+            [
+                r
+                for r in self.forward_results
+                if not (isinstance(r, fx.Node) and r.meta.get(LATE_KEY))
+            ]
+        )
         pinned = self._result_buffers(
             [r for i, r in enumerate(self.forward_results) if self.pinned_outputs(i)]
         )

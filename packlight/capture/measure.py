@@ -26,6 +26,8 @@ SECONDS_PER_CALL_SITE = 0.06
 # Row-wise kernels that read all of a row before they write it. Whether one really may run in place
 # is still checked, bit by bit, on the device (see `_in_place_argument`).
 _ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
+# Kernels that add to their first argument, and so may add to it where it is.
+_ACCUMULATING = ("addmm",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,12 +291,12 @@ def _in_place_argument(
 ) -> int | None:
     """Return the tensor argument that the call may overwrite with bit-identical results, if any."""
     name = target._schema.name.split("::")[1]
-    if torch.Tag.pointwise not in target.tags and name not in _ROW_WISE:
+    if torch.Tag.pointwise not in target.tags and name not in (*_ROW_WISE, *_ACCUMULATING):
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None
     num_tensors = len(tensor_arguments(args, kwargs))
-    for index in range(num_tensors):
+    for index in range(1 if name in _ACCUMULATING else num_tensors):
         found = in_place_call(target, index, len(args))
         if found is None:
             continue
