@@ -32,10 +32,11 @@ def run(arguments: argparse.Namespace) -> int:
     from packlight.cli import breakdown
     from packlight.planner import pareto
     from packlight.runtime.backend import check_allowed
+    from packlight.runtime.ways import TECHNIQUES
 
-    check_allowed(arguments.allow)
+    allow = check_allowed(arguments.allow, TECHNIQUES)
     console = Console()
-    step = planned(arguments, budget_bytes)
+    step = planned(arguments, budget_bytes, allow=allow)
     profile, plan = step.profile, step.plan
     console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
     for line in summary(profile, plan, budget_bytes):

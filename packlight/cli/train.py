@@ -69,8 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
     from packlight.cli.example import BatchStream, build, load_example, seed_everything
     from packlight.runtime.backend import check_allowed
     from packlight.runtime.checkpoint import newest_checkpoint
+    from packlight.runtime.ways import TECHNIQUES
 
-    allow = check_allowed(arguments.allow)
+    allow = check_allowed(arguments.allow, TECHNIQUES)
     console = Console()
     example = load_example(arguments.file)
     found = newest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None

@@ -8,7 +8,7 @@ above what was there before: saved activations, outputs, gradients, workspace.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,14 +178,15 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
     )
 
 
-def check_allowed(allow: Any) -> tuple[str, ...]:
-    """Return the names of approximate techniques that were allowed; none exists yet."""
+def check_allowed(allow: Any, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the names of approximate techniques that were allowed, checked."""
     names = (allow,) if isinstance(allow, str) else tuple(allow)
-    if names:
-        raise OptionError(
-            f"unknown technique {names[0]!r} in allow\n"
-            "hint: no approximate technique is available in this version; leave allow empty"
+    strange = [name for name in names if name not in known]
+    if strange:
+        hint = f"known techniques here: {', '.join(map(repr, known))}" if known else (
+            "no approximate technique is available here; leave allow empty"
         )
+        raise OptionError(f"unknown technique {strange[0]!r} in allow\nhint: {hint}")
     return names
 
 

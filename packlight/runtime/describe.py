@@ -3,27 +3,59 @@
 from __future__ import annotations
 
 from packlight.capture.whole_step import Consumption
-from packlight.runtime.prepare import Preparer, Way
-from packlight.units import format_bytes
+from packlight.report.accounts import peak_by_kind
+from packlight.runtime.ways import Way
+from packlight.step import simulate
+from packlight.units import format_bytes, format_seconds
 
 
-def describe_way(way: Way, budget_bytes: int | None, preparer: Preparer) -> str:
-    """Return a few lines: memory by kind, moves, price."""
-    memory, plan = way.memory, way.parts[0].plan
-    lines = [
-        f"parameters      {format_bytes(memory.parameter_bytes + memory.state_bytes):>12}",
-        f"optimizer state {format_bytes(memory.optimizer_bytes):>12}",
-        f"batch           {format_bytes(memory.input_bytes):>12}",
-        f"schedule's peak {format_bytes(plan.peak_bytes):>12}  (plain step: "
-        f"{format_bytes(plan.plain_peak_bytes)}; "
-        f"gradients {format_bytes(memory.gradient_bytes)})",
-        f"whole step      {format_bytes(way.peak_bytes):>12}  of "
-        + ("no limit" if budget_bytes is None else format_bytes(budget_bytes)),
-        f"predicted time  {plan.slowdown:>11.3f}x  (no schedule below "
-        f"{plan.bound_seconds / plan.plain_seconds:.3f}x; {plan.status})",
-    ]
-    if way.consumption is Consumption.UPDATE:
-        lines.append("moves           update-in-backward")
-    else:
-        lines.append(f"not made        update-in-backward: {preparer.no_update_in_backward}")
+def describe_way(way: Way, budget_bytes: int | None) -> str:
+    """Return a few lines: what is in memory at the peak and where that is, moves, price."""
+    memory = way.memory
+    part = max(way.parts, key=lambda p: p.plan.peak_bytes)
+    graph, plan = part.step.joint.graph, part.plan
+    timeline = simulate(graph, plan.schedule)
+    operation = graph.operations[plan.schedule.instructions[timeline.peak_index].target]
+    where = operation.short_name + (f" in {operation.layer}" if operation.layer else "")
+    kinds = {
+        "parameters": memory.parameter_bytes + memory.state_bytes,
+        "optimizer state": memory.optimizer_bytes,
+        "batch": memory.input_bytes,
+        "accumulated gradients": memory.accumulated_bytes,
+        **peak_by_kind(graph, timeline),
+    }
+    lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]
+    limit = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
+    lines.append(
+        f"{'whole step':<22}{format_bytes(way.peak_bytes):>12}  of {limit}; the peak is in the "
+        f"{operation.phase}, {where}"
+    )
+    lines.append(f"{'moves':<22}{', '.join(moves_of(way)) or 'none'}")
+    lines += [f"{'':<22}without {name}: {reason}" for name, reason in way.not_made.items()]
+    what = "microbatch" if way.num_microbatches > 1 else "step"
+    lines.append(
+        f"{'predicted time':<22}{format_seconds(way.seconds)}; {plan.slowdown:.3f} x the {what} "
+        f"without recomputation (no schedule below {plan.bound_seconds / plan.plain_seconds:.3f} "
+        f"x; {plan.status})"
+    )
     return "\n".join(lines)
+
+
+def moves_of(way: Way) -> list[str]:
+    """Return what is done to fit, in words."""
+    counts = [part.plan.schedule.compute_counts() for part in way.parts]
+    num_again = sum(count - 1 for count in counts[0].values())
+    moves = []
+    if way.consumption is Consumption.UPDATE:
+        moves.append("update-in-backward")
+    if way.num_microbatches > 1:
+        sizes = " + ".join(
+            f"{count} x {part.num_rows} rows"
+            for part, count in zip(way.parts, way.counts, strict=True)
+        )
+        moves.append(f"{way.num_microbatches} microbatches ({sizes})")
+    if way.num_chunks > 1:
+        moves.append(f"loss head in {way.num_chunks} chunks")
+    if num_again:
+        moves.append(f"{num_again} operations recomputed")
+    return moves

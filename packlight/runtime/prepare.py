@@ -12,114 +12,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import nn
+from torch import fx, nn
 
+from packlight.capture.batch_statistics import batch_statistics
+from packlight.capture.chunk import chunked, find_heads
 from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.loss_weight import find_denominator
+from packlight.capture.measure import median_seconds
 from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
 from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes
-from packlight.runtime.gradients import Clipping
+from packlight.runtime.independence import few_rows, settle
+from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
-from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
+from packlight.runtime.step_capture import CapturedLoss, StepCapture
 from packlight.runtime.update import ParameterUpdates
-from packlight.step import Plan, StepGraph, StepMemory
+from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
+from packlight.step import Plan, StepMemory
 
-MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
 # How much faster a step that rounds its sums in another order must be.
 ROUNDING_MARGIN = 1.02
-TANGENT_BYTES = 4
+# Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
+SCALAR_BYTES = 64
+# A chunk of the loss head gets about this share of what a schedule may allocate.
+CHUNK_SHARE = 8
 
 
-@dataclass(frozen=True)
-class Request:
-    """What `fit` was asked for.
+@dataclass
+class _Captured:
+    """One captured size of microbatch, while ways to run it are looked at."""
 
-    Attributes:
-        model, loss_fn, optimizer: the user's; no optimizer where nothing is to be trained.
-        budget_bytes: for the whole step, None for no limit.
-        moves: names out of `MOVES` that may be used.
-        allow: names of approximate techniques.
-        clipping: of gradients.
-        scaler: scales the loss.
-        loss_weight: the user's weight of a microbatch.
-        progress: show what profiling does.
-    """
-
-    model: nn.Module
-    loss_fn: LossFunction
-    optimizer: torch.optim.Optimizer | None
-    budget_bytes: int | None
-    moves: frozenset[str]
-    allow: frozenset[str]
-    clipping: Clipping
-    scaler: torch.amp.GradScaler | None
-    loss_weight: Any
-    progress: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    """One captured size of microbatch, and how it runs.
-
-    Attributes:
-        capture: runs the installed program.
-        captured: the joint graph and the real inputs that it was captured with.
-        step: the whole step behind it.
-        plan: its schedule.
-        parameter_of: primal -> trained parameter.
-    """
-
+    batch: Any
     capture: StepCapture
-    captured: CapturedLoss
-    step: WholeStep
-    plan: Plan
-    parameter_of: dict[int, nn.Parameter]
-
-
-@dataclass(frozen=True)
-class Way:
-    """One way to run the step.
-
-    Attributes:
-        parts: one, or two where the last microbatches are smaller.
-        counts: how many microbatches run as each part.
-        memory: bytes outside of the schedule.
-        consumption: what happens to gradients.
-        finish_seconds: of the update after the last schedule.
-        num_chunks: of the loss head, 1 where it runs whole.
-    """
-
-    parts: tuple[Part, ...]
-    counts: tuple[int, ...]
-    memory: StepMemory
-    consumption: Consumption
-    finish_seconds: float = 0.0
-    num_chunks: int = 1
-
-    @property
-    def num_microbatches(self) -> int:
-        """How often a schedule runs for one update."""
-        return sum(self.counts)
-
-    @property
-    def seconds(self) -> float:
-        """Predicted duration of the whole step."""
-        runs = zip(self.parts, self.counts, strict=True)
-        return sum(part.plan.seconds * count for part, count in runs) + self.finish_seconds
-
-    @property
-    def peak_bytes(self) -> int:
-        """Predicted peak of the whole step."""
-        return self.memory.peak_bytes(max(part.plan.peak_bytes for part in self.parts))
-
-    @property
-    def is_bit_exact(self) -> bool:
-        """Whether sums are rounded in the plain step's order."""
-        return self.num_microbatches == 1 and self.num_chunks == 1
+    loss: CapturedLoss
+    modules: dict[int, fx.GraphModule]
 
 
 class Preparer:
@@ -143,12 +72,18 @@ class Preparer:
             for p in group["params"]
             if p.requires_grad
         }
-
-    # -- why a move is not made
+        self._captured: dict[int | None, _Captured] = {}
+        self._not_made: dict[str, str] = {}
+        self._settled: LossWeight | None = None
+        self._additions: dict[Any, float] = {}
 
     @property
-    def no_update_in_backward(self) -> str | None:
-        """Why parameters are not updated in the backward, None if they may be."""
+    def steps_alone(self) -> bool:
+        """Whether parameters may be updated one at a time."""
+        no_norm = self.request.clipping.norm is None and self.request.scaler is None
+        return self.updates is not None and self.updates.refusal is None and no_norm
+
+    def _why_no_update_in_backward(self) -> str | None:
         request = self.request
         if "update-in-backward" not in request.moves:
             return "not among the moves"
@@ -171,127 +106,275 @@ class Preparer:
         Raises:
             InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
         """
-        self._parts: dict[Any, tuple[StepCapture, CapturedLoss]] = {}
+        self._captured.clear()
+        self._not_made, self._settled = {}, None
+        reason = self._why_no_update_in_backward()
+        if reason is not None:
+            self._not_made["update-in-backward"] = reason
         found: list[Way] = []
         errors: list[InfeasibleBudgetError] = []
-        with CallProfiler(self.request.progress) as profiler:
-            for num_microbatches in self._counts(batch):
-                try:
-                    way = self._way(batch, num_microbatches, profiler)
-                except InfeasibleBudgetError as error:
-                    errors.append(error)
-                    continue
-                found.append(way)
-                if self._is_not_worth_going_on(way, found):
-                    break
-        self._parts.clear()
+        try:
+            with CallProfiler(self.request.progress) as profiler:
+                for num_microbatches in self._counts(batch):
+                    ways = self._ways(batch, num_microbatches, profiler, errors)
+                    found.extend(ways)
+                    if ways and self._is_enough(min(ways, key=lambda w: w.seconds), found):
+                        break
+        finally:
+            for captured in self._captured.values():
+                captured.loss.arguments.clear()  # they would keep the example batch in memory
+            self._captured.clear()
         if not found:
-            raise min(errors, key=lambda error: error.smallest_bytes)
-        return min(found, key=_handicapped_seconds)
+            raise self._with_reasons(min(errors, key=lambda error: error.smallest_bytes))
+        way = min(found, key=_handicapped_seconds)
+        not_made = dict(self._not_made)
+        if way.num_microbatches == 1:
+            not_made.setdefault("microbatch", "not needed")
+        return replace(way, not_made=not_made)
 
-    def _is_not_worth_going_on(self, way: Way, found: Sequence[Way]) -> bool:
-        fastest = min(w.seconds for w in found)
-        is_plain = all(p.plan.slowdown <= 1.0 + 1e-9 for p in way.parts)
-        return is_plain or way.seconds > 1.1 * fastest
+    def _is_enough(self, way: Way, found: Sequence[Way]) -> bool:
+        return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in found)
+
+    def _with_reasons(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+        hints = [f"without {name}: {why}" for name, why in self._not_made.items()]
+        hint = "\n  ".join(filter(None, [error.hint, *hints]))
+        return InfeasibleBudgetError(
+            error.budget_bytes, error.smallest_bytes, error.peak_operation, error.peak_buffers, hint
+        )
 
     def _counts(self, batch: Any) -> Iterator[int]:
+        """Yield numbers of microbatches to look at, as long as they are possible."""
         yield 1
+        if "microbatch" not in self.request.moves:
+            self._not_made["microbatch"] = "not among the moves"
+            return
+        try:
+            rows = num_rows(batch)
+        except BatchError as error:
+            self._not_made["microbatch"] = str(error)
+            return
+        count = 2
+        while count < 2 * rows:
+            if not self._may_split(batch):
+                return
+            yield min(count, rows)
+            count *= 2
 
-    def _way(self, batch: Any, num_microbatches: int, profiler: CallProfiler) -> Way:
-        capture, captured = self._captured(batch)
-        joint = read_joint_graph(captured.joint, captured.num_forward_outputs, profiler.measure)
-        reason = self.no_update_in_backward
-        how = Consumption.TOGETHER if reason else Consumption.UPDATE
-        step = self._completed(joint, captured, how)
-        memory = self._memory(batch, joint, captured, how)
-        plan = self._plan(step.joint.graph, memory)
-        step, plan = self._rehearsed(step, plan, memory, captured, profiler)
-        part = Part(capture, captured, step, plan, self.parameters(captured.arguments))
-        captured.arguments.clear()  # they would keep the example batch in memory
-        return Way((part,), (1,), memory, how)
-
-    def _captured(self, batch: Any) -> tuple[StepCapture, CapturedLoss]:
-        capture = StepCapture(self.request.loss_fn, self.request.model)
-        return capture, capture.capture(batch)
-
-    def _completed(
-        self, joint: JointStep, captured: CapturedLoss, how: Consumption
-    ) -> WholeStep:
-        consumers: dict[int, Consumer] = {}
-        for primal, parameter in self.parameters(captured.arguments).items():
-            name = self.name_of[id(parameter)]
-            consumers[primal] = Consumer(name)
-            node = joint.backward_results[primal]
-            if self.updates is None or self.updates.refusal is not None or node is None:
-                continue
-            cost = self.updates.cost(parameter, tuple(node.meta["val"].stride()))
-            if how is Consumption.ACCUMULATE:
-                continue
-            workspace = cost.workspace_bytes
-            if self.request.clipping.value is not None:
-                workspace += parameter.nbytes
-            consumers[primal] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
-        together = None
-        if how is Consumption.TOGETHER:
-            seconds = sum(consumer.seconds for consumer in consumers.values())
-            clipping_bytes = 16 * len(consumers) + 64 if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, clipping_bytes)
-            together = Consumer("all parameters", seconds, workspace)
-        return whole_step(joint, consumers, how, together)
-
-    def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
-        """Return the trained parameters among a captured call's inputs, by position."""
-        return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
-
-    # -- memory and plans
-
-    def _memory(
-        self, batch: Any, joint: JointStep, captured: CapturedLoss, how: Consumption
-    ) -> StepMemory:
-        gradients = tensors_of_gradients(joint, self.parameters(captured.arguments))
-        model = self.request.model
-        memory = StepMemory(
-            parameter_bytes=tensors_bytes(model.parameters()),
-            state_bytes=tensors_bytes(model.buffers()),
-            input_bytes=batch_bytes(batch) + TANGENT_BYTES,
-            optimizer_bytes=self.optimizer_bytes,
-            update_workspace_bytes=0,
-            gradient_bytes=gradients,
-        )
-        return memory
-
-    def _plan(self, graph: StepGraph, memory: StepMemory) -> Plan:
-        return plan_whole_step(graph, memory, self.request.budget_bytes)
-
-    def _rehearsed(
+    def _ways(
         self,
-        step: WholeStep,
-        plan: Plan,
+        batch: Any,
+        num_microbatches: int,
+        profiler: CallProfiler,
+        errors: list[InfeasibleBudgetError],
+    ) -> list[Way]:
+        """Return ways with a number of microbatches: the loss head whole, and in chunks."""
+        found: list[Way] = []
+        for num_chunks in self._chunk_counts(batch, num_microbatches, found):
+            try:
+                found.append(self._way(batch, num_microbatches, num_chunks, profiler))
+            except InfeasibleBudgetError as error:
+                errors.append(error)
+        return found
+
+    def _chunk_counts(
+        self, batch: Any, num_microbatches: int, found: Sequence[Way]
+    ) -> Iterator[int]:
+        yield 1
+        if "chunk" not in self.request.moves:
+            self._not_made["chunk"] = "not among the moves"
+            return
+        if any(way.is_plain for way in found):
+            return
+        captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
+        regions = find_heads(captured.loss.joint, captured.loss.num_forward_outputs)
+        if not regions:
+            self._not_made["chunk"] = "no loss head found that could run in chunks"
+            return
+        budget_bytes = self.request.budget_bytes
+        assert budget_bytes is not None, "without a budget the plain step fits"
+        left = budget_bytes - self._memory(batch, captured.loss, num_microbatches).resident_bytes
+        count = 2
+        while count < regions[0].rows and regions[0].bytes * CHUNK_SHARE > left * count > 0:
+            count *= 2
+        yield min(count, regions[0].rows)
+        if not found and count < regions[0].rows:
+            yield min(4 * count, regions[0].rows)
+
+    def _way(
+        self, batch: Any, num_microbatches: int, num_chunks: int, profiler: CallProfiler
+    ) -> Way:
+        if num_microbatches > 1:
+            how = Consumption.ACCUMULATE
+        elif "update-in-backward" in self._not_made:
+            how = Consumption.TOGETHER
+        else:
+            how = Consumption.UPDATE
+        pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
+        sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
+        parts: list[Part] = []
+        memory: StepMemory | None = None
+        for size in dict.fromkeys(sizes):
+            captured = self._capture(pieces[sizes.index(size)], num_microbatches)
+            memory = memory or self._memory(batch, captured.loss, num_microbatches)
+            step, plan = self._planned(captured, how, num_chunks, memory, profiler)
+            trained = self._parameters(captured.loss.arguments)
+            parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
+        assert memory is not None
+        finish_seconds, loss_weight = 0.0, None
+        if num_microbatches > 1:
+            loss_weight = self._settled
+            if self.steps_alone:
+                assert self.updates is not None
+                trained = parts[0].parameter_of
+                finish_seconds = sum(self.updates.cost(p).seconds for p in trained.values())
+        counts = tuple(sizes.count(part.num_rows) for part in parts)
+        return Way(
+            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight
+        )
+
+    # -- captures
+
+    def _capture(self, piece: Any, num_microbatches: int) -> _Captured:
+        size = None if num_microbatches == 1 else num_rows(piece)
+        if size not in self._captured:
+            capture = StepCapture(self.request.loss_fn, self.request.model)
+            loss = capture.capture(piece)
+            self._captured[size] = _Captured(piece, capture, loss, {1: loss.joint})
+        return self._captured[size]
+
+    def _planned(
+        self,
+        captured: _Captured,
+        how: Consumption,
+        num_chunks: int,
         memory: StepMemory,
-        captured: CapturedLoss,
         profiler: CallProfiler,
     ) -> tuple[WholeStep, Plan]:
-        """Return step and plan with times measured inside the step."""
-        joint = step.joint
+        """Return a captured size as a whole step with its plan, times measured inside the step."""
+        loss = captured.loss
+        if num_chunks not in captured.modules:
+            region = find_heads(loss.joint, loss.num_forward_outputs)[0]
+            captured.modules[num_chunks] = chunked(
+                loss.joint, region, min(num_chunks, region.rows)
+            )
+        joint = read_joint_graph(
+            captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
+        )
+        step = self._completed(joint, loss, how)
+        budget_bytes = self.request.budget_bytes
+        plan = plan_whole_step(step.joint.graph, memory, budget_bytes)
         is_known = all(f is None or f.in_step_seconds is not None for f in joint.facts)
         if is_known or not fits(plan.peak_bytes, self.device):
             return step, plan
         tangents = [n.meta["val"] for n in joint.tangents]
         program = emit_program(step, plan.schedule)
-        seconds = typical_seconds(
-            joint, rehearse_program(program, captured.arguments, tangents, self.device)
+        seconds = rehearse_program(program, loss.arguments, tangents, self.device)
+        typical = typical_seconds(step.joint, seconds)
+        for index, value in typical.items():
+            profiler.note_in_step(*step.joint.call(index), value)
+        step = replace(step, joint=step.joint.with_seconds(typical))
+        return step, plan_whole_step(step.joint.graph, memory, budget_bytes)
+
+    def _completed(self, joint: JointStep, loss: CapturedLoss, how: Consumption) -> WholeStep:
+        consumers: dict[int, Consumer] = {}
+        for primal, parameter in self._parameters(loss.arguments).items():
+            consumers[primal] = self._consumer(joint, primal, parameter, how)
+        together = None
+        if how is Consumption.TOGETHER:
+            seconds = sum(consumer.seconds for consumer in consumers.values())
+            norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
+            workspace = max(self.update_workspace_bytes, norms_bytes)
+            together = Consumer("all parameters", seconds, workspace)
+        return whole_step(joint, consumers, how, together)
+
+    def _consumer(
+        self, joint: JointStep, primal: int, parameter: nn.Parameter, how: Consumption
+    ) -> Consumer:
+        name = self.name_of[id(parameter)]
+        node = joint.backward_results[primal]
+        if node is None:
+            return Consumer(name)
+        if how is Consumption.ACCUMULATE:
+            return Consumer(name, self._addition_seconds(parameter))
+        if self.updates is None or self.updates.refusal is not None:
+            return Consumer(name)
+        cost = self.updates.cost(parameter, tuple(node.meta["val"].stride()))
+        clipped_bytes = 0 if self.request.clipping.value is None else parameter.nbytes
+        workspace = cost.workspace_bytes + clipped_bytes
+        return Consumer(name, cost.seconds, workspace, cost.state_bytes)
+
+    def _addition_seconds(self, parameter: nn.Parameter) -> float:
+        """Return how long a gradient takes to be added to another one."""
+        key = (tuple(parameter.shape), parameter.dtype)
+        if key not in self._additions:
+            one, other = parameter.new_zeros(parameter.shape), parameter.new_zeros(parameter.shape)
+            self._additions[key] = median_seconds(lambda: one.add_(other), self.device)
+        return self._additions[key]
+
+    def _parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
+        """Return the trained parameters among a captured call's inputs, by position."""
+        return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
+
+    # -- memory outside of schedules
+
+    def _memory(self, batch: Any, loss: CapturedLoss, num_microbatches: int) -> StepMemory:
+        model = self.request.model
+        trained = self._parameters(loss.arguments)
+        results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
+        gradients = results[loss.num_forward_outputs :]
+        gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
+        accumulated_bytes = workspace_bytes = 0
+        if num_microbatches > 1:
+            written = [loss.arguments[primal] for primal in loss.written_back.values()]
+            accumulated_bytes = gradient_bytes + tensors_bytes(written)
+            workspace_bytes = self.update_workspace_bytes
+            if self.steps_alone:
+                assert self.updates is not None
+                costs = [self.updates.cost(p).workspace_bytes for p in trained.values()]
+                workspace_bytes = max(costs, default=0)
+        return StepMemory(
+            parameter_bytes=tensors_bytes(model.parameters()),
+            state_bytes=tensors_bytes(model.buffers()),
+            input_bytes=batch_bytes(batch) + SCALAR_BYTES,
+            optimizer_bytes=self.optimizer_bytes,
+            update_workspace_bytes=workspace_bytes,
+            gradient_bytes=gradient_bytes,
+            accumulated_bytes=accumulated_bytes,
         )
-        for index, typical in seconds.items():
-            profiler.note_in_step(*joint.call(index), typical)
-        step = replace(step, joint=joint.with_seconds(seconds))
-        return step, self._plan(step.joint.graph, memory)
 
+    # -- microbatches
 
-def tensors_of_gradients(joint: JointStep, trained: dict[int, nn.Parameter]) -> int:
-    """Return the bytes of the gradients of trained parameters, shared storages counted once."""
-    nodes = [joint.backward_results[primal] for primal in trained]
-    buffers = {joint.buffer_of_node[n] for n in nodes if n in joint.buffer_of_node}
-    return sum(joint.graph.buffers[b].bytes for b in buffers)
+    def _may_split(self, batch: Any) -> bool:
+        """Whether microbatches give the whole batch's gradients; remembers why not."""
+        if self._settled is None and "microbatch" not in self._not_made:
+            try:
+                self._settled = self._find_loss_weight(batch)
+            except (MicrobatchError, BatchError) as error:
+                self._not_made["microbatch"] = str(error)
+        return self._settled is not None
+
+    def _find_loss_weight(self, batch: Any) -> LossWeight:
+        request = self.request
+        captured = self._captured[None]
+        loss = captured.loss
+        rows = num_rows(batch)
+        statistics = batch_statistics(loss.joint, rows)
+        if statistics and MICROBATCH_BATCH_NORM not in request.allow:
+            raise MicrobatchError(
+                f"{statistics[0]} and {len(statistics) - 1} other layers normalise over the batch",
+                hint=f"allow={{{MICROBATCH_BATCH_NORM!r}}} lets them normalise over microbatches",
+            )
+        weight: LossWeight
+        if request.loss_weight is not None:
+            weight = request.loss_weight
+        else:
+            leaf_of = leaves_of_primals(loss.arguments, captured.batch)
+            weight = find_denominator(
+                loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments
+            )
+        # Few rows: this forward is eager PyTorch's and in nobody's plan.
+        rows_looked_at = few_rows(batch, weight, max_rows=2 if rows <= 8 else 4)
+        return settle(request.model, request.loss_fn, rows_looked_at, weight)
 
 
 def _handicapped_seconds(way: Way) -> float:

@@ -9,9 +9,13 @@ import torch
 from torch import fx
 
 from packlight.capture.whole_step import Consumption
+from packlight.errors import NonFiniteLossError
 from packlight.runtime.gradients import GradientFate, update_all
-from packlight.runtime.prepare import Part, Preparer, Way
+from packlight.runtime.microbatch import loss_weights, num_rows, split
+from packlight.runtime.prepare import Preparer
 from packlight.runtime.program import emit_program
+from packlight.runtime.step_capture import CapturedAgainError
+from packlight.runtime.ways import Part, Way
 
 
 class StepRunner:
@@ -24,63 +28,118 @@ class StepRunner:
     def __init__(self, preparer: Preparer, way: Way) -> None:
         self.way = way
         self._request = preparer.request
-        self._updates = None if preparer.no_update_in_backward else preparer.updates
-        self._weight = torch.ones(())
-        self._fates: list[GradientFate] = []
+        in_backward = way.consumption is Consumption.UPDATE
+        alone = way.num_microbatches > 1 and preparer.steps_alone
+        self._updates = preparer.updates if in_backward or alone else None
+        self._programs: dict[int | None, _Program] = {}
         for part in way.parts:
-            in_backward = self._updates if way.consumption is Consumption.UPDATE else None
             fate = GradientFate(
-                part.parameter_of, part.captured.loss_index, preparer.request.clipping, in_backward
+                part.parameter_of,
+                part.captured.loss_index,
+                preparer.request.clipping,
+                self._updates if in_backward else None,
             )
-            self._fates.append(fate)
-            part.capture.install(_Program(self, part, fate))
+            program = self._programs[part.num_rows] = _Program(part, fate)
+            part.capture.install(program)
 
     def run(self, batch: Any, num_steps: int) -> torch.Tensor:
-        """Train one step and return the detached loss."""
-        optimizer = self._request.optimizer
+        """Train one step and return the detached loss.
+
+        Raises:
+            NonFiniteLossError: nothing is changed.
+            CapturedAgainError: the model changed since it was captured; nothing is changed.
+        """
+        request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
         optimizer.zero_grad(set_to_none=True)
-        for fate in self._fates:
-            fate.num_steps = num_steps
-        if self.way.consumption is Consumption.UPDATE:
-            assert self._updates is not None
-            self._updates.begin_step()
-        self._set_weight(1.0)
         try:
-            loss = self.way.parts[0].capture(batch)
+            if self.way.num_microbatches == 1:
+                loss = self._run_whole(batch, num_steps)
+            else:
+                loss = self._run_microbatches(batch, num_steps)
         except BaseException:
             optimizer.zero_grad(set_to_none=True)
             raise
         if self.way.consumption is not Consumption.UPDATE:
-            update_all(optimizer, self._request.clipping, self._request.scaler, self._updates)
+            update_all(optimizer, request.clipping, request.scaler, self._updates)
         return loss
 
-    def _set_weight(self, weight: float) -> None:
-        scaler = self._request.scaler
-        self._weight.fill_(weight if scaler is None else weight * scaler.get_scale())
+    def _run_whole(self, batch: Any, num_steps: int) -> torch.Tensor:
+        if self.way.consumption is Consumption.UPDATE:
+            assert self._updates is not None
+            self._updates.begin_step()
+        (program,) = self._programs.values()
+        program.set_up(self._scale, num_steps, None)
+        return self.way.parts[0].capture(batch)
+
+    def _run_microbatches(self, batch: Any, num_steps: int) -> torch.Tensor:
+        """Run microbatch after microbatch; model buffers are put back if one of them fails."""
+        microbatches = split(batch, self.way.num_microbatches)
+        assert self.way.loss_weight is not None
+        weights = loss_weights(self.way.loss_weight, microbatches)
+        part_of = {part.num_rows: part for part in self.way.parts}
+        total: torch.Tensor | None = None
+        backup: dict[torch.Tensor, torch.Tensor] = {}
+        try:
+            for index, (microbatch, weight) in enumerate(zip(microbatches, weights, strict=True)):
+                if weight == 0:  # its loss may be 0/0, and it counts for nothing
+                    continue
+                rows = num_rows(microbatch)
+                program = self._programs[rows]
+                program.set_up(weight * self._scale, num_steps, index, backup)
+                loss = part_of[rows].capture(microbatch).mul_(weight)
+                total = loss if total is None else total.add_(loss)
+        except (NonFiniteLossError, CapturedAgainError):
+            for tensor, value in backup.items():
+                tensor.copy_(value)
+            raise
+        assert total is not None, "loss_weights refuses microbatches of which none counts"
+        return total
 
     @property
-    def weight(self) -> torch.Tensor:
-        """What the backward starts from: how much the loss counts."""
-        return self._weight
+    def _scale(self) -> float:
+        scaler = self._request.scaler
+        return 1.0 if scaler is None else scaler.get_scale()
 
 
 class _Program:
     """What runs in the place of a traced loss; called with the primals."""
 
-    def __init__(self, runner: StepRunner, part: Part, fate: GradientFate) -> None:
+    def __init__(self, part: Part, fate: GradientFate) -> None:
         self.module: fx.GraphModule = emit_program(part.step, part.plan.schedule)
-        self.runner, self.fate, self.captured = runner, fate, part.captured
+        self.fate, self.captured = fate, part.captured
         (tangent,) = part.step.joint.tangents
-        self.tangent = tangent.meta["val"]
+        like = tangent.meta["val"]
+        self.weight = torch.ones((), device=like.device, dtype=like.dtype)
+        self.backup: dict[torch.Tensor, torch.Tensor] | None = None
+
+    def set_up(
+        self,
+        weight: float,
+        num_steps: int,
+        microbatch_index: int | None,
+        backup: dict[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Say what the next call is.
+
+        Args:
+            weight: what the backward starts from, how much the loss counts.
+            num_steps: trained so far.
+            microbatch_index: which microbatch, None for a whole batch.
+            backup: takes the first values of what is written back.
+        """
+        self.weight.fill_(weight)
+        self.backup = backup
+        self.fate.num_steps, self.fate.microbatch_index = num_steps, microbatch_index
 
     def __call__(self, primals: Sequence[Any]) -> torch.Tensor:
         """Run the schedule, write new values of the model's buffers back, return the loss."""
-        device, dtype = self.tangent.device, self.tangent.dtype
-        weight = self.runner.weight.to(device, dtype)
-        with torch.no_grad(), torch.amp.autocast(device.type, enabled=False):
-            results = self.module.forward([*primals, weight, self.fate])
+        with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
+            results = self.module.forward([*primals, self.weight, self.fate])
             for result, primal in self.captured.written_back.items():
-                primals[primal].copy_(results[result])
+                written = primals[primal]
+                if self.backup is not None and written not in self.backup:
+                    self.backup[written] = written.clone()
+                written.copy_(results[result])
         loss: torch.Tensor = results[self.captured.loss_index]
         return loss

@@ -16,9 +16,10 @@ from packlight.errors import OptionError, UnsupportedModelError
 from packlight.runtime.accounting import batch_bytes, plain_containers, tensors_bytes
 from packlight.runtime.backend import check_allowed
 from packlight.runtime.gradients import Clipping
-from packlight.runtime.prepare import MOVES, Preparer, Request, Way
+from packlight.runtime.prepare import Preparer
 from packlight.runtime.run_step import StepRunner
 from packlight.runtime.step_capture import CapturedAgainError
+from packlight.runtime.ways import MOVES, TECHNIQUES, Request, Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
 
@@ -143,7 +144,7 @@ class TrainStep:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
         from packlight.runtime.describe import describe_way
 
-        return describe_way(self.way, self.budget_bytes, self._preparer)
+        return describe_way(self.way, self.budget_bytes)
 
 
 def _signature(batch: Any) -> tuple[Any, ...]:
@@ -282,7 +283,8 @@ def _request(
         )
     return Request(
         model, loss_fn, optimizer, None if budget is None else parse_bytes(budget), names,
-        frozenset(check_allowed(allow)), clipping or Clipping(), scaler, loss_weight, progress,
+        frozenset(check_allowed(allow, TECHNIQUES)), clipping or Clipping(), scaler, loss_weight,
+        progress,
     )
 
 

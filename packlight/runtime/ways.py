@@ -1,0 +1,117 @@
+"""Ways to run a training step: what was asked for, and what was found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from packlight.capture.whole_step import Consumption, WholeStep
+from packlight.runtime.gradients import Clipping
+from packlight.runtime.microbatch import LossWeight
+from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
+from packlight.step import Plan, StepMemory
+
+MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
+MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
+TECHNIQUES = (MICROBATCH_BATCH_NORM,)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `fit` was asked for.
+
+    Attributes:
+        model, loss_fn, optimizer: the user's; no optimizer where nothing is to be trained.
+        budget_bytes: for the whole step, None for no limit.
+        moves: names out of `MOVES` that may be used.
+        allow: names of approximate techniques.
+        clipping: of gradients.
+        scaler: scales the loss.
+        loss_weight: what the user says a microbatch's loss is divided by, if anything.
+        progress: show what profiling does.
+    """
+
+    model: nn.Module
+    loss_fn: LossFunction
+    optimizer: torch.optim.Optimizer | None
+    budget_bytes: int | None
+    moves: frozenset[str]
+    allow: frozenset[str]
+    clipping: Clipping
+    scaler: torch.amp.GradScaler | None
+    loss_weight: LossWeight | None
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One captured size of microbatch, and how it runs.
+
+    Attributes:
+        num_rows: of the microbatch; None for a batch that runs as a whole.
+        capture: runs the installed program.
+        captured: the joint graph; its real inputs are let go of.
+        step: the whole step behind it.
+        plan: its schedule.
+        parameter_of: primal -> trained parameter.
+    """
+
+    num_rows: int | None
+    capture: StepCapture
+    captured: CapturedLoss
+    step: WholeStep
+    plan: Plan
+    parameter_of: dict[int, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run the step.
+
+    Attributes:
+        parts: one, or two where the last microbatches are smaller.
+        counts: how many microbatches run as each part.
+        memory: bytes outside of the schedule.
+        consumption: what happens to gradients.
+        finish_seconds: of the update after the last schedule.
+        num_chunks: of the loss head, 1 where it runs whole.
+        loss_weight: of microbatches.
+        not_made: move -> why it is not part of this.
+    """
+
+    parts: tuple[Part, ...]
+    counts: tuple[int, ...]
+    memory: StepMemory
+    consumption: Consumption
+    finish_seconds: float = 0.0
+    num_chunks: int = 1
+    loss_weight: LossWeight | None = None
+    not_made: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_microbatches(self) -> int:
+        """How often a schedule runs for one update."""
+        return sum(self.counts)
+
+    @property
+    def seconds(self) -> float:
+        """Predicted duration of the whole step."""
+        runs = zip(self.parts, self.counts, strict=True)
+        return sum(part.plan.seconds * count for part, count in runs) + self.finish_seconds
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the whole step."""
+        return self.memory.peak_bytes(max(part.plan.peak_bytes for part in self.parts))
+
+    @property
+    def is_bit_exact(self) -> bool:
+        """Whether sums are rounded in the plain step's order."""
+        return self.num_microbatches == 1 and self.num_chunks == 1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing is done that costs time."""
+        return all(part.plan.slowdown <= 1.0 + 1e-9 for part in self.parts)
