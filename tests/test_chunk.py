@@ -20,7 +20,7 @@ from tests.models import make
 from tests.oracles.joint import Joint, joint_graph
 
 VOCABULARY = 101
-CHUNKS = (2, 3, 7)
+CHUNKS = (3, 7)
 
 
 class Tied(nn.Module):
@@ -180,7 +180,7 @@ def test_gradients_of_a_tied_head_are_added_to_the_embeddings() -> None:
     joint = step_of(model, loss_fn, tokens)
     head = one_head(joint)
     more_than_rows = 1000
-    assert_same_step(joint, head, chunks=(1, more_than_rows))
+    assert_same_step(joint, head, chunks=(1, 2, more_than_rows))
     assert_eager_gradients(joint, chunked(joint.module, head, 7), loss_fn(model, tokens))
 
 
@@ -285,7 +285,7 @@ def test_heads_of_models(family: str) -> None:
     model.eval()  # dropout would draw other masks in eager
     joint = step_of(model, loss_fn, batch)
     head = one_head(joint)
-    assert_same_step(joint, head, tolerance=1e-5, chunks=(2, 7))
+    assert_same_step(joint, head, tolerance=1e-5, chunks=(7,))
     assert_eager_gradients(joint, chunked(joint.module, head, 3), loss_fn(model, batch))
 
 
