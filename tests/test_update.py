@@ -33,11 +33,13 @@ class Net(nn.Module):
         self.narrow = nn.Linear(300, 1)
         self.transposed = nn.Parameter(torch.randn(24, 24).t())
         self.scale = nn.Parameter(torch.tensor(1.5))
+        self.long = nn.Parameter(torch.randn(3001))
 
     def forward(self, tokens: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(self.embedding(tokens) @ self.transposed)
         pooled = self.conv(images).mean((2, 3)).sum(1, keepdim=True)
-        return (self.narrow(torch.tanh(self.wide(hidden))) * self.scale + pooled).square().mean()
+        scored = self.narrow(torch.tanh(self.wide(hidden))) * self.scale + pooled
+        return scored.square().mean() + torch.sin(self.long).mean()
 
 
 class Lion(torch.optim.Optimizer):
@@ -145,6 +147,7 @@ OPTIMIZERS: dict[str, OptimizerMaker] = {
 NO_WORKSPACE = {"momentum", "sgd_fused", "adamw_fused", "asgd"}
 NOT_ELEMENTWISE = {"adafactor", "lamb"}
 SMALL_BYTES = 4096
+SHARED_STATE_BYTES = 32  # a few scalars that each slice gets a copy of
 
 
 def make(maker: OptimizerMaker, dtype: torch.dtype = torch.float32) -> tuple[Net, Any, Any]:
@@ -227,8 +230,11 @@ def test_one_by_one_gives_the_bits_of_a_step(name: str, max_workspace_bytes: int
     updates = ParameterUpdates(optimizer, max_workspace_bytes)
     assert updates.refusal is None
     if max_workspace_bytes is not None:
-        is_sliced = updates.cost(model.wide.weight).num_slices > 1
-        assert is_sliced == (name not in NO_WORKSPACE | NOT_ELEMENTWISE)
+        for parameter in (model.wide.weight, model.long):
+            is_sliced = updates.cost(parameter).num_slices > 1
+            assert is_sliced == (name not in NO_WORKSPACE | NOT_ELEMENTWISE)
+        for parameter in (model.narrow.weight, model.transposed, model.scale):
+            assert updates.cost(parameter).num_slices == 1  # one row, not contiguous, no rows
     for batch in batches(7):
         step_one_by_one(model, updates, batch)
         scheduler.step()
@@ -320,7 +326,7 @@ def test_a_gradient_takes_the_layout_that_eager_accumulates_in() -> None:
             assert like_eager(gradient, parameter).stride() == eager.stride()
 
 
-@pytest.mark.parametrize("max_workspace_bytes", [None, SMALL_BYTES, 20_000])
+@pytest.mark.parametrize("max_workspace_bytes", [None, SMALL_BYTES])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_an_update_allocates_is_its_cost(name: str, max_workspace_bytes: int | None) -> None:
     model, optimizer, _ = make(OPTIMIZERS[name])
@@ -338,7 +344,7 @@ def test_what_an_update_allocates_is_its_cost(name: str, max_workspace_bytes: in
         assert later_bytes == updates.cost(parameter).workspace_bytes
         assert max(first_peak_bytes - made_bytes, later_bytes) == cost.workspace_bytes
         if cost.num_slices > 1 and max_workspace_bytes is not None:
-            assert cost.workspace_bytes <= max(max_workspace_bytes, _fewest_rows_bytes(parameter))
+            assert cost.workspace_bytes <= max_workspace_bytes + SHARED_STATE_BYTES
 
 
 def peak_and_end(
@@ -356,11 +362,6 @@ def peak_and_end(
 def _state_bytes(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> int:
     state = optimizer.state.get(parameter, {})
     return tensors_bytes(v for v in state.values() if isinstance(v, torch.Tensor))
-
-
-def _fewest_rows_bytes(parameter: torch.Tensor) -> int:
-    """Return a bound on what 128 rows, or as few as fill whole vectors, need."""
-    return 8 * 128 * parameter.nbytes // parameter.shape[0] + 64
 
 
 def test_costs_add_up_to_the_state_of_the_whole_optimizer() -> None:
@@ -512,7 +513,10 @@ def test_kernels_that_threads_would_split_elsewhere_are_not_sliced() -> None:
         assert updates.cost(weight).num_slices > 1
         torch.set_num_threads(2)
         assert ParameterUpdates(optimizer, SMALL_BYTES).cost(weight).num_slices == 1
-        with pytest.raises(UnsupportedModelError, match="the number of threads"):
-            updates.begin_step()
+        for _ in range(2):
+            with pytest.raises(UnsupportedModelError, match="the number of threads"):
+                updates.begin_step()
+        torch.set_num_threads(1)
+        updates.begin_step()
     finally:
         torch.set_num_threads(num_threads)

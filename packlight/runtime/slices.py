@@ -17,15 +17,19 @@ from packlight.runtime.twin import Group, State, step_alone
 ALIGNED_ELEMENTS = 128
 
 
-def aligned_rows(parameter: torch.Tensor, max_rows: int) -> int:
-    """Return the most rows, at most `max_rows`, whose elements fill whole vectors; at least some.
+def rows_of_slices(parameter: torch.Tensor, max_rows: int, needs_alignment: bool) -> int:
+    """Return how many rows of a parameter a slice has: `max_rows` or as many fewer as align it.
 
     Args:
         parameter: a tensor with at least one dimension.
-        max_rows: how many rows would be wanted; ignored where fewer cannot be aligned.
+        max_rows: how many rows would be wanted. It is exceeded where fewer cannot be aligned.
+        needs_alignment: whether other bits are to be expected of slices that are not aligned; if
+            not, few rows are better than aligned ones.
     """
     row_elements = prod(parameter.shape[1:])
     unit = ALIGNED_ELEMENTS // gcd(ALIGNED_ELEMENTS, row_elements)
+    if max_rows < unit and not needs_alignment:
+        return max(max_rows, 1)
     return max(max_rows // unit, 1) * unit
 
 

@@ -24,7 +24,7 @@ from packlight.runtime.observe_update import (
     state_form,
     why_not_alone,
 )
-from packlight.runtime.slices import aligned_rows, like_eager, step_in_slices
+from packlight.runtime.slices import like_eager, rows_of_slices, step_in_slices
 from packlight.runtime.twin import (
     Group,
     interception,
@@ -67,7 +67,8 @@ class ParameterUpdates:
     Attributes:
         optimizer: the user's.
         max_workspace_bytes: what an update may allocate for a moment where slices allow it. A
-            single row of a parameter (or the fewest that fill whole vectors) may need more.
+            single row of a parameter may need more, and so may the fewest that fill whole vectors,
+            where bits depend on that.
         refusal: why this optimizer cannot be stepped one parameter at a time, in words for a plan's
             report; None if it can.
 
@@ -159,6 +160,8 @@ class ParameterUpdates:
         """See whether what was planned still holds for an optimizer that was changed meanwhile."""
         promised = self._slices
         self._observe()
+        self._slices = promised
+        observed, self._observed = self._observed, []  # to be looked at again should this raise
         if self.refusal is not None:
             raise UnsupportedModelError(
                 f"{self.refusal}\nhint: its hyperparameters were changed since the step was planned"
@@ -170,7 +173,7 @@ class ParameterUpdates:
                     f"{tuple(key[1])} in slices: its hyperparameters or the number of threads "
                     "changed since the step was planned\nhint: set them before the first step"
                 )
-        self._slices = promised
+        self._observed = observed
 
     def _fingerprint(self) -> list[Any]:
         members = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
@@ -202,8 +205,8 @@ class ParameterUpdates:
         num_rows = parameter.shape[0]
         row_bytes = max(parameter.nbytes // num_rows, 1)
         # A piece shows what a row needs; all that is sliced is elementwise.
-        trial_rows = aligned_rows(parameter, self.max_workspace_bytes // (2 * row_bytes))
-        trial_rows = min(trial_rows, num_rows)
+        trial_rows = self.max_workspace_bytes // (2 * row_bytes)
+        trial_rows = min(rows_of_slices(parameter, trial_rows, False), num_rows)
         group = self.optimizer.param_groups[group_index]
         piece = parameter.detach()[:trial_rows]
         trial = _measure_copy(self.optimizer, group, piece, piece.stride(), None)
@@ -218,7 +221,11 @@ class ParameterUpdates:
             return None
         # The first step also makes a slice's state, and the gradient may have to be copied.
         first_rows, rows = (
-            aligned_rows(parameter, trial_rows * self.max_workspace_bytes // (peak + piece.nbytes))
+            rows_of_slices(
+                parameter,
+                trial_rows * self.max_workspace_bytes // (peak + piece.nbytes),
+                facts.needs_alignment,
+            )
             for peak in (trial.bytes.first_bytes, trial.bytes.later_bytes)
         )
         return _Slices(first_rows, rows, facts.split_names)
