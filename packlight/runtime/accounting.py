@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from packlight.capture.measure import allocated_bytes
-from packlight.capture.peak import measure_peak
+from packlight.capture.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
 from packlight.runtime.twin import (
     Group,
@@ -81,10 +82,16 @@ def measure_two_steps(
         states: the stand-in's state.
         device: whose allocator to watch.
     """
-    first = measure_peak(step, device)
-    held = tensors_bytes(state_tensors(dict(states)))
-    second = measure_peak(step, device)
-    return TwoSteps(held, first.peak_bytes, second.peak_bytes)
+    was_enabled = gc.isenabled()
+    gc.disable()  # what earlier calls left in reference cycles must not be freed in between
+    try:
+        _, first_bytes, _ = allocator_peak(step, device)
+        held = tensors_bytes(state_tensors(dict(states)))
+        _, later_bytes, _ = allocator_peak(step, device)
+    finally:
+        if was_enabled:
+            gc.enable()
+    return TwoSteps(held, first_bytes, later_bytes)
 
 
 def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:

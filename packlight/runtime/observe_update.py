@@ -55,13 +55,30 @@ class SliceFacts:
     """How parameters of a kind can be stepped in slices along their first dimension.
 
     Attributes:
-        split_names: the state tensors that have the parameter's shape and are sliced with it.
+        state_form: see `state_form`.
         needs_alignment: whether only aligned slices give the whole's bits, so that it matters where
             a kernel splits its work among threads.
     """
 
-    split_names: frozenset[str]
+    state_form: frozenset[tuple[str, Any, bool]]
     needs_alignment: bool
+
+    @property
+    def split_names(self) -> frozenset[str]:
+        """The state tensors that have the parameter's shape and are sliced with it."""
+        return frozenset(name for name, _, is_split in self.state_form if is_split)
+
+
+def state_form(state: State, shape: tuple[int, ...]) -> frozenset[tuple[str, Any, bool]]:
+    """Return (name, dtype or type, whether it has the parameter's shape) of each entry of a state.
+
+    Optimizers that keep something else for large parameters than for small ones (quantized states)
+    show in this.
+    """
+    return frozenset(
+        (name, v.dtype, v.shape == shape) if isinstance(v, torch.Tensor) else (name, type(v), False)
+        for name, v in state.items()
+    )
 
 
 class MadeUp:
@@ -121,7 +138,13 @@ def _compare_together_and_alone(
         before = settings(together)
         step(together)
         after = settings(together)
-        written = [n for n in before | after if before.get(n) != after.get(n)]
+        # Flags set by the first step would be set again by each twin, which the bits judge. But
+        # what is in a group is saved with it, and what changes later counts.
+        written = [
+            name
+            for name in before | after
+            if before.get(name) != after.get(name) and (step_index > 0 or name.startswith("group"))
+        ]
         if written:
             return f"its step() writes {written[0]}, which its parameters share"
         for (group, _, b), gradient in reversed(list(zip(pairs, gradients, strict=True))):
@@ -149,37 +172,37 @@ def observe_slices(optimizer: torch.optim.Optimizer, group: Group, kind: Kind) -
     rows, odd_rows = (2 * ALIGNED_ELEMENTS, 61) if kind.ndim == 1 else (6, 5)
     num_rows = 8 * rows - rows // 3
     try:
-        names = _compare_slices(optimizer, group, kind, (num_rows, *inner), rows)
-        if names is None:
+        form = _compare_slices(optimizer, group, kind, (num_rows, *inner), rows)
+        if form is None:
             return None
-        is_free = _compare_slices(optimizer, group, kind, (num_rows, *odd_inner), odd_rows) == names
+        is_free = _compare_slices(optimizer, group, kind, (num_rows, *odd_inner), odd_rows) == form
         is_free = is_free and _is_layout_free(optimizer, group, kind, odd_inner)
     except Exception:  # a step that fails on slices has to be done whole
         return None
-    return SliceFacts(names, needs_alignment=not is_free)
+    return SliceFacts(form, needs_alignment=not is_free)
 
 
 def _compare_slices(
     optimizer: torch.optim.Optimizer, group: Group, kind: Kind, shape: tuple[int, ...], rows: int
-) -> frozenset[str] | None:
-    """Return the names of the states to slice if slices give the whole's bits, else None."""
+) -> frozenset[tuple[str, Any, bool]] | None:
+    """Return the form of the state if slices give the whole's bits, else None."""
     made_up = MadeUp()
     values = made_up.tensor(shape, kind)
     whole, sliced = _parameter(values), _parameter(values)
     one, two = (_moving(stand_in(optimizer, [group], [[p]])) for p in (whole, sliced))
-    names: frozenset[str] | None = None
+    form = None
     for step_index in range(NUM_STEPS):
         gradient = made_up.tensor(shape, kind, 0.1 + step_index)
         step_alone(one, one.param_groups[0], whole, gradient.clone(), one.state)
         state = one.state.get(whole, {})
-        found = frozenset(n for n, v in state.items() if _has_shape(v, shape))
-        if names is not None and found != names:
+        if form not in (None, state_form(state, shape)):
             return None
-        names = found
+        form = state_form(state, shape)
+        names = SliceFacts(form, True).split_names
         step_in_slices(two, two.param_groups[0], sliced, gradient, two.state, rows, names)
         if not same_bits(whole, sliced) or not _same_state(state, two.state.get(sliced, {})):
             return None
-    return names
+    return form
 
 
 def _is_layout_free(
@@ -221,10 +244,6 @@ def _moving(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
         elif isinstance(lr, (int, float)):
             group["lr"] = max(lr, SMALLEST_LR)
     return optimizer
-
-
-def _has_shape(value: Any, shape: tuple[int, ...]) -> bool:
-    return isinstance(value, torch.Tensor) and value.shape == shape
 
 
 def _same_state(a: State, b: State) -> bool:

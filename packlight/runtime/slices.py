@@ -17,15 +17,19 @@ from packlight.runtime.twin import Group, State, step_alone
 ALIGNED_ELEMENTS = 128
 
 
-def aligned_rows(parameter: torch.Tensor, max_rows: int) -> int:
-    """Return the most rows, at most `max_rows`, whose elements fill whole vectors; at least some.
+def rows_of_slices(parameter: torch.Tensor, max_rows: int, needs_alignment: bool) -> int:
+    """Return how many rows of a parameter a slice has: `max_rows` or as many fewer as align it.
 
     Args:
         parameter: a tensor with at least one dimension.
-        max_rows: how many rows would be wanted; ignored where fewer cannot be aligned.
+        max_rows: how many rows would be wanted. It is exceeded where fewer cannot be aligned.
+        needs_alignment: whether other bits are to be expected of slices that are not aligned; if
+            not, few rows are better than aligned ones.
     """
     row_elements = prod(parameter.shape[1:])
     unit = ALIGNED_ELEMENTS // gcd(ALIGNED_ELEMENTS, row_elements)
+    if max_rows < unit and not needs_alignment:
+        return max(max_rows, 1)
     return max(max_rows // unit, 1) * unit
 
 
@@ -47,42 +51,46 @@ def step_in_slices(
         gradient: of its shape, in any layout.
         states: mapping of parameters to state dicts, read and written.
         rows_per_slice: rows in each slice but the last.
-        split_names: states of the parameter's shape. The others (a step counter) are shared by the
-            slices: each starts from the values before the step, the last one's are kept.
+        split_names: states of the parameter's shape, contiguous. The others (a step counter) are
+            shared by the slices: each starts from the values before the step, the last one's stay.
     """
     state: State = states.get(parameter, {})
-    is_first = not state
-    shared = {name: value for name, value in state.items() if name not in split_names}
-    full = {name: value for name, value in state.items() if name in split_names}
+    before = dict(state)
     after: State = {}
     for start in range(0, parameter.shape[0], rows_per_slice):
         rows = slice(start, start + rows_per_slice)
         piece = torch.nn.Parameter(parameter.detach()[rows])
-        before = {
-            name: full[name][rows] if name in split_names else _copied(shared[name])
-            for name in (() if is_first else state)
-        }
-        pieces: Any = defaultdict(dict, {} if is_first else {piece: dict(before)})
+        pieces: Any = defaultdict(dict)
+        if before:
+            pieces[piece] = {
+                name: value[rows] if name in split_names else _copied(value)
+                for name, value in before.items()
+            }
         step_alone(optimizer, group, piece, like_eager(gradient[rows], piece), pieces)
-        if piece not in pieces:
-            continue  # the optimizer keeps no state
-        after = pieces[piece]
-        for name, value in after.items():
-            if name not in split_names:
-                state.setdefault(name, value)  # in the order in which the optimizer makes them
-                continue
-            if name not in full:
-                full[name] = state[name] = value.new_empty(parameter.shape)
-            if value is not before.get(name):
-                full[name][rows].copy_(value)
-        states[parameter] = state
+        if piece in pieces:  # else the optimizer keeps no state
+            states[parameter] = state
+            after = _gather(pieces.pop(piece), state, parameter.shape, rows, split_names)
     for name, value in after.items():
-        if name in split_names:
-            continue
-        if isinstance(value, torch.Tensor) and name in shared:
-            shared[name].copy_(value)
+        if isinstance(value, torch.Tensor) and name in before:
+            before[name].copy_(value)
         else:
             state[name] = value
+
+
+def _gather(
+    made: State, state: State, shape: torch.Size, rows: slice, split_names: frozenset[str]
+) -> State:
+    """Write a slice's state into its parameter's; return what is not split."""
+    for name, value in made.items():
+        if name not in split_names:
+            state.setdefault(name, value)  # in the order in which the optimizer makes them
+            continue
+        if name not in state:
+            state[name] = value.new_empty(shape)
+        target = state[name][rows]
+        if value.data_ptr() != target.data_ptr():  # made by this step and not in place
+            target.copy_(value)
+    return {name: value for name, value in made.items() if name not in split_names}
 
 
 def like_eager(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,14 @@ import torch
 from packlight.capture.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
 from packlight.runtime.accounting import TwoSteps, measure_two_steps, tensors_bytes
-from packlight.runtime.observe_update import Kind, SliceFacts, observe_slices, why_not_alone
-from packlight.runtime.slices import aligned_rows, like_eager, step_in_slices
+from packlight.runtime.observe_update import (
+    Kind,
+    SliceFacts,
+    observe_slices,
+    state_form,
+    why_not_alone,
+)
+from packlight.runtime.slices import like_eager, rows_of_slices, step_in_slices
 from packlight.runtime.twin import (
     Group,
     interception,
@@ -43,7 +49,7 @@ class UpdateCost:
         state_bytes: what the optimizer keeps for it.
         workspace_bytes: the most that an update allocates beyond that for a moment.
         seconds: median duration of an update once the state exists.
-        num_slices: in how many slices it is updated.
+        num_slices: in how many slices it is updated once the state exists.
     """
 
     state_bytes: int
@@ -61,7 +67,8 @@ class ParameterUpdates:
     Attributes:
         optimizer: the user's.
         max_workspace_bytes: what an update may allocate for a moment where slices allow it. A
-            single row of a parameter (or the fewest that fill whole vectors) may need more.
+            single row of a parameter may need more, and so may the fewest that fill whole vectors,
+            where bits depend on that.
         refusal: why this optimizer cannot be stepped one parameter at a time, in words for a plan's
             report; None if it can.
 
@@ -153,6 +160,8 @@ class ParameterUpdates:
         """See whether what was planned still holds for an optimizer that was changed meanwhile."""
         promised = self._slices
         self._observe()
+        self._slices = promised
+        observed, self._observed = self._observed, []  # to be looked at again should this raise
         if self.refusal is not None:
             raise UnsupportedModelError(
                 f"{self.refusal}\nhint: its hyperparameters were changed since the step was planned"
@@ -164,7 +173,7 @@ class ParameterUpdates:
                     f"{tuple(key[1])} in slices: its hyperparameters or the number of threads "
                     "changed since the step was planned\nhint: set them before the first step"
                 )
-        self._slices = promised
+        self._observed = observed
 
     def _fingerprint(self) -> list[Any]:
         members = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
@@ -196,8 +205,8 @@ class ParameterUpdates:
         num_rows = parameter.shape[0]
         row_bytes = max(parameter.nbytes // num_rows, 1)
         # A piece shows what a row needs; all that is sliced is elementwise.
-        trial_rows = aligned_rows(parameter, self.max_workspace_bytes // (2 * row_bytes))
-        trial_rows = min(trial_rows, num_rows)
+        trial_rows = self.max_workspace_bytes // (2 * row_bytes)
+        trial_rows = min(rows_of_slices(parameter, trial_rows, False), num_rows)
         group = self.optimizer.param_groups[group_index]
         piece = parameter.detach()[:trial_rows]
         trial = _measure_copy(self.optimizer, group, piece, piece.stride(), None)
@@ -206,12 +215,20 @@ class ParameterUpdates:
         kind = Kind.of(parameter)
         if not self._may_slice(group_index, kind):
             return None
-        # A slice's first step makes the slice's state, and the gradient may have to be copied.
-        slice_bytes = max(trial.bytes.first_bytes, trial.bytes.later_bytes) + piece.nbytes
-        rows = aligned_rows(parameter, trial_rows * self.max_workspace_bytes // slice_bytes)
         facts = self._facts[group_index, kind]
         assert facts is not None
-        return _Slices(rows, facts.split_names) if rows < num_rows else None
+        if trial.state_form != facts.state_form:
+            return None
+        # The first step also makes a slice's state, and the gradient may have to be copied.
+        first_rows, rows = (
+            rows_of_slices(
+                parameter,
+                trial_rows * self.max_workspace_bytes // (peak + piece.nbytes),
+                facts.needs_alignment,
+            )
+            for peak in (trial.bytes.first_bytes, trial.bytes.later_bytes)
+        )
+        return _Slices(first_rows, rows, facts.split_names)
 
     def _may_slice(self, group_index: int, kind: Kind) -> bool:
         if (group_index, kind) not in self._facts:
@@ -236,6 +253,7 @@ class ParameterUpdates:
 
 @dataclass(frozen=True, slots=True)
 class _Slices:
+    first_rows: int  # in the step that makes the state
     rows: int
     split_names: frozenset[str]
 
@@ -246,10 +264,12 @@ class _Copy:
 
     Attributes:
         bytes: what that allocated.
+        state_form: of the state that it made.
         step: steps it once more.
     """
 
     bytes: TwoSteps
+    state_form: frozenset[tuple[str, Any, bool]]
     step: Callable[[], None]
 
 
@@ -264,9 +284,8 @@ def _step(
     if slices is None:
         step_alone(optimizer, group, parameter, like_eager(gradient, parameter), states)
     else:
-        step_in_slices(
-            optimizer, group, parameter, gradient, states, slices.rows, slices.split_names
-        )
+        rows = slices.rows if states.get(parameter) else slices.first_rows
+        step_in_slices(optimizer, group, parameter, gradient, states, rows, slices.split_names)
 
 
 def _measure_copy(
@@ -283,7 +302,8 @@ def _measure_copy(
     def step() -> None:
         _step(twin, twin.param_groups[0], copy, gradient, twin.state, slices)
 
-    return _Copy(measure_two_steps(step, twin.state, parameter.device), step)
+    seen = measure_two_steps(step, twin.state, parameter.device)
+    return _Copy(seen, state_form(twin.state.get(copy, {}), copy.shape), step)
 
 
 def _filled(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
