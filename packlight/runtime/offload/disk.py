@@ -12,7 +12,17 @@ without the page cache, but wants addresses in multiples of 512 bytes where torc
 of 64: each piece would be copied as well, and the disk would wait for the copy. Reading wants huge
 pages, as most of its time goes to the kernel handing out fresh memory.
 
-MEASURED
+Measured on two idle cores (AMD EPYC virtual machine, ext4 on a virtual disk, Linux 6.18; 768 MiB in
+pieces of 4 MiB; in brackets seconds of CPU per GiB):
+
+    write, this way            5.9 GiB/s (0.17)      read, this way            2.5 GiB/s (0.16)
+    fdatasync for each piece   3.4 GiB/s (0.15)      without huge pages        1.5 GiB/s (0.61)
+    O_DIRECT through a copy    3.1 GiB/s (0.09)      O_DIRECT through a copy   1.1 GiB/s (0.15)
+    left to the page cache     0.4 GiB/s (2.2)
+
+Beside matrix products at full speed: those of one thread take 0 to 10% longer, the other core being
+free. Those of two threads take 1.6 to 2.3 times as long while a transfer runs: three threads share
+two cores, and each product waits for its slower half.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def part_sizes(num_bytes: int) -> list[int]:
     """Return powers of two, largest first, that add up to a storage, the last one rounded up.
 
     >>> [size >> 20 for size in part_sizes((64 + 8 + 1) * 2**20)], part_sizes(100)
-    ([64, 8, 4], [128])
+    ([64, 8, 1], [128])
     """
     sizes = []
     while num_bytes > 0:

@@ -34,7 +34,7 @@ class SlotSpec:
     """What a slot holds: one storage, and the tensor that looks at it.
 
     Attributes:
-        shape, stride, dtype, device: of the tensor that `fetch` returns.
+        shape, stride, dtype, device: of the tensor that `fetch` returns (a GPU with its index).
         num_bytes: of the whole storage.
         storage_offset: of the tensor in its storage, in elements.
         name: what messages call the buffer.
@@ -217,9 +217,9 @@ class Tier:
 
     def _wait(self, transfer: Transfer) -> None:
         self._transfers.wait(transfer)
-        while transfer in self._open:  # and with it all before it
-            self._transfers.wait(self._open[0])
-            self._open.popleft()
+        if transfer in self._open:
+            while (earlier := self._open.popleft()) is not transfer:
+                self._transfers.wait(earlier)  # over as well, since transfers keep their order
 
     def _name(self, slot: int) -> str:
         return slot_name(self.slots, slot)
