@@ -21,7 +21,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from packlight.capture.peak import allocator_peak
 from packlight.errors import OffloadError
-from packlight.runtime.offload import DiskTier, HostTier, SlotSpec, Tier, measure_link
+from packlight.runtime.offload import DiskTier, HostTier, SlotSpec, Tier, measure_link, scratch
 from packlight.runtime.offload import disk as disk_module
 from packlight.runtime.offload.tier import PIECE_BYTES
 
@@ -325,7 +325,7 @@ def test_a_directory_that_may_not_be_written_to_is_refused(
 def test_a_directory_in_memory_is_refused_unless_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_module, "_file_system", lambda _: "tmpfs")
+    monkeypatch.setattr(scratch, "file_system", lambda _: "tmpfs")
     with pytest.raises(OffloadError, match="in memory .tmpfs."):
         DiskTier(tmp_path, [])
     DiskTier(tmp_path, [], allow_memory=True).close()
@@ -335,7 +335,7 @@ def test_the_kind_of_file_system_is_the_one_that_the_system_tells(tmp_path: Path
     told = subprocess.run(
         ["stat", "-f", "-c", "%T", str(tmp_path)], capture_output=True, text=True, check=True
     ).stdout.strip()
-    found = disk_module._file_system(tmp_path)
+    found = scratch.file_system(tmp_path)
     assert found in ("", told) or told.startswith(found[:3])  # stat says "ext2/ext3" for ext4
 
 

@@ -30,15 +30,18 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import stat
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from packlight.errors import OffloadError
+from packlight.runtime.offload.scratch import (
+    check_directory,
+    free_bytes,
+    open_anonymous,
+    reserve,
+)
 from packlight.runtime.offload.tier import (
     PIECE_BYTES,
     SlotSpec,
@@ -107,10 +110,10 @@ class _FileStore:
             self._offsets.append(self.file_bytes)
             self.file_bytes += -(-spec.num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
         _check_devices(slots)
-        _check_directory(directory, allow_memory)
-        self._file = _open_anonymous(directory)
+        check_directory(directory, allow_memory)
+        self._file = open_anonymous(directory)
         try:
-            _reserve(self._file, directory, self.file_bytes)
+            reserve(self._file, directory, self.file_bytes)
         except BaseException:
             self.close()
             raise
@@ -185,7 +188,7 @@ class _FileStore:
             raise self._failed("writing", slot, offset - self._offsets[slot], error) from error
 
     def _failed(self, doing: str, slot: int, num_done: int, error: OSError) -> OffloadError:
-        free_bytes = _free_bytes(self._file)
+        num_free = free_bytes(self._file)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             hint = "the space was reserved, but the file system did not keep its word (copy on "
             hint += "write, compression, a quota); name a directory on another one"
@@ -194,9 +197,9 @@ class _FileStore:
         return OffloadError(
             f"{doing} {slot_name(self._slots, slot)} in {self.directory} failed: {error}\n"
             f"  after {num_done} of {self._slots[slot].num_bytes} bytes; free there: "
-            + ("unknown" if free_bytes is None else format_bytes(free_bytes)),
+            + ("unknown" if num_free is None else format_bytes(num_free)),
             directory=str(self.directory),
-            free_bytes=free_bytes,
+            free_bytes=num_free,
             hint=hint,
         )
 
@@ -228,90 +231,3 @@ def _check_devices(slots: tuple[SlotSpec, ...]) -> None:
                 f"{slot_name(slots, slot)} is on {spec.device}; a DiskTier takes CPU buffers",
                 hint="HostTier takes those of a GPU",
             )
-
-
-def _check_directory(directory: Path, allow_memory: bool) -> None:
-    where = f"cannot offload to {directory}"
-    if sys.platform != "linux":
-        raise OffloadError(f"{where}: this needs Linux, and runs on {sys.platform}")
-    try:
-        is_directory = stat.S_ISDIR(os.stat(directory).st_mode)
-    except FileNotFoundError:
-        parent = next(p for p in directory.absolute().parents if p.exists())
-        hint = f"{parent} exists; make the rest, or name another directory"
-        message = f"{where}: it does not exist"
-        raise OffloadError(message, directory=str(directory), hint=hint) from None
-    except OSError as error:
-        raise OffloadError(f"{where}: {error}", directory=str(directory)) from error
-    if not is_directory:
-        hint = f"name a directory, for example {directory.absolute().parent}"
-        raise OffloadError(f"{where}: it is not a directory", directory=str(directory), hint=hint)
-    kind = _file_system(directory)
-    if kind in ("tmpfs", "ramfs") and not allow_memory:
-        hint = "name a directory on a disk"
-        message = f"{where}: its files are kept in memory ({kind}), so that would save none"
-        raise OffloadError(message, directory=str(directory), hint=hint)
-
-
-def _file_system(directory: Path) -> str:
-    """Return the kind of file system that a directory is on ("ext4"), "" if the system hides it."""
-    number = os.stat(directory).st_dev
-    device = f"{os.major(number)}:{os.minor(number)}"
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    for fields in map(str.split, lines):
-        if fields[2] == device:
-            return fields[fields.index("-") + 1]
-    return ""
-
-
-def _open_anonymous(directory: Path) -> int:
-    """Return the descriptor of a new file without a name."""
-    try:
-        try:
-            return os.open(directory, os.O_TMPFILE | os.O_RDWR, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
-                raise
-        file, path = tempfile.mkstemp(prefix="packlight-", dir=directory)
-        os.unlink(path)
-        return file
-    except OSError as error:
-        raise OffloadError(
-            f"cannot make a file in {directory}: {error}",
-            directory=str(directory),
-            hint="name a directory that you may write to",
-        ) from error
-
-
-def _reserve(file: int, directory: Path, num_bytes: int) -> None:
-    """Have the file system set aside all of the space now, not in the middle of a step."""
-    if num_bytes == 0:
-        return
-    free_bytes = _free_bytes(file)
-    try:
-        os.posix_fallocate(file, 0, num_bytes)
-    except OSError as error:
-        free = "unknown" if free_bytes is None else f"{format_bytes(free_bytes)}"
-        hint = "name a directory on a larger disk, or raise the memory budget"
-        if free_bytes is not None and free_bytes < num_bytes:
-            hint = f"free {format_bytes(num_bytes - free_bytes)} there, or n{hint[1:]}"
-        raise OffloadError(
-            f"cannot reserve {format_bytes(num_bytes)} ({num_bytes} bytes) in {directory}: "
-            f"{error}\n  free there: {free}",
-            directory=str(directory),
-            needed_bytes=num_bytes,
-            free_bytes=free_bytes,
-            hint=hint,
-        ) from error
-
-
-def _free_bytes(file: int) -> int | None:
-    """Return what an unprivileged user can still write on a file's file system."""
-    try:
-        status = os.fstatvfs(file)
-    except OSError:
-        return None
-    return status.f_bavail * status.f_frsize
