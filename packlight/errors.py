@@ -94,6 +94,29 @@ class FormatError(PacklightError, ValueError):
     """A saved plan, graph or checkpoint that cannot be read."""
 
 
+class OffloadError(PacklightError, RuntimeError):
+    """A buffer could not be sent to the tier that it is offloaded to, or did not come back.
+
+    Attributes:
+        directory: where the tier keeps its file, None for a tier in memory.
+        needed_bytes, free_bytes: what was to be reserved and what was free, where that matters.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        directory: str | None = None,
+        needed_bytes: int | None = None,
+        free_bytes: int | None = None,
+        hint: str = "",
+    ) -> None:
+        self.directory = directory
+        self.needed_bytes = needed_bytes
+        self.free_bytes = free_bytes
+        super().__init__(message + (f"\nhint: {hint}" if hint else ""))
+
+
 class MissingExtraError(PacklightError, ImportError):
     """A feature needs a package that is not installed; names the extra that brings it."""
 

@@ -292,11 +292,36 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A path to another memory: bytes per second each way, seconds before the first byte."""
+    """A path to another memory, which carries one transfer at a time.
+
+    Attributes:
+        name: for reports.
+        bytes_per_second: what it carries each way.
+        latency_seconds: per transfer, before the first byte.
+        read_bytes_per_second, write_bytes_per_second: what it carries from there and to there, if
+            that differs.
+
+    >>> Link("disk", 100.0, 1.0, write_bytes_per_second=50.0).write_seconds(200)
+    5.0
+    """
 
     name: str
     bytes_per_second: float
     latency_seconds: float = 0.0
+    read_bytes_per_second: float | None = None
+    write_bytes_per_second: float | None = None
+
+    def read_seconds(self, num_bytes: int) -> float:
+        """Return how long fetching takes."""
+        return self.latency_seconds + num_bytes / (
+            self.read_bytes_per_second or self.bytes_per_second
+        )
+
+    def write_seconds(self, num_bytes: int) -> float:
+        """Return how long offloading takes."""
+        return self.latency_seconds + num_bytes / (
+            self.write_bytes_per_second or self.bytes_per_second
+        )
 
 
 @dataclass(frozen=True, slots=True)
