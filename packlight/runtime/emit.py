@@ -177,9 +177,17 @@ class Emitter:
             if instruction.action is Action.COMPUTE:
                 self.compute(instruction)
             elif instruction.action is Action.FREE:
-                self.forget(instruction.target)
+                self.free(instruction.target)
             else:
-                raise AssertionError(f"{instruction.action} cannot be emitted")
+                self.transfer(instruction)
+
+    def free(self, buffer: int) -> None:
+        """Write the end of a buffer's life: generated code drops what is not read any more."""
+        self.forget(buffer)
+
+    def transfer(self, instruction: Instruction) -> None:
+        """Write a transfer between memories."""
+        raise AssertionError(f"{instruction.action} needs a whole step (runtime/program.py)")
 
     def value(self, node: Any) -> Any:
         """Return the value of a joint node, making views and items again where needed."""

@@ -1,19 +1,23 @@
-"""A schedule of a whole step as one generated function: forward, backward and updates.
+"""A schedule of a whole step as one generated function: forward, backward, updates, transfers.
 
 Where `fit` owns loss and backward, nothing has to pass through autograd: the schedule's calls stand
 one after the other in one function, whose generated code drops each value after its last use.
-What becomes of results and gradients is decided by a `StepEvents` that the function is given.
+Beside tensors the function is given objects that decide what becomes of results and gradients
+(`StepEvents`), of buffers that leave memory (a `Tier`), and of optimizer state that does
+(`StreamedState`).
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import fx
 
 from packlight.capture.whole_step import KEEP, UPDATE, WholeStep
 from packlight.runtime.emit import Emitter
+from packlight.runtime.offload.tier import SlotSpec
 from packlight.step import Action, Instruction, Schedule
 
 
@@ -41,23 +45,23 @@ class IgnoredEvents:
         """Do nothing."""
 
 
-def tell_result(events: StepEvents, index: int, value: torch.Tensor) -> None:
-    """Called by generated code."""
-    events.result(index, value)
+@dataclass(frozen=True)
+class Program:
+    """A step as one function.
+
+    Attributes:
+        module: its `forward` takes one list, which it empties: the primals, the tangents, events,
+            tier, streamed state (the last two None where nothing is transferred). It returns the
+            forward's results; primals that are results are returned as they are.
+        slots: what the tier has to hold.
+    """
+
+    module: fx.GraphModule
+    slots: tuple[SlotSpec, ...]
 
 
-def tell_gradient(
-    events: StepEvents, primal: int, gradient: torch.Tensor, is_last_use: bool
-) -> None:
-    """Called by generated code."""
-    events.gradient(primal, gradient, is_last_use)
-
-
-def emit_program(step: WholeStep, schedule: Schedule) -> fx.GraphModule:
+def emit_program(step: WholeStep, schedule: Schedule) -> Program:
     """Return a function that runs a schedule of a whole step.
-
-    It takes one list, which it empties: the primals, the tangents, the events. It returns the
-    forward's results (primals that are results are returned as they are).
 
     Args:
         step: the captured step.
@@ -65,23 +69,31 @@ def emit_program(step: WholeStep, schedule: Schedule) -> fx.GraphModule:
     """
     counts = schedule.compute_counts()
     recomputed = frozenset(op for op, count in counts.items() if count > 1)
-    emitter = _ProgramEmitter(step.joint, recomputed, is_backward=False)
-    return emitter.program(step, schedule)
+    return _ProgramEmitter(step.joint, recomputed, is_backward=False).program(step, schedule)
 
 
+@dataclass
 class _ProgramEmitter(Emitter):
-    """Writes forward, backward and updates into one graph."""
+    """Writes forward, backward, updates and transfers into one graph."""
 
-    def program(self, step: WholeStep, schedule: Schedule) -> fx.GraphModule:
+    kept: dict[int, fx.Node] = field(default_factory=dict)
+    slots: list[SlotSpec] = field(default_factory=list)
+    slot_of: dict[int, int] = field(default_factory=dict)
+    being_written: set[int] = field(default_factory=set)
+    being_fetched: set[int] = field(default_factory=set)
+
+    def program(self, step: WholeStep, schedule: Schedule) -> Program:
+        """Write everything."""
         joint = step.joint
         self.whole = step
-        self.kept: dict[int, fx.Node] = {}
+        self.primal_of_state = {b: primal for primal, b in step.state_buffer_of.items()}
         for node in joint.module.graph.nodes:
             if node.op == "get_attr":
                 self.place(node, self.new.node_copy(node))
         for placeholder in (*joint.primals, *joint.tangents):
             self.place(placeholder, self.new.node_copy(placeholder))
         self.events = self.new.placeholder("events")
+        self.tier, self.states = self.new.placeholder("tier"), self.new.placeholder("states")
         self.freed_after = _freed_after_updates(step, schedule)
         self.run(schedule.instructions)
         results = [
@@ -90,29 +102,94 @@ class _ProgramEmitter(Emitter):
         ]
         self.new.output(tuple(results))
         self.new.set_codegen(torch.fx.graph._BoxedCodeGen())
-        return fx.GraphModule(joint.module, self.new, "PacklightStep")
+        module = fx.GraphModule(joint.module, self.new, "PacklightStep")
+        return Program(module, tuple(self.slots))
 
     def compute(self, instruction: Instruction) -> None:
-        assert instruction.action is Action.COMPUTE
+        """Write one call."""
         index = instruction.target
         operation = self.step.graph.operations[index]
+        for buffer in (*operation.reads, *operation.mutates):
+            if buffer in self.being_fetched:
+                self._wait(buffer, "wait_fetched", self.being_fetched)
+        if instruction.overwrite is not None and instruction.overwrite[1] in self.being_written:
+            self._wait(instruction.overwrite[1], "wait_written", self.being_written)
         if operation.name == KEEP:
-            for result in self.whole.kept_by[index]:
-                value = self.value(self.step.forward_results[result])
-                if instruction.overwrite is None:  # somebody may overwrite it later
-                    value = self.new.call_function(torch.ops.aten.clone.default, (value,))
-                self.kept[result] = value
-                self.new.call_function(tell_result, (self.events, result, value))
-            if instruction.overwrite is not None:
-                self.forget(instruction.overwrite[1])
+            self._keep(instruction)
         elif operation.name == UPDATE:
             for primal in self.whole.consumed_by[index]:
                 node = self.step.backward_results[primal]
                 is_last_use = self.step.buffer_of_node[node] in self.freed_after[index]
                 arguments = (self.events, primal, self.value(node), is_last_use)
-                self.new.call_function(tell_gradient, arguments)
+                self.new.call_method("gradient", arguments)
         else:
             super().compute(instruction)
+
+    def _keep(self, instruction: Instruction) -> None:
+        for result in self.whole.kept_by[instruction.target]:
+            value = self.value(self.step.forward_results[result])
+            if instruction.overwrite is None:  # somebody may overwrite it later
+                value = self.new.call_function(torch.ops.aten.clone.default, (value,))
+            self.kept[result] = value
+            self.new.call_method("result", (self.events, result, value))
+        if instruction.overwrite is not None:
+            self.forget(instruction.overwrite[1])
+
+    # -- transfers
+
+    def free(self, buffer: int) -> None:
+        """End a buffer's life when its transfers are over."""
+        if buffer in self.being_written:
+            self._wait(buffer, "wait_written", self.being_written)
+        if buffer in self.being_fetched:
+            self._wait(buffer, "wait_fetched", self.being_fetched)
+        super().free(buffer)
+
+    def transfer(self, instruction: Instruction) -> None:
+        """Start a transfer."""
+        buffer = instruction.target
+        if instruction.action is Action.OFFLOAD:
+            self.being_written.add(buffer)
+            if buffer in self.primal_of_state:
+                self.new.call_method("offload", self._place(buffer))
+            else:
+                self.new.call_method("offload", (*self._place(buffer), self._whole_value(buffer)))
+        else:
+            assert instruction.action is Action.FETCH, instruction
+            self.being_fetched.add(buffer)
+            fetched = self.new.call_method("fetch", self._place(buffer))
+            if buffer not in self.primal_of_state:
+                root = self.step.root_of_buffer[buffer]
+                assert root is not None
+                self.place(root, fetched)
+
+    def _wait(self, buffer: int, method: str, pending: set[int]) -> None:
+        pending.discard(buffer)
+        self.new.call_method(method, self._place(buffer))
+
+    def _place(self, buffer: int) -> tuple[fx.Node, int]:
+        """Return the object that transfers a buffer, and what it calls that buffer."""
+        if buffer in self.primal_of_state:
+            return self.states, self.primal_of_state[buffer]
+        if buffer not in self.slot_of:
+            self.slot_of[buffer] = len(self.slots)
+            self.slots.append(self._slot(buffer))
+        return self.tier, self.slot_of[buffer]
+
+    def _slot(self, buffer: int) -> SlotSpec:
+        root = self.step.root_of_buffer[buffer]
+        assert root is not None
+        value: Any = root.meta["val"]
+        return SlotSpec(
+            tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype,
+            value.device, self.step.graph.buffers[buffer].bytes, int(value.storage_offset()),
+            self.step.graph.buffers[buffer].name,
+        )
+
+    def _whole_value(self, buffer: int) -> fx.Node:
+        root = self.step.root_of_buffer[buffer]
+        value: fx.Node = self.value(root)
+        return value
 
 
 def _freed_after_updates(step: WholeStep, schedule: Schedule) -> dict[int, set[int]]:

@@ -22,7 +22,7 @@ from torch import fx
 from packlight.capture.joint import JointStep
 from packlight.capture.measure import call_signature, real_tensors
 from packlight.runtime.emit import OPERATION_KEY, EmittedStep
-from packlight.runtime.program import IgnoredEvents
+from packlight.runtime.program import IgnoredEvents, Program
 
 NUM_REHEARSALS = 3
 MEMORY_FRACTION = 0.8
@@ -70,7 +70,7 @@ def rehearse(
 
 
 def rehearse_program(
-    program: fx.GraphModule,
+    program: Program,
     primals: list[Any],
     tangents: list[torch.Tensor],
     device: torch.device,
@@ -78,7 +78,7 @@ def rehearse_program(
     """Return the same for a whole step in one function (runtime/program.py); nothing is updated."""
 
     def once(clock: _Clock, ones: list[torch.Tensor]) -> None:
-        _TimedRun(program, clock).run(*primals, *ones, IgnoredEvents())
+        _TimedRun(program.module, clock).run(*primals, *ones, IgnoredEvents(), None, None)
 
     return _least_seconds(once, tangents, device)
 

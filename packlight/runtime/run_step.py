@@ -106,7 +106,7 @@ class _Program:
     """What runs in the place of a traced loss; called with the primals."""
 
     def __init__(self, part: Part, fate: GradientFate) -> None:
-        self.module: fx.GraphModule = emit_program(part.step, part.plan.schedule)
+        self.program = emit_program(part.step, part.plan.schedule)
         self.fate, self.captured = fate, part.captured
         (tangent,) = part.step.joint.tangents
         like = tangent.meta["val"]
@@ -135,7 +135,9 @@ class _Program:
     def __call__(self, primals: Sequence[Any]) -> torch.Tensor:
         """Run the schedule, write new values of the model's buffers back, return the loss."""
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
-            results = self.module.forward([*primals, self.weight, self.fate])
+            results = self.program.module.forward(
+                [*primals, self.weight, self.fate, self.tier, self.states]
+            )
             for result, primal in self.captured.written_back.items():
                 written = primals[primal]
                 if self.backup is not None and written not in self.backup:
