@@ -60,7 +60,8 @@ class _Facts:
     def __init__(self, graph: StepGraph) -> None:
         self.graph = graph
         operations = graph.operations
-        self.size = [0 if b.kind.is_resident else b.bytes for b in graph.buffers]
+        resident = graph.resident
+        self.size = [0 if b.id in resident else b.bytes for b in graph.buffers]
         self.maker = [-1] * len(graph.buffers)
         self.last_read = [-1] * len(graph.buffers)
         self.parents: list[set[int]] = [set() for _ in operations]

@@ -43,7 +43,7 @@ class Retention:
         operations, buffers = graph.operations, graph.buffers
         self.graph = graph
         self.num_positions = n = len(operations)
-        resident = [b.kind.is_resident for b in buffers]
+        resident = [b.id in graph.resident for b in buffers]
         self.size = [0 if resident[b.id] else b.bytes for b in buffers]
         self.reads = [tuple(b for b in o.reads if not resident[b]) for o in operations]
         self.creates = [o.creates for o in operations]
