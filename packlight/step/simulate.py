@@ -68,8 +68,7 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
             handed_out = frozenset(graph.forward_outputs) & frozenset(graph.outputs) - resident
         if instruction.action is Action.COMPUTE:
             operation = graph.operations[target]
-            _require_live(operation.reads, live, index, f"{operation.name} reads")
-            _require_live(operation.mutates, live, index, f"{operation.name} updates")
+            _require_live(operation.touches, live, index, f"{operation.name} reads")
             if operation.id in ran and not operation.can_recompute:
                 raise ScheduleError(index, f"{operation.name} must run exactly once")
             if index < schedule.num_forward and operation.id >= graph.num_forward:

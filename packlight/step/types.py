@@ -108,6 +108,13 @@ class Operation:
     mutates: tuple[int, ...] = ()
 
     @property
+    def touches(self) -> tuple[int, ...]:
+        """What must be in memory: what it reads, and what it updates without reading it."""
+        if not self.mutates:
+            return self.reads
+        return (*self.reads, *(b for b in self.mutates if b not in self.reads))
+
+    @property
     def short_name(self) -> str:
         """The name without what all ATen names share: "native_layer_norm", "sum.dim_IntList"."""
         return self.name.removeprefix("aten.").removesuffix(".default")
