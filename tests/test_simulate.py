@@ -137,7 +137,7 @@ ERRORS = {
     "freed before creation": (0, [free(0)], "freed but not live"),
     "created while live": (1, [run(0), run(0)], "creates live buffers"),
     "transfer without a model": (
-        1, [run(0), Instruction(Action.OFFLOAD, 0), run(1)], "not simulated",
+        1, [run(0), Instruction(Action.OFFLOAD, 0), run(1)], "not simulated without a device",
     ),
     "overwrite not offered": (1, [run(0), run(1, overwrite=(1, 0)), run(2)], "cannot overwrite"),
     "output missing at the end": (

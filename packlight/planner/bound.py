@@ -10,27 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from packlight.step import Operation, StepGraph
+from packlight.step import Device, Link, Operation, StepGraph
 
 MAX_POSITIONS = 64
 
 
-def lower_bound_seconds(graph: StepGraph, budget_bytes: int | None) -> float:
+def lower_bound_seconds(
+    graph: StepGraph, budget_bytes: int | None, device: Device | None = None
+) -> float:
     """Return seconds that no schedule within a budget can beat, whatever its order.
 
     Around an operation only its ancestors are known to have run and only its descendants are known
     to come later, so buffers from the ones to the others are counted. Every position gives a bound,
     the best one counts. Gradients may be dropped and recomputed like everything else.
 
+    With a link, what is not held may also have been written before and be read later. With E bytes
+    too many at a position, of which x are transferred, the compute lane is busy for the plain step
+    and the least recomputation of E - x bytes, the link for what must be streamed in any case and
+    x bytes there and back. The step takes at least the longer of the two, at the best x.
+
     Args:
         graph: the step.
         budget_bytes: for what a schedule allocates; None for no limit.
+        device: with a link, for schedules with transfers.
 
     Cost: linear in the graph for each of at most `MAX_POSITIONS` positions.
     """
     plain = graph.seconds
+    link = device.links[0] if device is not None and device.links else None
+    streaming = 0.0 if link is None else _streaming_seconds(graph, link)
     if budget_bytes is None:
-        return plain
+        return max(plain, streaming)
     facts = _Facts(graph)
     positions = range(len(graph.operations))
     stride = max(1, len(positions) // MAX_POSITIONS)
@@ -39,8 +49,48 @@ def lower_bound_seconds(graph: StepGraph, budget_bytes: int | None) -> float:
         before = _reach(position, facts.parents)
         after = _reach(position, facts.children)
         held = facts.crossing(before, after)
-        best = max(best, facts.rerun_seconds(position, held, before, budget_bytes))
+        if link is None:
+            best = max(best, facts.rerun_seconds(position, held, before, budget_bytes))
+        else:
+            excess, items = facts.excess(position, held, budget_bytes)
+            best = max(best, _least_seconds(excess, items, plain, streaming, link) - plain)
     return plain + best
+
+
+def _streaming_seconds(graph: StepGraph, link: Link) -> float:
+    """Return how long the link is busy with stored buffers: each read and update is needed once."""
+    stored = set(graph.stored)
+    used = {b for o in graph.operations for b in o.touches} & stored
+    updated = {b for o in graph.operations for b in o.mutates} & stored
+    return sum(link.read_seconds(graph.buffers[b].bytes) for b in used) + sum(
+        link.write_seconds(graph.buffers[b].bytes) for b in updated
+    )
+
+
+def _least_seconds(
+    excess: float, items: list[tuple[float, int]], plain: float, streaming: float, link: Link
+) -> float:
+    """Return the least duration if bytes too many are recomputed or transferred.
+
+    Args:
+        excess: bytes too many.
+        items: (seconds per byte, bytes) of what can be recomputed, in order.
+        plain: seconds of the operations without recomputation.
+        streaming: seconds of the link without these bytes.
+        link: for them.
+    """
+    write_rate = link.write_bytes_per_second or link.bytes_per_second
+    per_byte = 1 / link.bytes_per_second + 1 / write_rate
+    # Transferring everything, the link is busy longest. Recompute the cheapest until it is not.
+    compute, linked = plain, streaming + max(excess, 0.0) * per_byte
+    for rate, total in items:
+        if linked <= compute or excess <= 0:
+            break
+        amount = min(float(total), excess, (linked - compute) / (rate + per_byte))
+        compute += rate * amount
+        linked -= per_byte * amount
+        excess -= amount
+    return max(compute, linked)
 
 
 def rerun_seconds_by_position(graph: StepGraph, budget_bytes: int) -> list[float]:
@@ -60,7 +110,8 @@ class _Facts:
     def __init__(self, graph: StepGraph) -> None:
         self.graph = graph
         operations = graph.operations
-        self.size = [0 if b.kind.is_resident else b.bytes for b in graph.buffers]
+        resident = graph.resident
+        self.size = [0 if b.id in resident else b.bytes for b in graph.buffers]
         self.maker = [-1] * len(graph.buffers)
         self.last_read = [-1] * len(graph.buffers)
         self.parents: list[set[int]] = [set() for _ in operations]
@@ -95,8 +146,26 @@ class _Facts:
             before: operations known to have run; None for all with smaller ids.
             budget_bytes: for all.
         """
+        excess, items = self.excess(position, held, budget_bytes)
+        lost = 0.0
+        for rate, total in items:
+            if excess <= 0:
+                break
+            lost += rate * min(total, excess)
+            excess -= total
+        return lost
+
+    def excess(
+        self, position: int, held: Iterable[int], budget_bytes: int
+    ) -> tuple[float, list[tuple[float, int]]]:
+        """Return the bytes too many if `held` should be in memory while an operation runs.
+
+        Returns:
+            (bytes too many, what could be recomputed instead: seconds per byte and bytes, cheapest
+            first).
+        """
         operation, size = self.graph.operations[position], self.size
-        own = {*operation.reads, *operation.creates}
+        own = {*operation.touches, *operation.creates}
         room = budget_bytes - operation.workspace_bytes - sum(size[b] for b in own)
         room += _relief(operation, size)
         by_maker: dict[int, int] = {}
@@ -110,14 +179,7 @@ class _Facts:
                 by_maker[maker] = by_maker.get(maker, 0) + size[buffer]
         seconds = self.graph.operations
         items = sorted((seconds[k].seconds / total, total) for k, total in by_maker.items())
-        excess = float(sum(by_maker.values()) - max(room, 0))
-        lost = 0.0
-        for rate, total in items:
-            if excess <= 0:
-                break
-            lost += rate * min(total, excess)
-            excess -= total
-        return lost
+        return float(sum(by_maker.values()) - max(room, 0)), items
 
 
 def _relief(operation: Operation, size: list[int]) -> int:

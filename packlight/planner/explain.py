@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from packlight.errors import InfeasibleBudgetError
-from packlight.step import Schedule, StepGraph, simulate
+from packlight.step import Action, Device, Operation, Schedule, StepGraph, simulate
 from packlight.units import format_bytes
 
 
 def infeasible_budget(
-    graph: StepGraph, budget_bytes: int, smallest: Schedule
+    graph: StepGraph, budget_bytes: int, smallest: Schedule, device: Device | None = None
 ) -> InfeasibleBudgetError:
     """Return the error for a budget below the smallest schedule that was found.
 
@@ -16,9 +16,10 @@ def infeasible_budget(
         graph: the step.
         budget_bytes: what was asked for.
         smallest: the schedule with the smallest peak.
+        device: where it runs, if it has transfers.
     """
-    timeline = simulate(graph, smallest)
-    operation = graph.operations[smallest.instructions[timeline.peak_index].target]
+    timeline = simulate(graph, smallest, device)
+    operation = operation_at(graph, smallest, timeline.peak_index)
     where = operation.name + (f" in {operation.layer!r}" if operation.layer else "")
     live = [(graph.buffers[b].name, graph.buffers[b].bytes) for b in timeline.peak_buffers]
     if timeline.peak_workspace_bytes:
@@ -26,18 +27,27 @@ def infeasible_budget(
     live.sort(key=lambda item: -item[1])
     return InfeasibleBudgetError(
         budget_bytes, timeline.peak_bytes, f"the {operation.phase} of {where}", live,
-        batch_hint(graph, smallest, budget_bytes),
+        batch_hint(graph, smallest, budget_bytes, device),
     )
 
 
-def batch_hint(graph: StepGraph, smallest: Schedule, budget_bytes: int) -> str:
+def operation_at(graph: StepGraph, schedule: Schedule, index: int) -> Operation:
+    """Return the operation that an instruction runs or is issued before (or else after)."""
+    runs = [i for i, s in enumerate(schedule.instructions) if s.action is Action.COMPUTE]
+    place = next((i for i in runs if i >= index), runs[-1])
+    return graph.operations[schedule.instructions[place].target]
+
+
+def batch_hint(
+    graph: StepGraph, smallest: Schedule, budget_bytes: int, device: Device | None = None
+) -> str:
     """Return a hint that says how much of the peak a smaller batch would take away.
 
     Everything in memory at the peak shrinks with the batch except outputs of the step (gradients of
     parameters have the parameters' size) and what only goes into making those.
     """
-    timeline = simulate(graph, smallest)
-    constant = set(graph.outputs)
+    timeline = simulate(graph, smallest, device)
+    constant = {*graph.outputs, *graph.stored}
     constant_bytes = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in constant)
     scaling_bytes = timeline.peak_bytes - constant_bytes
     if scaling_bytes <= 0:

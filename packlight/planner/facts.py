@@ -66,7 +66,7 @@ class Facts:
     @classmethod
     def of(cls, graph: StepGraph) -> Facts:
         """Return the facts of a graph."""
-        resident = [b.kind.is_resident for b in graph.buffers]
+        resident = [b.id in graph.resident for b in graph.buffers]
         size = [0 if resident[b.id] else b.bytes for b in graph.buffers]
         reads = [tuple(b for b in o.reads if not resident[b]) for o in graph.operations]
         maker = [-1] * len(graph.buffers)

@@ -28,7 +28,7 @@ def schedule_from_order(
         in_place: let operations overwrite inputs that die with them where the graph says they may.
     """
     operations = graph.operations
-    resident = [b.kind.is_resident for b in graph.buffers]
+    resident = [b.id in graph.resident for b in graph.buffers]
     until_forward_ends = set(graph.forward_outputs)
     until_step_ends = set(graph.outputs)
     # Walk backwards: `wanted` holds the buffers that are read (or returned) later on.

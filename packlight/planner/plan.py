@@ -4,22 +4,28 @@ Small steps are searched exactly, larger ones by a dynamic program and local mov
 found is remembered: the answer is always the fastest known one that fits, so that within a planner
 a larger budget never gets a slower plan than a smaller one planned before it. Two planners that are
 asked the same questions in the same order give the same answers.
+
+On a device with a link, what was found without transfers is where the search with them starts
+(`offload.py`), and is remembered, too: transfers never make a plan slower or larger.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from packlight.planner.bound import lower_bound_seconds
 from packlight.planner.exact import ExactSearch
 from packlight.planner.explain import infeasible_budget
+from packlight.planner.offload import OffloadSearch
 from packlight.planner.plain import plain_schedule
 from packlight.planner.search import Found, LocalSearch, schedule_of
-from packlight.step import Plan, PlanStatus, StepGraph, simulate
+from packlight.step import Action, Device, Plan, PlanStatus, StepGraph, simulate
 
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
 CLOSE = 1.002
+STREAMING_SHARES = (0.9, 0.6)
 
 
 class Planner:
@@ -27,26 +33,49 @@ class Planner:
 
     Attributes:
         graph: the step.
-        plain: the plain step's schedule.
-        plain_peak_bytes, plain_seconds: what it costs.
+        device: where it runs; without a link, plans are free of transfers.
+        plain: the schedule without recomputation. With stored buffers, it fetches each of them once
+            and keeps it.
+        plain_peak_bytes: its peak.
+        plain_seconds: its duration; with stored buffers, without its waiting for them.
     """
 
-    def __init__(self, graph: StepGraph) -> None:
-        self.graph = graph
-        self.plain = plain_schedule(graph)
-        timeline = simulate(graph, self.plain)
-        self.plain_peak_bytes, self.plain_seconds = timeline.peak_bytes, timeline.seconds
-        self._found = [Found(self.plain, timeline.seconds, timeline.peak_bytes)]
+    def __init__(self, graph: StepGraph, device: Device | None = None) -> None:
+        self.graph, self.device = graph, device
+        self._transfers: OffloadSearch | None = None
+        self._without: Planner | None = None
+        if device is not None and device.links:
+            self._without = _planner_of(replace(graph, stored=()) if graph.stored else graph, None)
+            self._transfers = OffloadSearch(graph, device, lambda: self.local.views)
+        if graph.stored:
+            if self._transfers is None:
+                raise ValueError(
+                    f"{len(graph.stored)} buffers are stored on a far tier, but the device "
+                    f"{'has no link' if device is not None else 'is not given'}\n"
+                    "hint: pass a Device with a Link, or a graph with stored=()"
+                )
+            first = self._transfers.plain()
+            self.plain, self.plain_peak_bytes = first.schedule, first.peak_bytes
+            self.plain_seconds = graph.seconds
+        else:
+            self.plain = plain_schedule(graph)
+            timeline = simulate(graph, self.plain)
+            self.plain_peak_bytes, self.plain_seconds = timeline.peak_bytes, timeline.seconds
+            first = Found(self.plain, timeline.seconds, timeline.peak_bytes)
+        self._found = [first]
         self._bounds: dict[int, float] = {}
         self._proven: dict[int, float] = {}
         self._local: LocalSearch | None = None
-        self._exact = ExactSearch(graph) if len(graph.operations) <= MAX_EXACT else None
+        is_small = len(graph.operations) <= MAX_EXACT and self._transfers is None
+        self._exact = ExactSearch(graph) if is_small else None
         self._smallest_was_sought = False
         self._impossible_bytes = 0
 
     @property
     def local(self) -> LocalSearch:
         """The search by segments and local moves, set up when first needed."""
+        if self._without is not None:
+            return self._without.local
         if self._local is None:
             self._local = LocalSearch(self.graph)
         return self._local
@@ -58,13 +87,14 @@ class Planner:
             InfeasibleBudgetError: nothing was found that fits; names the smallest budget that does.
         """
         limit = self.plain_peak_bytes if budget_bytes is None else budget_bytes
-        if limit < self.plain_peak_bytes and limit not in self._bounds:
+        # Without stored buffers, nothing is faster than the plain step.
+        if limit not in self._bounds and (limit < self.plain_peak_bytes or self.graph.stored):
             self._solve(limit)
         best = self._fastest_within(limit)
         if best is None:
             smallest = self.smallest()
             if smallest.peak_bytes > limit:
-                raise infeasible_budget(self.graph, limit, smallest.schedule)
+                raise infeasible_budget(self.graph, limit, smallest.schedule, self.device)
             best = self._fastest_within(limit) or smallest
         return self._as_plan(best, budget_bytes)
 
@@ -76,7 +106,12 @@ class Planner:
         """Return the schedule with the smallest peak found."""
         if not self._smallest_was_sought:
             self._smallest_was_sought = True
-            self._found.extend(self.local.smallest(self.plain_peak_bytes))
+            if self._transfers is not None:
+                self._found.extend(self._transfers.smallest())
+                if self._without is not None and not self.graph.stored:
+                    self._found.append(self._without.smallest())
+            else:
+                self._found.extend(self.local.smallest(self.plain_peak_bytes))
             if self._exact is not None:
                 self._shrink(self._exact)
             self._forget_beaten()
@@ -97,12 +132,33 @@ class Planner:
     # -- search
 
     def _solve(self, budget_bytes: int) -> None:
-        self._bounds[budget_bytes] = lower_bound_seconds(self.graph, budget_bytes)
-        if self._exact is None:
+        self._bounds[budget_bytes] = lower_bound_seconds(self.graph, budget_bytes, self.device)
+        if self._transfers is not None:
+            self._solve_with_transfers(self._transfers, budget_bytes)
+        elif self._exact is None:
             self._found.extend(self.local.fastest(budget_bytes))
         else:
             self._solve_exactly(self._exact, budget_bytes)
         self._forget_beaten()
+
+    def _solve_with_transfers(self, transfers: OffloadSearch, budget_bytes: int) -> None:
+        """Search from what there is without transfers; with nothing stored, remember that, too."""
+        assert self._without is not None
+        shares = STREAMING_SHARES if self.graph.stored else (1.0,)
+        seeds = []
+        for share in shares:
+            found = self._without.best_within(int(share * budget_bytes))
+            if not self.graph.stored:
+                self._found.append(found)
+            if found.schedule not in seeds:
+                seeds.append(found.schedule)
+        self._found.extend(transfers.fastest(budget_bytes, seeds))
+
+    def best_within(self, budget_bytes: int) -> Found:
+        """Return the fastest schedule found within a budget, else the one with the least peak."""
+        if budget_bytes < self.plain_peak_bytes and budget_bytes not in self._bounds:
+            self._solve(budget_bytes)
+        return self._fastest_within(budget_bytes) or self.smallest()
 
     def _solve_exactly(self, exact: ExactSearch, budget_bytes: int) -> None:
         """Search with few nodes; where that does not do, go on narrowly from good seeds."""
@@ -161,30 +217,49 @@ class Planner:
 
     def _as_plan(self, found: Found, budget_bytes: int | None) -> Plan:
         bound = self.plain_seconds
-        if budget_bytes is not None and budget_bytes < self.plain_peak_bytes:
+        if self.graph.stored:
+            bound = lower_bound_seconds(self.graph, budget_bytes, self.device)
+        elif budget_bytes is not None and budget_bytes < self.plain_peak_bytes:
             bound = self._bounds.get(budget_bytes, self.plain_seconds)
             proven = self._proven.get(budget_bytes)
             if proven is not None and found.seconds >= proven * (1 - 1e-9):
                 bound = max(bound, proven)
         bound = min(bound, found.seconds)
         optimal = found.seconds <= bound * (1 + 1e-9)
-        return Plan(
+        plan = Plan(
             found.schedule, budget_bytes, found.peak_bytes, found.seconds, self.plain_seconds,
             self.plain_peak_bytes, bound, PlanStatus.OPTIMAL if optimal else PlanStatus.FEASIBLE,
+        )
+        if self._transfers is None:
+            return plan
+        timeline = simulate(self.graph, found.schedule, self.device)
+        written = [i.target for i in found.schedule.instructions if i.action is Action.OFFLOAD]
+        return replace(
+            plan,
+            link_seconds=timeline.link_seconds,
+            wait_seconds=timeline.wait_seconds,
+            offloaded_bytes=sum(self.graph.buffers[b].bytes for b in written),
         )
 
 
 _latest: list[Planner] = []
 
 
-def _planner_of(graph: StepGraph) -> Planner:
-    """Return the planner of the latest graph if it equals this one, else a new one."""
-    if not _latest or _latest[0].graph != graph:
-        _latest[:] = [Planner(graph)]
-    return _latest[0]
+def _planner_of(graph: StepGraph, device: Device | None) -> Planner:
+    """Return the latest planner, with a link or without, if it is of this graph; else a new one."""
+    if device is not None and not device.links:
+        device = None
+    for planner in _latest:
+        if planner.device == device and planner.graph == graph:
+            return planner
+    new = Planner(graph, device)
+    _latest[:] = [p for p in _latest if (p.device is None) != (device is None)] + [new]
+    return new
 
 
-def plan_schedule(graph: StepGraph, budget_bytes: int | None) -> Plan:
+def plan_schedule(
+    graph: StepGraph, budget_bytes: int | None, device: Device | None = None
+) -> Plan:
     """Return the fastest schedule found for a step within a budget.
 
     Asked again about an equal graph, it goes on from what it found before: plans
@@ -194,26 +269,28 @@ def plan_schedule(graph: StepGraph, budget_bytes: int | None) -> Plan:
         graph: the step, as captured.
         budget_bytes: for what the schedule allocates; resident buffers are not counted. None for no
             limit: the plain step.
+        device: with a link, the plan may offload to and fetch from the memory behind it.
 
     Raises:
         InfeasibleBudgetError: with the smallest budget for which a schedule was found.
     """
-    return _planner_of(graph).plan(budget_bytes)
+    return _planner_of(graph, device).plan(budget_bytes)
 
 
-def smallest_plan(graph: StepGraph) -> Plan:
+def smallest_plan(graph: StepGraph, device: Device | None = None) -> Plan:
     """Return the plan with the smallest peak found."""
-    return _planner_of(graph).smallest_plan()
+    return _planner_of(graph, device).smallest_plan()
 
 
-def pareto(graph: StepGraph, num_budgets: int = 8) -> list[Plan]:
+def pareto(graph: StepGraph, num_budgets: int = 8, device: Device | None = None) -> list[Plan]:
     """Return plans from the plain step's peak down to the smallest feasible, ever slower.
 
     Args:
         graph: the step.
         num_budgets: how many budgets to look at, evenly spaced.
+        device: with a link, plans may offload to and fetch from the memory behind it.
     """
-    planner = _planner_of(graph)
+    planner = _planner_of(graph, device)
     high, low = planner.plain_peak_bytes, planner.smallest().peak_bytes
     if low >= high:
         return [planner.plan(None)]

@@ -35,6 +35,8 @@ class Retention:
         held_bytes: for each position, bytes in memory when it starts.
         local_bytes: for each position, the most it adds to that while it runs.
         extra_seconds: for each position, seconds of recomputation before it.
+        origin: which operation makes each buffer first.
+        maker: which one makes it again (`TransferRetention` has other ways to come by a buffer).
         num_evaluations: positions worked out so far (eight recomputations there count as one more),
             the measure of effort.
     """
@@ -43,9 +45,9 @@ class Retention:
         operations, buffers = graph.operations, graph.buffers
         self.graph = graph
         self.num_positions = n = len(operations)
-        resident = [b.kind.is_resident for b in buffers]
+        resident = [b.id in graph.resident for b in buffers]
         self.size = [0 if resident[b.id] else b.bytes for b in buffers]
-        self.reads = [tuple(b for b in o.reads if not resident[b]) for o in operations]
+        self.reads = [tuple(b for b in o.touches if not resident[b]) for o in operations]
         self.creates = [o.creates for o in operations]
         self.seconds = [o.seconds for o in operations]
         self.workspace = [o.workspace_bytes for o in operations]
@@ -67,6 +69,7 @@ class Retention:
         for o in operations:
             for b in o.creates:
                 self.maker[b] = o.id
+        self.origin = list(self.maker)
         # Recomputing a parameter's gradient hardly ever pays: looked at in small steps only.
         outputs, forward_outputs = set(graph.outputs), set(graph.forward_outputs)
         small = n <= MAX_DROP_OUTPUTS
@@ -105,6 +108,12 @@ class Retention:
         recomputation, done before the next first run. Recomputations that nobody needs disappear.
         """
         self = cls(graph)
+        self.load(order)
+        return self
+
+    def load(self, order: Sequence[int]) -> None:
+        """Take over the intervals behind an order: see `from_order`."""
+        graph = self.graph
         n, num_forward = self.num_positions, min(graph.num_forward, self.num_positions)
         forward_outputs = set(graph.forward_outputs)
         made: dict[int, int] = {}
@@ -137,7 +146,6 @@ class Retention:
         for buffer in list(made):
             close(buffer)
         self._begin(found)
-        return self
 
     @classmethod
     def from_nothing(cls, graph: StepGraph, drop_gradients: bool) -> Retention:
@@ -255,7 +263,7 @@ class Retention:
                 elif index not in rerun:
                     rerun.add(index)
                     stack.extend(self.reads[index])
-        sequence = tuple(sorted(rerun)) if rerun else ()
+        sequence = self.arranged(rerun, position) if rerun else ()
         self.num_evaluations += 1 + len(sequence) // 8
         local, extra = INFEASIBLE, 0.0
         if ok:
@@ -271,6 +279,10 @@ class Retention:
         self._journal.append((position, None, old))
         self._store(position, (sequence, frozenset(used), local, extra))
         return ok
+
+    def arranged(self, rerun: set[int], position: int) -> tuple[int, ...]:
+        """Return in which order a position runs what it runs again."""
+        return tuple(sorted(rerun))
 
     def _store(self, position: int, result: Result) -> None:
         sequence, used, local, extra = result
@@ -343,13 +355,16 @@ class Retention:
         self._journal.append((buffer, old, None))
         self._hold(buffer, new)
         touched |= self.used_at[buffer]
-        if self.maker[buffer] >= 0:
-            touched |= self.rerun_at.get(self.maker[buffer], set())
+        touched |= self.rerun_at.get(self.maker[buffer], set())
         touched.discard(self.num_positions)
         ok = True
         for position in sorted(touched):
             ok = self.evaluate(position) and ok
         return ok
+
+    def _turn(self, buffer: int) -> None:
+        """Take back another way to come by a buffer. Here, there is only one."""
+        raise AssertionError("nothing but recomputation brings a buffer back here")
 
     def mark(self) -> int:
         """Return a point to go back to with `undo_to`."""
@@ -363,6 +378,8 @@ class Retention:
                 self._hold(place, intervals)
             elif result is not None:
                 self._store(place, result)
+            else:
+                self._turn(place)
 
     def trim(self, buffer: int) -> None:
         """Shorten a buffer's intervals to their uses; forget those without any."""
@@ -415,14 +432,14 @@ class Retention:
         Returns:
             (intervals, position where it last was), or None if it never was.
         """
-        intervals, maker = self.intervals[buffer], self.maker[buffer]
-        latest = maker if maker < position else -1
+        intervals, origin = self.intervals[buffer], self.origin[buffer]
+        latest = origin if origin < position else -1
         for start, end in intervals:
             if end < position:
                 latest = max(latest, end)
             elif start < position:
                 return None
-        for other in self.rerun_at.get(maker, ()):
+        for other in self.rerun_at.get(self.maker[buffer], ()):
             if other < position:
                 latest = max(latest, other)
         if latest < 0:

@@ -115,7 +115,8 @@ class LocalSearch:
 
     def _chain(self, view: View, most_bytes: int, budget_bytes: int) -> Chain:
         """Return the table up to `most_bytes`, with `CHAIN_LEVELS` levels to `budget_bytes`."""
-        sizes = [0 if b.kind.is_resident else b.bytes for b in view.graph.buffers]
+        resident = view.graph.resident
+        sizes = [0 if b.id in resident else b.bytes for b in view.graph.buffers]
         budget_bytes = max(1, budget_bytes - self._pinned_bytes)
         most_bytes = max(budget_bytes, most_bytes - self._pinned_bytes)
         num_levels = CHAIN_LEVELS * most_bytes // budget_bytes

@@ -56,6 +56,12 @@ def moves_of(way: Way) -> list[str]:
         moves.append(f"{way.num_microbatches} microbatches ({sizes})")
     if way.num_chunks > 1:
         moves.append(f"loss head in {way.num_chunks} chunks")
+    num_states = sum(1 for named in way.state_slots.values() if named)
+    if num_states:
+        moves.append(f"optimizer state of {num_states} parameters offloaded between updates")
+    num_offloaded = way.num_transfers - num_states
+    if num_offloaded:
+        moves.append(f"{num_offloaded} activations offloaded")
     if num_again:
         moves.append(f"{num_again} operations recomputed")
     return moves

@@ -26,17 +26,20 @@ from packlight.planner import plan_whole_step
 from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
+from packlight.runtime.offload.link import measure_link
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
+from packlight.runtime.streamed_state import Slots, StreamedState, state_slots
 from packlight.runtime.update import ParameterUpdates
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
-from packlight.step import Plan, StepMemory
+from packlight.step import Device, Plan, StepMemory
 
 # How much faster a step that rounds its sums in another order must be.
 ROUNDING_MARGIN = 1.02
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
+LINK_PROBE_BYTES = 16 * 2**20
 # A chunk of the loss head gets about this share of what a schedule may allocate.
 CHUNK_SHARE = 8
 
@@ -76,6 +79,14 @@ class Preparer:
         self._not_made: dict[str, str] = {}
         self._settled: LossWeight | None = None
         self._additions: dict[Any, float] = {}
+        self._consumers: dict[Any, Consumer] = {}
+        self._slots: Slots | None = None
+        self.streamed: StreamedState | None = None
+        self._linked: Device | None = None
+        directory = request.offload_directory
+        if directory is not None and "offload" in request.moves:
+            link = measure_link(directory, LINK_PROBE_BYTES)
+            self._linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
 
     @property
     def steps_alone(self) -> bool:
@@ -169,11 +180,20 @@ class Preparer:
     ) -> list[Way]:
         """Return ways with a number of microbatches: the loss head whole, and in chunks."""
         found: list[Way] = []
+        may_stream = (
+            self._linked is not None and num_microbatches == 1 and self.optimizer_bytes > 0
+            and "update-in-backward" not in self._not_made
+        )
         for num_chunks in self._chunk_counts(batch, num_microbatches, found):
-            try:
-                found.append(self._way(batch, num_microbatches, num_chunks, profiler))
-            except InfeasibleBudgetError as error:
-                errors.append(error)
+            for streams_state in (False, True) if may_stream else (False,):
+                if streams_state and any(way.is_plain for way in found):
+                    break
+                try:
+                    found.append(
+                        self._way(batch, num_microbatches, num_chunks, streams_state, profiler)
+                    )
+                except InfeasibleBudgetError as error:
+                    errors.append(error)
         return found
 
     def _chunk_counts(
@@ -201,7 +221,12 @@ class Preparer:
             yield min(4 * count, regions[0].rows)
 
     def _way(
-        self, batch: Any, num_microbatches: int, num_chunks: int, profiler: CallProfiler
+        self,
+        batch: Any,
+        num_microbatches: int,
+        num_chunks: int,
+        streams_state: bool,
+        profiler: CallProfiler,
     ) -> Way:
         if num_microbatches > 1:
             how = Consumption.ACCUMULATE
@@ -215,9 +240,10 @@ class Preparer:
         memory: StepMemory | None = None
         for size in dict.fromkeys(sizes):
             captured = self._capture(pieces[sizes.index(size)], num_microbatches)
-            memory = memory or self._memory(batch, captured.loss, num_microbatches)
-            step, plan = self._planned(captured, how, num_chunks, memory, profiler)
             trained = self._parameters(captured.loss.arguments)
+            slots = self._state_slots() if streams_state else {}
+            memory = memory or self._memory(batch, captured.loss, num_microbatches, slots)
+            step, plan = self._planned(captured, how, num_chunks, slots, memory, profiler)
             parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
@@ -229,8 +255,14 @@ class Preparer:
                 finish_seconds = sum(self.updates.cost(p).seconds for p in trained.values())
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
-            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight
+            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots
         )
+
+    def _state_slots(self) -> Slots:
+        assert self.request.optimizer is not None
+        if self._slots is None:
+            self._slots = state_slots(self.request.optimizer, self.trained.values())
+        return self._slots
 
     # -- captures
 
@@ -247,6 +279,7 @@ class Preparer:
         captured: _Captured,
         how: Consumption,
         num_chunks: int,
+        slots: Slots,
         memory: StepMemory,
         profiler: CallProfiler,
     ) -> tuple[WholeStep, Plan]:
@@ -260,32 +293,62 @@ class Preparer:
         joint = read_joint_graph(
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )
-        step = self._completed(joint, loss, how)
+        step = self._completed(joint, loss, how, slots)
+        step = self._rehearsed(step, memory, loss, profiler)
         budget_bytes = self.request.budget_bytes
-        plan = plan_whole_step(step.joint.graph, memory, budget_bytes)
-        is_known = all(f is None or f.in_step_seconds is not None for f in joint.facts)
-        if is_known or not fits(plan.peak_bytes, self.device):
-            return step, plan
+        return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
+
+    def _rehearsed(
+        self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler
+    ) -> WholeStep:
+        """Return a step with times measured inside it, if they are not known yet."""
+        joint = step.joint
+        if all(f is None or f.in_step_seconds is not None for f in joint.facts):
+            return step
+        graph = replace(joint.graph, stored=())
+        budget_bytes = self.request.budget_bytes
+        try:
+            plan = plan_whole_step(graph, memory, budget_bytes)
+        except InfeasibleBudgetError:
+            if self._linked is None:
+                raise
+            return step  # only with transfers, which are not rehearsed
+        if not fits(plan.peak_bytes, self.device):
+            return step
         tangents = [n.meta["val"] for n in joint.tangents]
         program = emit_program(step, plan.schedule)
         seconds = rehearse_program(program, loss.arguments, tangents, self.device)
-        typical = typical_seconds(step.joint, seconds)
+        typical = typical_seconds(joint, seconds)
         for index, value in typical.items():
-            profiler.note_in_step(*step.joint.call(index), value)
-        step = replace(step, joint=step.joint.with_seconds(typical))
-        return step, plan_whole_step(step.joint.graph, memory, budget_bytes)
+            profiler.note_in_step(*joint.call(index), value)
+        return replace(step, joint=joint.with_seconds(typical))
 
-    def _completed(self, joint: JointStep, loss: CapturedLoss, how: Consumption) -> WholeStep:
+    def _completed(
+        self,
+        joint: JointStep,
+        loss: CapturedLoss,
+        how: Consumption,
+        slots: Slots,
+    ) -> WholeStep:
         consumers: dict[int, Consumer] = {}
         for primal, parameter in self._parameters(loss.arguments).items():
-            consumers[primal] = self._consumer(joint, primal, parameter, how)
+            consumer = self._consumer(joint, primal, parameter, how)
+            if slots:  # only what is streamed has a buffer of its own
+                streamed_bytes = sum(spec.num_bytes for spec in slots[parameter].values())
+                consumer = replace(consumer, state_bytes=streamed_bytes)
+            consumers[primal] = consumer
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
             workspace = max(self.update_workspace_bytes, norms_bytes)
             together = Consumer("all parameters", seconds, workspace)
-        return whole_step(joint, consumers, how, together)
+        step = whole_step(joint, consumers, how, together)
+        if not slots:
+            return step
+        stored = tuple(step.state_buffer_of.values())
+        graph = replace(step.joint.graph, stored=stored)
+        return replace(step, joint=replace(step.joint, graph=graph))
 
     def _consumer(
         self, joint: JointStep, primal: int, parameter: nn.Parameter, how: Consumption
@@ -298,10 +361,13 @@ class Preparer:
             return Consumer(name, self._addition_seconds(parameter))
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
-        cost = self.updates.cost(parameter, tuple(node.meta["val"].stride()))
-        clipped_bytes = 0 if self.request.clipping.value is None else parameter.nbytes
-        workspace = cost.workspace_bytes + clipped_bytes
-        return Consumer(name, cost.seconds, workspace, cost.state_bytes)
+        key = (name, tuple(node.meta["val"].stride()))
+        if key not in self._consumers:  # later on, its state may lie elsewhere
+            cost = self.updates.cost(parameter, key[1])
+            clipped_bytes = 0 if self.request.clipping.value is None else parameter.nbytes
+            workspace = cost.workspace_bytes + clipped_bytes
+            self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
+        return self._consumers[key]
 
     def _addition_seconds(self, parameter: nn.Parameter) -> float:
         """Return how long a gradient takes to be added to another one."""
@@ -317,12 +383,20 @@ class Preparer:
 
     # -- memory outside of schedules
 
-    def _memory(self, batch: Any, loss: CapturedLoss, num_microbatches: int) -> StepMemory:
+    def _memory(
+        self,
+        batch: Any,
+        loss: CapturedLoss,
+        num_microbatches: int,
+        slots: Slots | None = None,
+    ) -> StepMemory:
         model = self.request.model
         trained = self._parameters(loss.arguments)
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
+        streamed = [spec for named in (slots or {}).values() for spec in named.values()]
+        streamed_bytes = sum(spec.num_bytes for spec in streamed)
         accumulated_bytes = workspace_bytes = 0
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
@@ -336,7 +410,7 @@ class Preparer:
             parameter_bytes=tensors_bytes(model.parameters()),
             state_bytes=tensors_bytes(model.buffers()),
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes,
+            optimizer_bytes=self.optimizer_bytes - streamed_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,

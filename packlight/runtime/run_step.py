@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 
 from packlight.capture.whole_step import Consumption
 from packlight.errors import NonFiniteLossError
 from packlight.runtime.gradients import GradientFate, update_all
 from packlight.runtime.microbatch import loss_weights, num_rows, split
+from packlight.runtime.offload.disk import DiskTier
+from packlight.runtime.offload.tier import SlotSpec, Tier
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.program import emit_program
 from packlight.runtime.step_capture import CapturedAgainError
+from packlight.runtime.streamed_state import StateOfPrimals, StreamedState
 from packlight.runtime.ways import Part, Way
 
 
@@ -27,7 +29,12 @@ class StepRunner:
 
     def __init__(self, preparer: Preparer, way: Way) -> None:
         self.way = way
-        self._request = preparer.request
+        self._preparer, self._request = preparer, preparer.request
+        if way.state_slots and preparer.streamed is None:
+            assert preparer.request.optimizer is not None
+            preparer.streamed = StreamedState(
+                preparer.request.optimizer, way.state_slots, self._make_tier
+            )
         in_backward = way.consumption is Consumption.UPDATE
         alone = way.num_microbatches > 1 and preparer.steps_alone
         self._updates = preparer.updates if in_backward or alone else None
@@ -39,8 +46,23 @@ class StepRunner:
                 preparer.request.clipping,
                 self._updates if in_backward else None,
             )
-            program = self._programs[part.num_rows] = _Program(part, fate)
+            states = None
+            if way.state_slots:
+                assert preparer.streamed is not None
+                states = StateOfPrimals(preparer.streamed, part.parameter_of)
+            program = _Program(part, fate, self._make_tier, states)
+            self._programs[part.num_rows] = program
             part.capture.install(program)
+
+    def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
+        directory = self._request.offload_directory
+        assert directory is not None, "transfers are planned only where there is a tier"
+        return DiskTier(directory, slots)
+
+    def close(self) -> None:
+        """Let go of the tier."""
+        for program in self._programs.values():
+            program.close()
 
     def run(self, batch: Any, num_steps: int) -> torch.Tensor:
         """Train one step and return the detached loss.
@@ -52,6 +74,12 @@ class StepRunner:
         request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
         optimizer.zero_grad(set_to_none=True)
+        streamed = self._preparer.streamed
+        if streamed is not None:  # perhaps by another batch's way
+            if self.way.state_slots:
+                streamed.park()
+            else:
+                streamed.bring_back()
         try:
             if self.way.num_microbatches == 1:
                 loss = self._run_whole(batch, num_steps)
@@ -59,6 +87,8 @@ class StepRunner:
                 loss = self._run_microbatches(batch, num_steps)
         except BaseException:
             optimizer.zero_grad(set_to_none=True)
+            for program in self._programs.values():
+                program.reset()
             raise
         if self.way.consumption is not Consumption.UPDATE:
             update_all(optimizer, request.clipping, request.scaler, self._updates)
@@ -105,13 +135,30 @@ class StepRunner:
 class _Program:
     """What runs in the place of a traced loss; called with the primals."""
 
-    def __init__(self, part: Part, fate: GradientFate) -> None:
+    def __init__(
+        self,
+        part: Part,
+        fate: GradientFate,
+        make_tier: Callable[[Sequence[SlotSpec]], Tier],
+        states: StateOfPrimals | None,
+    ) -> None:
         self.program = emit_program(part.step, part.plan.schedule)
-        self.fate, self.captured = fate, part.captured
+        self.fate, self.captured, self.states = fate, part.captured, states
+        self.tier = make_tier(self.program.slots) if self.program.slots else None
         (tangent,) = part.step.joint.tangents
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)
         self.backup: dict[torch.Tensor, torch.Tensor] | None = None
+
+    def reset(self) -> None:
+        """Forget transfers under way, after a failed step."""
+        if self.tier is not None:
+            self.tier.reset()
+
+    def close(self) -> None:
+        """Let go of the tier."""
+        if self.tier is not None:
+            self.tier.close()
 
     def set_up(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,22 @@ from packlight.runtime.twin import step_alone
 MIN_STREAMED_BYTES = 4096
 
 
+Slots = dict[nn.Parameter, dict[str, SlotSpec]]
+
+
 def state_slots(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[int, nn.Parameter]
-) -> dict[int, dict[str, SlotSpec]]:
+    optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]
+) -> Slots:
     """Return what of each parameter's optimizer state can be streamed, observed on copies.
 
     Args:
         optimizer: the user's; it is not changed.
-        parameters: by primal.
+        parameters: of the optimizer.
     """
     known: dict[Any, dict[str, SlotSpec]] = {}
     group_of = {id(p): (i, g) for i, g in enumerate(optimizer.param_groups) for p in g["params"]}
-    slots = {}
-    for primal, parameter in parameters.items():
+    slots: Slots = {}
+    for parameter in parameters:
         index, group = group_of[id(parameter)]
         key = (index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
         if key not in known:
@@ -46,33 +49,29 @@ def state_slots(
                 for name, value in state[copy].items()
                 if isinstance(value, torch.Tensor) and value.nbytes >= MIN_STREAMED_BYTES
             }
-        slots[primal] = known[key]
+        slots[parameter] = known[key]
     return slots
 
 
 class StreamedState:
-    """The optimizer state of some parameters, on a tier.
-
-    Its methods follow a tier's, with a primal in the place of a slot (see runtime/program.py).
-    """
+    """The optimizer state of some parameters, on a tier."""
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        parameters: Mapping[int, nn.Parameter],
-        slots: Mapping[int, Mapping[str, SlotSpec]],
+        slots: Slots,
         make_tier: Callable[[Sequence[SlotSpec]], Tier],
     ) -> None:
-        self._optimizer, self._parameters = optimizer, parameters
-        self._slot_of: dict[int, dict[str, int]] = {}
+        self._optimizer = optimizer
+        self._slot_of: dict[nn.Parameter, dict[str, int]] = {}
         specs: list[SlotSpec] = []
-        for primal, named in slots.items():
-            self._slot_of[primal] = {}
+        for parameter, named in slots.items():
+            self._slot_of[parameter] = {}
             for name, spec in named.items():
-                self._slot_of[primal][name] = len(specs)
+                self._slot_of[parameter][name] = len(specs)
                 specs.append(spec)
-        self.tier = make_tier(specs)
-        self._is_parked: set[int] = set()
+        self._tier = make_tier(specs)
+        self._is_parked: set[nn.Parameter] = set()
         bring_back = weakref.WeakMethod(self.bring_back)
 
         def before_state_dict(_: torch.optim.Optimizer) -> None:
@@ -82,50 +81,73 @@ class StreamedState:
 
         self._hook = optimizer.register_state_dict_pre_hook(before_state_dict)
 
-    def fetch(self, primal: int) -> None:
+    def fetch(self, parameter: nn.Parameter) -> None:
         """Start bringing a parameter's state into memory; nothing if it does not exist yet."""
-        if primal in self._is_parked:
-            state = self._optimizer.state[self._parameters[primal]]
-            for name, slot in self._slot_of[primal].items():
-                state[name] = self.tier.fetch(slot)
+        if parameter in self._is_parked:
+            state = self._optimizer.state[parameter]
+            for name, slot in self._slot_of[parameter].items():
+                state[name] = self._tier.fetch(slot)
 
-    def wait_fetched(self, primal: int) -> None:
+    def wait_fetched(self, parameter: nn.Parameter) -> None:
         """Return when a parameter's state is in memory."""
-        if primal in self._is_parked:
-            for slot in self._slot_of[primal].values():
-                self.tier.wait_fetched(slot)
-            self._is_parked.discard(primal)
+        if parameter in self._is_parked:
+            for slot in self._slot_of[parameter].values():
+                self._tier.wait_fetched(slot)
+            self._is_parked.discard(parameter)
 
-    def offload(self, primal: int) -> None:
+    def offload(self, parameter: nn.Parameter) -> None:
         """Start writing a parameter's state."""
-        state = self._optimizer.state[self._parameters[primal]]
-        for name, slot in self._slot_of[primal].items():
-            self.tier.offload(slot, state[name])
+        state = self._optimizer.state[parameter]
+        for name, slot in self._slot_of[parameter].items():
+            self._tier.offload(slot, state[name])
 
-    def wait_written(self, primal: int) -> None:
+    def wait_written(self, parameter: nn.Parameter) -> None:
         """Let go of a parameter's state when it is written."""
-        state = self._optimizer.state[self._parameters[primal]]
-        for name, slot in self._slot_of[primal].items():
-            self.tier.wait_written(slot)
-            state[name] = torch.empty(0, dtype=state[name].dtype, device=state[name].device)
-        self._is_parked.add(primal)
+        state = self._optimizer.state[parameter]
+        for name, slot in self._slot_of[parameter].items():
+            self._tier.wait_written(slot)
+            state[name] = state[name].new_empty(0)
+        self._is_parked.add(parameter)
 
     def park(self) -> None:
         """Bring all state that is in memory to the tier: before a step, after a `state_dict`."""
-        self.tier.wait_all()
-        for primal, parameter in self._parameters.items():
-            if primal not in self._is_parked and self._optimizer.state.get(parameter):
-                self.offload(primal)
-                self.wait_written(primal)
+        self._tier.wait_all()
+        for parameter in self._slot_of:
+            if parameter not in self._is_parked and self._optimizer.state.get(parameter):
+                self.offload(parameter)
+                self.wait_written(parameter)
 
     def bring_back(self) -> None:
         """Have all state in memory, for whoever wants to look at it or save it."""
-        for primal in sorted(self._is_parked):
-            self.fetch(primal)
-            self.wait_fetched(primal)
+        for parameter in list(self._is_parked):
+            self.fetch(parameter)
+            self.wait_fetched(parameter)
 
     def close(self) -> None:
         """Have all state in memory for good."""
         self.bring_back()
         self._hook.remove()
-        self.tier.close()
+        self._tier.close()
+
+
+class StateOfPrimals:
+    """Streamed state as a step program sees it: by primal, with a tier's methods."""
+
+    def __init__(self, states: StreamedState, parameter_of: Mapping[int, nn.Parameter]) -> None:
+        self._states, self._parameter_of = states, parameter_of
+
+    def fetch(self, primal: int) -> None:
+        """See `StreamedState.fetch`."""
+        self._states.fetch(self._parameter_of[primal])
+
+    def wait_fetched(self, primal: int) -> None:
+        """See `StreamedState.wait_fetched`."""
+        self._states.wait_fetched(self._parameter_of[primal])
+
+    def offload(self, primal: int) -> None:
+        """See `StreamedState.offload`."""
+        self._states.offload(self._parameter_of[primal])
+
+    def wait_written(self, primal: int) -> None:
+        """See `StreamedState.wait_written`."""
+        self._states.wait_written(self._parameter_of[primal])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -170,6 +172,7 @@ def fit(
     clip_grad_value: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     loss_weight: Any = None,
+    offload_directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainStep:
     """Return a training step that keeps everything it holds within a budget.
@@ -188,10 +191,13 @@ def fit(
         scaler: for losses in half precision, as in a loop with `torch.amp.GradScaler`.
         loss_weight: how much a microbatch counts: a function of a batch that returns a number, or
             "sum" for losses that are sums. Found in the captured loss if None.
+        offload_directory: where activations and optimizer state may lie while nobody needs them; a
+            file in it is there until the training step is let go of. None keeps all in memory.
         progress: show what profiling does.
 
     Raises:
         InfeasibleBudgetError: with the smallest budget for which a schedule was found.
+        OffloadError: the directory cannot hold what is offloaded.
         GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
 
     >>> import torch, packlight
@@ -207,7 +213,7 @@ def fit(
         _request(
             model, loss_fn, optimizer, budget, moves=moves, allow=allow,
             clipping=Clipping(clip_grad_norm, clip_grad_value), scaler=scaler,
-            loss_weight=loss_weight, progress=progress,
+            loss_weight=loss_weight, offload_directory=offload_directory, progress=progress,
         )
     )
     step.prepare(batch)
@@ -273,6 +279,7 @@ def _request(
     clipping: Clipping | None = None,
     scaler: torch.amp.GradScaler | None = None,
     loss_weight: Any = None,
+    offload_directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Request:
     names = frozenset(MOVES if moves is None else moves)
@@ -284,7 +291,7 @@ def _request(
     return Request(
         model, loss_fn, optimizer, None if budget is None else parse_bytes(budget), names,
         frozenset(check_allowed(allow, TECHNIQUES)), clipping or Clipping(), scaler, loss_weight,
-        progress,
+        None if offload_directory is None else Path(offload_directory), progress,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +12,8 @@ from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.runtime.gradients import Clipping
 from packlight.runtime.microbatch import LossWeight
 from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
-from packlight.step import Plan, StepMemory
+from packlight.runtime.streamed_state import Slots
+from packlight.step import Action, Plan, StepMemory
 
 MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
@@ -30,6 +32,7 @@ class Request:
         clipping: of gradients.
         scaler: scales the loss.
         loss_weight: what the user says a microbatch's loss is divided by, if anything.
+        offload_directory: where buffers may be offloaded to.
         progress: show what profiling does.
     """
 
@@ -42,6 +45,7 @@ class Request:
     clipping: Clipping
     scaler: torch.amp.GradScaler | None
     loss_weight: LossWeight | None
+    offload_directory: Path | None
     progress: bool
 
 
@@ -78,6 +82,7 @@ class Way:
         finish_seconds: of the update after the last schedule.
         num_chunks: of the loss head, 1 where it runs whole.
         loss_weight: of microbatches.
+        state_slots: what of which parameter's optimizer state lies on the tier between updates.
         not_made: move -> why it is not part of this.
     """
 
@@ -88,6 +93,7 @@ class Way:
     finish_seconds: float = 0.0
     num_chunks: int = 1
     loss_weight: LossWeight | None = None
+    state_slots: Slots = field(default_factory=dict)
     not_made: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -112,6 +118,12 @@ class Way:
         return self.num_microbatches == 1 and self.num_chunks == 1
 
     @property
+    def num_transfers(self) -> int:
+        """How many buffers leave memory in one run of the schedule."""
+        schedule = self.parts[0].plan.schedule
+        return sum(i.action is Action.OFFLOAD for i in schedule.instructions)
+
+    @property
     def is_plain(self) -> bool:
         """Whether nothing is done that costs time."""
-        return all(part.plan.slowdown <= 1.0 + 1e-9 for part in self.parts)
+        return all(part.plan.slowdown <= 1.0 + 1e-9 for part in self.parts) and not self.state_slots

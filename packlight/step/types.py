@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 
 class BufferKind(StrEnum):
@@ -24,7 +25,7 @@ class BufferKind(StrEnum):
 
     @property
     def is_resident(self) -> bool:
-        """Whether it is in memory before the step, outside of what a schedule allocates."""
+        """Whether it is there before the step: in memory, or on a far tier if it is `stored`."""
         return self in (BufferKind.PARAMETER, BufferKind.INPUT, BufferKind.STATE)
 
 
@@ -61,7 +62,8 @@ class Buffer:
     Attributes:
         id: position in `StepGraph.buffers`.
         bytes: size of the whole storage.
-        kind: what it holds; resident kinds cost nothing, they are there before the step.
+        kind: what it holds; resident kinds are there before the step (and cost nothing where they
+            are in memory throughout, see `StepGraph.resident`).
         name: the name that reports show.
     """
 
@@ -106,6 +108,13 @@ class Operation:
     mutates: tuple[int, ...] = ()
 
     @property
+    def touches(self) -> tuple[int, ...]:
+        """What must be in memory: what it reads, and what it updates without reading it."""
+        if not self.mutates:
+            return self.reads
+        return (*self.reads, *(b for b in self.mutates if b not in self.reads))
+
+    @property
     def short_name(self) -> str:
         """The name without what all ATen names share: "native_layer_norm", "sum.dim_IntList"."""
         return self.name.removeprefix("aten.").removesuffix(".default")
@@ -122,6 +131,9 @@ class StepGraph:
         forward_outputs: buffers in memory when the forward ends (loss, logits, new batch
             statistics).
         outputs: buffers that outlive the step (loss, gradients of the parameters).
+        stored: parameters and states that lie on the far tier of a link when the step starts, and
+            must lie there, up to date, and not be in memory when it ends. They cost memory while
+            they are in it.
     """
 
     operations: tuple[Operation, ...]
@@ -129,6 +141,7 @@ class StepGraph:
     num_forward: int
     forward_outputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    stored: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         created: set[int] = {b.id for b in self.buffers if b.kind.is_resident}
@@ -151,6 +164,19 @@ class StepGraph:
         lost = [b for b in (*self.forward_outputs, *self.outputs) if b not in created]
         if lost:
             raise ValueError(f"outputs {lost} are created by no operation")
+        self._check_stored()
+
+    def _check_stored(self) -> None:
+        kinds = (BufferKind.PARAMETER, BufferKind.STATE)
+        strange = [
+            b for b in self.stored
+            if not 0 <= b < len(self.buffers) or self.buffers[b].kind not in kinds
+        ]
+        if strange:
+            raise ValueError(f"stored buffers {strange} are neither parameters nor states")
+        kept = sorted({*self.stored} & {*self.forward_outputs, *self.outputs})
+        if kept:
+            raise ValueError(f"stored buffers {kept} cannot stay in memory as outputs")
 
     def _check_overwrites(self, operation: Operation) -> None:
         for created, read in operation.overwrites:
@@ -191,6 +217,14 @@ class StepGraph:
             for o in self.operations
         ]
 
+    @cached_property
+    def resident(self) -> frozenset[int]:
+        """The buffers that are in memory before, during and after the step: they cost nothing."""
+        stored = set(self.stored)
+        return frozenset(
+            b.id for b in self.buffers if b.kind.is_resident and b.id not in stored
+        )
+
     @property
     def seconds(self) -> float:
         """Duration of the plain step: every operation once."""
@@ -200,6 +234,9 @@ class StepGraph:
 @dataclass(frozen=True, slots=True)
 class Instruction:
     """One step of a schedule.
+
+    COMPUTE and FREE happen on the compute lane, one after the other. OFFLOAD and FETCH are handed
+    to a link that works through them in their order beside it: see `simulate`.
 
     Attributes:
         action: what to do.
@@ -241,9 +278,11 @@ class Timeline:
         live_bytes: allocated bytes after each instruction, resident buffers not counted.
         peak_bytes: the most allocated at once, workspace included.
         peak_index: the instruction during which that happens.
-        seconds: sum over all instructions.
+        seconds: from the start to the end of the last operation and of the last transfer.
         peak_buffers: ids of the buffers in memory at the peak, largest first.
         peak_workspace_bytes: the part of the peak that is workspace.
+        link_seconds: how long the link is busy.
+        wait_seconds: the part of `seconds` in which operations wait for the link.
     """
 
     live_bytes: tuple[int, ...]
@@ -252,6 +291,8 @@ class Timeline:
     seconds: float
     peak_buffers: tuple[int, ...]
     peak_workspace_bytes: int
+    link_seconds: float = 0.0
+    wait_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -271,6 +312,9 @@ class Plan:
         status: OPTIMAL where `seconds` meets the bound.
         allowed: names of the approximate techniques that were allowed.
         num_microbatches: how often the schedule runs for one update.
+        link_seconds: how long the link is busy.
+        wait_seconds: the part of `seconds` in which operations wait for the link.
+        offloaded_bytes: what is written to the far tier in one step.
     """
 
     schedule: Schedule
@@ -283,6 +327,9 @@ class Plan:
     status: PlanStatus
     allowed: tuple[str, ...] = ()
     num_microbatches: int = 1
+    link_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    offloaded_bytes: int = 0
 
     @property
     def slowdown(self) -> float:
@@ -292,33 +339,26 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """A path to another memory, which carries one transfer at a time.
+    """A path to another memory, on which one transfer follows the other.
 
     Attributes:
         name: for reports.
-        bytes_per_second: what it carries each way.
-        latency_seconds: per transfer, before the first byte.
-        read_bytes_per_second, write_bytes_per_second: what it carries from there and to there, if
-            that differs.
-
-    >>> Link("disk", 100.0, 1.0, write_bytes_per_second=50.0).write_seconds(200)
-    5.0
+        bytes_per_second: from there.
+        latency_seconds: before the first byte of each transfer.
+        write_bytes_per_second: to there; None for the same as from there.
     """
 
     name: str
     bytes_per_second: float
     latency_seconds: float = 0.0
-    read_bytes_per_second: float | None = None
     write_bytes_per_second: float | None = None
 
     def read_seconds(self, num_bytes: int) -> float:
-        """Return how long fetching takes."""
-        return self.latency_seconds + num_bytes / (
-            self.read_bytes_per_second or self.bytes_per_second
-        )
+        """Return how long a transfer from the other memory takes."""
+        return self.latency_seconds + num_bytes / self.bytes_per_second
 
     def write_seconds(self, num_bytes: int) -> float:
-        """Return how long offloading takes."""
+        """Return how long a transfer to the other memory takes."""
         return self.latency_seconds + num_bytes / (
             self.write_bytes_per_second or self.bytes_per_second
         )
@@ -379,6 +419,7 @@ class GraphBuilder:
         can_recompute: bool = True,
         overwrites_read: int | None = None,
         layer: str = "",
+        mutates: Iterable[int] = (),
     ) -> list[int]:
         """Add an operation and the buffers that it creates; return those buffers' ids."""
         if kind is None:
@@ -398,12 +439,17 @@ class GraphBuilder:
                 can_recompute,
                 overwrites,
                 layer,
+                tuple(mutates),
             )
         )
         return created
 
     def finish(
-        self, num_forward: int, forward_outputs: Iterable[int], outputs: Iterable[int]
+        self,
+        num_forward: int,
+        forward_outputs: Iterable[int],
+        outputs: Iterable[int],
+        stored: Iterable[int] = (),
     ) -> StepGraph:
         """Return the graph."""
         return StepGraph(
@@ -412,4 +458,5 @@ class GraphBuilder:
             num_forward,
             tuple(forward_outputs),
             tuple(outputs),
+            tuple(stored),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from packlight.step import Action, Instruction, Schedule, StepGraph
+from packlight.step import Action, Device, Instruction, Schedule, StepGraph
 
 
 def schedule_from_order(
@@ -84,12 +84,20 @@ def recount_peak_bytes(graph: StepGraph, instructions: Iterable[Instruction]) ->
     Quadratic on purpose: no running total that could drift. A buffer is the set of its storage's
     names, so that one which took over another's storage is still one storage.
     """
-    resident = {b.id for b in graph.buffers if b.kind.is_resident}
+    resident = {b.id for b in graph.buffers if b.kind.is_resident} - set(graph.stored)
     live: set[int] = set()
     peak_bytes = 0
     for instruction in instructions:
         if instruction.action is Action.FREE:
             live.remove(instruction.target)
+            continue
+        if instruction.action is Action.OFFLOAD:
+            assert instruction.target in live
+            continue
+        if instruction.action is Action.FETCH:
+            assert instruction.target not in live
+            live.add(instruction.target)
+            peak_bytes = max(peak_bytes, sum(graph.buffers[b].bytes for b in live))
             continue
         operation = graph.operations[instruction.target]
         held = set(live) | set(operation.creates)
@@ -103,3 +111,46 @@ def recount_peak_bytes(graph: StepGraph, instructions: Iterable[Instruction]) ->
         peak_bytes = max(peak_bytes, now_bytes)
         live |= set(operation.creates)
     return peak_bytes
+
+
+def recount_seconds(graph: StepGraph, schedule: Schedule, device: Device) -> float:
+    """Return the duration of a valid schedule with transfers, from when each thing can start.
+
+    Not a simulation: every instruction is a node that ends `duration` after the last of the nodes
+    that it must come after, and the step's duration is the longest path. Computations, frees and
+    the issuing of transfers come after one another; transfers come after the transfer before.
+    """
+    link = device.links[0]
+    write_rate = link.write_bytes_per_second or link.bytes_per_second
+    ends: list[float] = []  # of every instruction's effect
+    lane = 0.0  # when the instruction before handed on
+    previous_transfer: int | None = None
+    last_transfer_of: dict[int, int] = {}
+    for index, instruction in enumerate(schedule.instructions):
+        touched: tuple[int, ...] = (instruction.target,)
+        duration = 0.0
+        after = [lane]
+        if instruction.action in (Action.OFFLOAD, Action.FETCH):
+            rate = write_rate if instruction.action is Action.OFFLOAD else link.bytes_per_second
+            duration = link.latency_seconds + graph.buffers[instruction.target].bytes / rate
+            if previous_transfer is not None:
+                after.append(ends[previous_transfer])
+            ends.append(max(after) + duration)
+            previous_transfer = last_transfer_of[instruction.target] = index
+            continue
+        fetched = {
+            b for b, i in last_transfer_of.items()
+            if schedule.instructions[i].action is Action.FETCH
+        }
+        if instruction.action is Action.COMPUTE:
+            operation = graph.operations[instruction.target]
+            duration = operation.seconds
+            touched = tuple(b for b in operation.reads if b in fetched) + operation.mutates
+            if instruction.overwrite is not None:
+                touched += (instruction.overwrite[1],)
+        if index == schedule.num_forward:
+            touched += tuple(b for b in graph.forward_outputs if b in fetched)
+        after += [ends[last_transfer_of[b]] for b in touched if b in last_transfer_of]
+        lane = max(after) + duration
+        ends.append(lane)
+    return max([0.0, *ends])

@@ -39,8 +39,8 @@ def measure_link(
         allow_memory: see `DiskTier`.
 
     Returns:
-        A link whose `bytes_per_second` is the slower direction's. What was measured for a directory
-        is remembered until the process ends.
+        A link with both directions' speeds. What was measured for a directory is remembered until
+        the process ends.
 
     Raises:
         OffloadError: see `DiskTier`.
@@ -76,7 +76,7 @@ def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: boo
         2 * num_bytes / max(statistics.median(seconds[1:]) - latency, 1e-9)
         for seconds in (writes, reads)
     )
-    return Link(path, min(read, write), latency, read, write)
+    return Link(path, read, latency, write_bytes_per_second=write)
 
 
 def _seconds(tier: DiskTier, start: Callable[[], object], while_computing: bool) -> float:
