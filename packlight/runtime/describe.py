@@ -14,7 +14,7 @@ def describe_way(way: Way, budget_bytes: int | None) -> str:
     memory = way.memory
     part = max(way.parts, key=lambda p: p.plan.peak_bytes)
     graph, plan = part.step.joint.graph, part.plan
-    timeline = simulate(graph, plan.schedule)
+    timeline = simulate(graph, plan.schedule, way.device)
     operation = graph.operations[plan.schedule.instructions[timeline.peak_index].target]
     where = operation.short_name + (f" in {operation.layer}" if operation.layer else "")
     kinds = {

@@ -255,7 +255,8 @@ class Preparer:
                 finish_seconds = sum(self.updates.cost(p).seconds for p in trained.values())
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
-            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots
+            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots,
+            self._linked,
         )
 
     def _state_slots(self) -> Slots:

@@ -45,6 +45,10 @@ class IgnoredEvents:
         """Do nothing."""
 
 
+def still_here(value: torch.Tensor) -> None:
+    """Do nothing: generated code keeps a value until here, and drops it in its own thread."""
+
+
 @dataclass(frozen=True)
 class Program:
     """A step as one function.
@@ -81,12 +85,20 @@ class _ProgramEmitter(Emitter):
     slot_of: dict[int, int] = field(default_factory=dict)
     being_written: set[int] = field(default_factory=set)
     being_fetched: set[int] = field(default_factory=set)
+    written: dict[int, fx.Node] = field(default_factory=dict)
 
     def program(self, step: WholeStep, schedule: Schedule) -> Program:
         """Write everything."""
         joint = step.joint
         self.whole = step
         self.primal_of_state = {b: primal for primal, b in step.state_buffer_of.items()}
+        operations = joint.graph.operations
+        self.results_of = {operations[o].creates[0]: r for o, r in step.kept_by.items()}
+        self.generator_states = frozenset(joint.rng_state_of.values())
+        # Taken only for operations that run again.
+        self.unused_states = self.generator_states - {
+            b for o, b in joint.rng_state_of.items() if o in self.recomputed
+        }
         for node in joint.module.graph.nodes:
             if node.op == "get_attr":
                 self.place(node, self.new.node_copy(node))
@@ -148,24 +160,26 @@ class _ProgramEmitter(Emitter):
     def transfer(self, instruction: Instruction) -> None:
         """Start a transfer."""
         buffer = instruction.target
+        if buffer in self.unused_states:
+            return
         if instruction.action is Action.OFFLOAD:
             self.being_written.add(buffer)
-            if buffer in self.primal_of_state:
-                self.new.call_method("offload", self._place(buffer))
-            else:
-                self.new.call_method("offload", (*self._place(buffer), self._whole_value(buffer)))
+            arguments: tuple[Any, ...] = self._place(buffer)
+            if buffer not in self.primal_of_state:
+                self.written[buffer] = self._whole_value(buffer)
+                arguments = (*arguments, self.written[buffer])
+            self.new.call_method("offload", arguments)
         else:
             assert instruction.action is Action.FETCH, instruction
             self.being_fetched.add(buffer)
-            fetched = self.new.call_method("fetch", self._place(buffer))
-            if buffer not in self.primal_of_state:
-                root = self.step.root_of_buffer[buffer]
-                assert root is not None
-                self.place(root, fetched)
+            self._set_whole_value(buffer, self.new.call_method("fetch", self._place(buffer)))
 
     def _wait(self, buffer: int, method: str, pending: set[int]) -> None:
         pending.discard(buffer)
         self.new.call_method(method, self._place(buffer))
+        written = self.written.pop(buffer, None) if method == "wait_written" else None
+        if written is not None:
+            self.new.call_function(still_here, (written,))
 
     def _place(self, buffer: int) -> tuple[fx.Node, int]:
         """Return the object that transfers a buffer, and what it calls that buffer."""
@@ -177,19 +191,41 @@ class _ProgramEmitter(Emitter):
         return self.tier, self.slot_of[buffer]
 
     def _slot(self, buffer: int) -> SlotSpec:
-        root = self.step.root_of_buffer[buffer]
-        assert root is not None
+        described = self.step.graph.buffers[buffer]
+        num_bytes, name = described.bytes, described.name
+        if buffer in self.generator_states:
+            return SlotSpec(
+                (num_bytes,), (1,), torch.uint8, torch.device("cpu"), num_bytes, name=name
+            )
+        results = self.results_of.get(buffer)
+        root = (
+            self.step.forward_results[results[0]] if results else self.step.root_of_buffer[buffer]
+        )
+        assert root is not None, f"nothing stands for buffer {buffer}"
         value: Any = root.meta["val"]
         return SlotSpec(
             tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype,
-            value.device, self.step.graph.buffers[buffer].bytes, int(value.storage_offset()),
-            self.step.graph.buffers[buffer].name,
+            value.device, num_bytes, int(value.storage_offset()), name,
         )
 
     def _whole_value(self, buffer: int) -> fx.Node:
-        root = self.step.root_of_buffer[buffer]
-        value: fx.Node = self.value(root)
+        """Return the value that owns a buffer's storage."""
+        if buffer in self.generator_states:
+            return self.special[buffer]
+        if buffer in self.results_of:
+            return self.kept[self.results_of[buffer][0]]
+        value: fx.Node = self.value(self.step.root_of_buffer[buffer])
         return value
+
+    def _set_whole_value(self, buffer: int, value: fx.Node) -> None:
+        if buffer in self.generator_states:
+            self.special[buffer] = value
+        elif buffer in self.results_of:
+            self.kept.update(dict.fromkeys(self.results_of[buffer], value))
+        elif buffer not in self.primal_of_state:
+            root = self.step.root_of_buffer[buffer]
+            assert root is not None, f"nothing stands for buffer {buffer}"
+            self.place(root, value)
 
 
 def _freed_after_updates(step: WholeStep, schedule: Schedule) -> dict[int, set[int]]:

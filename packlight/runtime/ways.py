@@ -13,7 +13,7 @@ from packlight.runtime.gradients import Clipping
 from packlight.runtime.microbatch import LossWeight
 from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.runtime.streamed_state import Slots
-from packlight.step import Action, Plan, StepMemory
+from packlight.step import Action, Device, Plan, StepMemory
 
 MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
@@ -83,6 +83,7 @@ class Way:
         num_chunks: of the loss head, 1 where it runs whole.
         loss_weight: of microbatches.
         state_slots: what of which parameter's optimizer state lies on the tier between updates.
+        device: with the link that transfers take, if there is one.
         not_made: move -> why it is not part of this.
     """
 
@@ -94,6 +95,7 @@ class Way:
     num_chunks: int = 1
     loss_weight: LossWeight | None = None
     state_slots: Slots = field(default_factory=dict)
+    device: Device | None = None
     not_made: dict[str, str] = field(default_factory=dict)
 
     @property
