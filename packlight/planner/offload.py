@@ -17,12 +17,20 @@ program works on chains; this works on any graph.
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from packlight.planner.refine import Effort, improve, lower, repair
+from packlight.planner.refine import (
+    Effort,
+    droppable,
+    improve,
+    lower,
+    repair,
+    ruin_and_recreate,
+)
 from packlight.planner.retention import Interval, Retention
 from packlight.planner.search import Found, View
 from packlight.planner.segments import replace_id, restore_ids
@@ -30,12 +38,14 @@ from packlight.planner.transfers import UNLIMITED_BYTES, Placement, fetch_of, fe
 from packlight.step import Action, Device, Link, Schedule, StepGraph, simulate
 
 PRICES = (0.03, 0.15, 0.4, 0.7)
-STREAMING_PRICES = (0.05, 0.3, 1.0, 3.0)
+STREAMING_PRICES = (0.05, 0.3, 1.0)
 REPLACING_PRICE = 0.05
 PARTS = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
-SHARES = (0.95, 0.88, 0.8)
+SHARES = (0.95, 0.88, 0.8, 0.7)
 MAX_SWEPT = 64
-MOVES = 48
+MAX_SHARED = 4
+MOVES, MANY_MOVES = 64, 300
+SEED = 0
 POLISHED = 2
 HURRIES = (1.0, 2.0, 4.0, math.inf)
 EVALUATIONS = 4_000
@@ -259,9 +269,9 @@ class OffloadSearch:
         seeds = [self._seed_of(schedule) for schedule in recomputing]
         trials = self._sweep(seeds, budget_bytes)
         trials.sort(key=lambda t: _rank(t.found, budget_bytes))
-        polished = [
-            self._polished(trial, budget_bytes, MOVES // POLISHED) for trial in trials[:POLISHED]
-        ]
+        is_small = len(self.graph.operations) <= MAX_SWEPT
+        num_moves = (MANY_MOVES if is_small else MOVES) // POLISHED
+        polished = [self._polished(t, budget_bytes, num_moves) for t in trials[:POLISHED]]
         found = [t.found for t in (*trials, *polished) if t.found.peak_bytes <= budget_bytes]
         return sorted(found, key=lambda f: -f.seconds)
 
@@ -285,8 +295,9 @@ class OffloadSearch:
                 trials.append(trial)
                 ranks.append((_rank(trial.found, budget_bytes), number))
         # Transfers need memory besides: leave some, where that looks most useful.
-        for _, number in sorted(ranks)[: len(ranks) if is_small else 2]:
-            seed, fetched, price = tried[number]
+        different = {rank: number for rank, number in sorted(ranks, reverse=True)}
+        for rank in sorted(different)[: len(ranks) if is_small else MAX_SHARED]:
+            seed, fetched, price = tried[different[rank]]
             for share in SHARES:
                 trial = self._trial(seed, fetched, price, budget_bytes, share)
                 if trial is not None:
@@ -307,19 +318,33 @@ class OffloadSearch:
         return Trial(found, seed.view, retention)
 
     def _polished(self, trial: Trial, budget_bytes: int, num_moves: int) -> Trial:
-        """Fetch single buffers instead of recomputing them, and the reverse, while that helps."""
+        """Make small changes and keep what turned out faster.
+
+        In turn: fetch a buffer instead of recomputing it (or the reverse), and drop a few buffers
+        at random and refill, now and then leaving more memory for transfers.
+        """
         retention, best = trial.retention, trial.found
+        generator = random.Random(SEED)
         effort = Effort(0)
         tabu: set[int] = set()
-        for _ in range(num_moves):
-            buffer = self._next_to_turn(retention, tabu)
-            if buffer is None:
+        for move in range(num_moves):
+            if best.seconds <= self.graph.seconds:
                 break
-            tabu.add(buffer)
+            limit = int(budget_bytes * generator.choice((1.0, 1.0, 0.93)))
             mark = retention.mark()
             effort.more(retention, EVALUATIONS // 10)
-            if retention.turn(buffer) and repair(retention, budget_bytes, effort):
-                improve(retention, budget_bytes, effort)
+            buffer = self._next_to_turn(retention, tabu) if move % 2 == 0 else None
+            if buffer is not None:
+                tabu.add(buffer)
+                feasible = retention.turn(buffer) and repair(retention, limit, effort)
+                if feasible:
+                    improve(retention, limit, effort)
+            else:
+                held = droppable(retention)
+                feasible = bool(held) and ruin_and_recreate(
+                    retention, held, limit, effort, generator
+                )
+            if feasible:
                 found = self.judged(trial.view, retention.order(), budget_bytes, HURRIES[1:])
                 if _rank(found, budget_bytes) < _rank(best, budget_bytes):
                     best = found

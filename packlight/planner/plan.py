@@ -25,7 +25,7 @@ from packlight.step import Action, Device, Plan, PlanStatus, StepGraph, simulate
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
 CLOSE = 1.002
-STREAMING_SHARES = (0.9, 0.6)
+STREAMING_SHARES = (0.9, 0.6, 0.4)
 
 
 class Planner:
@@ -40,12 +40,26 @@ class Planner:
         plain_seconds: its duration; with stored buffers, without its waiting for them.
     """
 
-    def __init__(self, graph: StepGraph, device: Device | None = None) -> None:
+    def __init__(
+        self, graph: StepGraph, device: Device | None = None, without: Planner | None = None
+    ) -> None:
+        """Prepare planning.
+
+        Args:
+            graph: the step.
+            device: where it runs.
+            without: a planner of the same graph (with nothing stored) without a device, to go on
+                from what it found; by default a new one.
+        """
         self.graph, self.device = graph, device
         self._transfers: OffloadSearch | None = None
         self._without: Planner | None = None
+        self._exact: ExactSearch | None = None
         if device is not None and device.links:
-            self._without = _planner_of(replace(graph, stored=()) if graph.stored else graph, None)
+            self._without = without or Planner(replace(graph, stored=()))
+            if graph.stored and without is None:
+                # What it finds is a start for something else: it need not be the optimum.
+                self._without._exact = None
             self._transfers = OffloadSearch(graph, device, lambda: self.local.views)
         if graph.stored:
             if self._transfers is None:
@@ -66,8 +80,8 @@ class Planner:
         self._bounds: dict[int, float] = {}
         self._proven: dict[int, float] = {}
         self._local: LocalSearch | None = None
-        is_small = len(graph.operations) <= MAX_EXACT and self._transfers is None
-        self._exact = ExactSearch(graph) if is_small else None
+        if len(graph.operations) <= MAX_EXACT and self._transfers is None:
+            self._exact = ExactSearch(graph)
         self._smallest_was_sought = False
         self._impossible_bytes = 0
 

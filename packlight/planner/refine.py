@@ -163,29 +163,43 @@ def shake(
     best_seconds = retention.total_extra_seconds
     without_gain = 0
     while effort.left(retention) and without_gain < stall and best_seconds > EPSILON_SECONDS:
-        held = [
-            (buffer, interval)
-            for buffer, intervals in enumerate(retention.intervals)
-            if not retention.is_fixed[buffer] and retention.size[buffer] > 0
-            if buffer not in retention.due
-            for interval in intervals
-        ]
+        held = droppable(retention)
         if not held:
             return
         mark = retention.mark()
-        for buffer, (start, end) in generator.sample(held, min(len(held), generator.randint(1, 4))):
-            new = retention.without_gap(buffer, generator.randint(start + 1, end))
-            if new is not None:
-                retention.set_intervals(buffer, new)
-        feasible = repair(retention, budget_bytes, effort)
-        if feasible:
-            _improve_shuffled(retention, budget_bytes, effort, generator)
+        feasible = ruin_and_recreate(retention, held, budget_bytes, effort, generator)
         if feasible and retention.total_extra_seconds < best_seconds - EPSILON_SECONDS:
             best_seconds = retention.total_extra_seconds
             without_gain = 0
         else:
             without_gain += 1
             retention.undo_to(mark)
+
+
+def droppable(retention: Retention) -> list[tuple[int, Interval]]:
+    """Return the intervals in which a buffer is held that could be dropped."""
+    return [
+        (buffer, interval)
+        for buffer, intervals in enumerate(retention.intervals)
+        if not retention.is_fixed[buffer] and retention.size[buffer] > 0
+        if buffer not in retention.due
+        for interval in intervals
+    ]
+
+
+def ruin_and_recreate(
+    retention: Retention, held: list[tuple[int, Interval]], budget_bytes: int, effort: Effort,
+    generator: random.Random,
+) -> bool:
+    """Drop a few of the intervals at random places and refill; return whether that fits."""
+    for buffer, (start, end) in generator.sample(held, min(len(held), generator.randint(1, 4))):
+        new = retention.without_gap(buffer, generator.randint(start + 1, end))
+        if new is not None:
+            retention.set_intervals(buffer, new)
+    if not repair(retention, budget_bytes, effort):
+        return False
+    _improve_shuffled(retention, budget_bytes, effort, generator)
+    return True
 
 
 def _improve_shuffled(
