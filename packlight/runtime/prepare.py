@@ -8,7 +8,8 @@ faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
 from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes
+from packlight.runtime.gradients import fills_storage
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.program import emit_program
@@ -76,6 +78,11 @@ class Preparer:
         self._not_made: dict[str, str] = {}
         self._settled: LossWeight | None = None
         self._additions: dict[Any, float] = {}
+
+    @property
+    def trained_in_order(self) -> list[nn.Parameter]:
+        """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
+        return [p for p in self.request.model.parameters() if id(p) in self.trained]
 
     @property
     def steps_alone(self) -> bool:
@@ -277,13 +284,17 @@ class Preparer:
 
     def _completed(self, joint: JointStep, loss: CapturedLoss, how: Consumption) -> WholeStep:
         consumers: dict[int, Consumer] = {}
-        for primal, parameter in self._parameters(loss.arguments).items():
-            consumers[primal] = self._consumer(joint, primal, parameter, how)
+        trained = self._parameters(loss.arguments)
+        copied_bytes = _copied_bytes(joint, trained)
+        for primal, parameter in trained.items():
+            consumer = self._consumer(joint, primal, parameter, how)
+            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
+            consumers[primal] = replace(consumer, workspace_bytes=workspace)
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes)
+            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
             together = Consumer("all parameters", seconds, workspace)
         return whole_step(joint, consumers, how, together)
 
@@ -299,9 +310,7 @@ class Preparer:
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
         cost = self.updates.cost(parameter, tuple(node.meta["val"].stride()))
-        clipped_bytes = 0 if self.request.clipping.value is None else parameter.nbytes
-        workspace = cost.workspace_bytes + clipped_bytes
-        return Consumer(name, cost.seconds, workspace, cost.state_bytes)
+        return Consumer(name, cost.seconds, cost.workspace_bytes, cost.state_bytes)
 
     def _addition_seconds(self, parameter: nn.Parameter) -> float:
         """Return how long a gradient takes to be added to another one."""
@@ -375,6 +384,21 @@ class Preparer:
         # Few rows: this forward is eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(batch, weight, max_rows=2 if rows <= 8 else 4)
         return settle(request.model, request.loss_fn, rows_looked_at, weight)
+
+
+def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:
+    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
+
+    Two parameters that are only ever added have one gradient, those that are concatenated have
+    slices of one, and that of a sum is one number.
+    """
+    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
+    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
+    return {
+        primal: trained[primal].nbytes
+        for primal, node in nodes.items()
+        if num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"])
+    }
 
 
 def _handicapped_seconds(way: Way) -> float:
