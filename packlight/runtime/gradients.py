@@ -94,20 +94,21 @@ def update_all(
         updates: where given, parameters are updated one after the other, with less workspace;
             its step has begun.
     """
-    parameters = [p for p in parameters if p.grad is not None]
+    gradients = [(p, p.grad) for p in parameters if p.grad is not None]
     if scaler is not None:
         scaler.unscale_(optimizer)
     if clipping.value is not None:
-        for parameter in parameters:
-            parameter.grad.clamp_(-clipping.value, clipping.value)
+        for _, gradient in gradients:
+            gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
-        nn.utils.clip_grad_norm_(parameters, clipping.norm, foreach=False)
+        nn.utils.clip_grad_norm_([p for p, _ in gradients], clipping.norm, foreach=False)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
     elif updates is not None:
-        for parameter in parameters:
-            gradient, parameter.grad = parameter.grad, None
+        while gradients:
+            parameter, gradient = gradients.pop(0)
+            parameter.grad = None
             updates.apply(parameter, gradient)
             del gradient
     else:

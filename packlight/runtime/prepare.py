@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from packlight.capture.batch_statistics import batch_statistics
@@ -24,7 +25,7 @@ from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
-from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes
+from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes, tensors_of
 from packlight.runtime.gradients import fills_storage
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
@@ -341,9 +342,12 @@ class Preparer:
                 assert self.updates is not None
                 costs = [self.updates.cost(p).workspace_bytes for p in trained.values()]
                 workspace_bytes = max(costs, default=0)
+        # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
+        outside = [*model.parameters(), *tensors_of(batch)]
+        others = [*model.buffers(), *(a for a in loss.arguments if isinstance(a, torch.Tensor))]
         return StepMemory(
             parameter_bytes=tensors_bytes(model.parameters()),
-            state_bytes=tensors_bytes(model.buffers()),
+            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside),
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
             optimizer_bytes=self.optimizer_bytes,
             update_workspace_bytes=workspace_bytes,
