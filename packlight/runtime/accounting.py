@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from packlight.capture.measure import allocated_bytes
 from packlight.capture.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
+from packlight.runtime.microbatch import children
 from packlight.runtime.twin import (
     Group,
     needs_closure,
@@ -35,13 +35,26 @@ def tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
 
 def batch_bytes(batch: Any) -> int:
     """Return the size of all tensors in a batch (any nesting of containers)."""
-    leaves = pytree.tree_leaves(plain_containers(batch))
-    return tensors_bytes(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+    return tensors_bytes(tensors_of(batch))
 
 
-def plain_containers(batch: Any) -> Any:
-    """Return a batch whose outermost mapping is a plain dict, which pytree can look into."""
-    return dict(batch) if hasattr(batch, "keys") and not isinstance(batch, dict) else batch
+def tensors_of(batch: Any) -> list[torch.Tensor]:
+    """Return all tensors in a batch."""
+    return [leaf for _, leaf in batch_leaves(batch) if isinstance(leaf, torch.Tensor)]
+
+
+def batch_leaves(batch: Any, path: str = "batch") -> Iterator[tuple[str, Any]]:
+    """Yield (path, value) of all that a batch holds, attributes of unknown objects included."""
+    held = children(batch)
+    if held is None and not isinstance(batch, torch.Tensor):
+        attributes: dict[str, Any] = getattr(batch, "__dict__", {})
+        if any(isinstance(value, torch.Tensor) for value in attributes.values()):
+            held = [(f".{name}", name, value) for name, value in attributes.items()]
+    if held is None:
+        yield path, batch
+        return
+    for place, _, value in held:
+        yield from batch_leaves(value, path + place)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from packlight.errors import NonFiniteLossError
+from packlight.runtime.slices import like_eager
 from packlight.runtime.update import ParameterUpdates
 
 
@@ -54,51 +55,63 @@ class GradientFate:
     def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
         """Update the parameter, or collect its gradient."""
         parameter = self.parameter_of[primal]
-        if self.updates is not None:
-            if self.clipping.value is not None:
-                clip = torch.clamp_ if is_last_use else torch.clamp
-                gradient = clip(gradient, -self.clipping.value, self.clipping.value)
-            self.updates.apply(parameter, gradient)
-        elif parameter.grad is not None:
+        if self.updates is None and parameter.grad is not None:
             parameter.grad.add_(gradient)
-        else:
-            owns_all = gradient.untyped_storage().nbytes() == gradient.numel() * gradient.itemsize
-            parameter.grad = gradient if is_last_use and owns_all else gradient.clone()
+            return
+        # Clipping and the optimizer may overwrite it, as eager's, which nobody else looks at.
+        is_own = is_last_use and fills_storage(gradient)
+        if self.updates is None:
+            in_layout = like_eager(gradient, parameter)
+            is_copied = in_layout is not gradient
+            parameter.grad = in_layout if is_own or is_copied else gradient.clone()
+            return
+        if not is_own:
+            gradient = gradient.clone()
+        if self.clipping.value is not None:
+            gradient.clamp_(-self.clipping.value, self.clipping.value)
+        self.updates.apply(parameter, gradient)
+
+
+def fills_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage holds nothing else, and each of its elements once."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
 def update_all(
     optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
     clipping: Clipping,
     scaler: torch.amp.GradScaler | None,
     updates: ParameterUpdates | None,
 ) -> None:
-    """Update all parameters from their collected gradients and let go of those.
+    """Update all parameters from their collected gradients.
 
     Args:
         optimizer: the user's.
+        parameters: those that may have a gradient, in the order in which their norms are added.
         clipping: applied first.
         scaler: unscales first, and skips the update where a gradient is not finite.
-        updates: where given, parameters are updated one after the other, with less workspace.
+        updates: where given, parameters are updated one after the other, with less workspace;
+            its step has begun.
     """
-    parameters = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+    gradients = [(p, p.grad) for p in parameters if p.grad is not None]
     if scaler is not None:
         scaler.unscale_(optimizer)
     if clipping.value is not None:
-        for parameter in parameters:
-            parameter.grad.clamp_(-clipping.value, clipping.value)
+        for _, gradient in gradients:
+            gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
-        nn.utils.clip_grad_norm_(parameters, clipping.norm, foreach=False)
+        nn.utils.clip_grad_norm_([p for p, _ in gradients], clipping.norm, foreach=False)
     if scaler is not None:
         scaler.step(optimizer)
         scaler.update()
     elif updates is not None:
-        updates.begin_step()
-        for parameter in parameters:
-            gradient, parameter.grad = parameter.grad, None
+        while gradients:
+            parameter, gradient = gradients.pop(0)
+            parameter.grad = None
             updates.apply(parameter, gradient)
             del gradient
     else:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 

@@ -128,7 +128,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), *shape
 
 
-def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
+def children(batch: Any) -> list[tuple[str, Any, Any]] | None:
     """Return (path, key, value) of what a container holds; None for a leaf."""
     if hasattr(batch, "keys") and hasattr(batch, "__getitem__"):
         return [(f"[{key!r}]", key, batch[key]) for key in batch.keys()]
@@ -141,13 +141,13 @@ def _children(batch: Any) -> list[tuple[str, Any, Any]] | None:
 
 
 def _leaves(batch: Any, path: str) -> Iterator[tuple[str, Any]]:
-    children = _children(batch)
-    if children is None:
+    held = children(batch)
+    if held is None:
         if not isinstance(batch, torch.Tensor):
             _refuse_hidden_tensors(batch, path)
         yield path, batch
         return
-    for place, _, value in children:
+    for place, _, value in held:
         yield from _leaves(value, path + place)
 
 
@@ -164,14 +164,14 @@ def _refuse_hidden_tensors(leaf: Any, path: str) -> None:
 
 def _rebuild(batch: Any, leaves: Iterator[Any]) -> Any:
     """Return a container of the same type with other leaves."""
-    children = _children(batch)
-    if children is None:
+    held = children(batch)
+    if held is None:
         return next(leaves)
-    values = [_rebuild(value, leaves) for _, _, value in children]
+    values = [_rebuild(value, leaves) for _, _, value in held]
     if isinstance(batch, tuple):
         return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     rebuilt = copy.copy(batch)
-    for (_, key, _), value in zip(children, values, strict=True):
+    for (_, key, _), value in zip(held, values, strict=True):
         if hasattr(batch, "__getitem__"):
             rebuilt[key] = value
         else:

@@ -8,10 +8,12 @@ faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from packlight.capture.batch_statistics import batch_statistics
@@ -23,7 +25,8 @@ from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
-from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes
+from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes, tensors_of
+from packlight.runtime.gradients import fills_storage
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
@@ -87,6 +90,11 @@ class Preparer:
         if directory is not None and "offload" in request.moves:
             link = measure_link(directory, LINK_PROBE_BYTES)
             self._linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
+
+    @property
+    def trained_in_order(self) -> list[nn.Parameter]:
+        """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
+        return [p for p in self.request.model.parameters() if id(p) in self.trained]
 
     @property
     def steps_alone(self) -> bool:
@@ -332,17 +340,20 @@ class Preparer:
         slots: Slots,
     ) -> WholeStep:
         consumers: dict[int, Consumer] = {}
-        for primal, parameter in self._parameters(loss.arguments).items():
+        trained = self._parameters(loss.arguments)
+        copied_bytes = _copied_bytes(joint, trained)
+        for primal, parameter in trained.items():
             consumer = self._consumer(joint, primal, parameter, how)
             if slots:  # only what is streamed has a buffer of its own
                 streamed_bytes = sum(spec.num_bytes for spec in slots[parameter].values())
                 consumer = replace(consumer, state_bytes=streamed_bytes)
-            consumers[primal] = consumer
+            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
+            consumers[primal] = replace(consumer, workspace_bytes=workspace)
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes)
+            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
         if not slots:
@@ -365,8 +376,7 @@ class Preparer:
         key = (name, tuple(node.meta["val"].stride()))
         if key not in self._consumers:  # later on, its state may lie elsewhere
             cost = self.updates.cost(parameter, key[1])
-            clipped_bytes = 0 if self.request.clipping.value is None else parameter.nbytes
-            workspace = cost.workspace_bytes + clipped_bytes
+            workspace = cost.workspace_bytes
             self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
         return self._consumers[key]
 
@@ -407,9 +417,12 @@ class Preparer:
                 assert self.updates is not None
                 costs = [self.updates.cost(p).workspace_bytes for p in trained.values()]
                 workspace_bytes = max(costs, default=0)
+        # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
+        outside = [*model.parameters(), *tensors_of(batch)]
+        others = [*model.buffers(), *(a for a in loss.arguments if isinstance(a, torch.Tensor))]
         return StepMemory(
             parameter_bytes=tensors_bytes(model.parameters()),
-            state_bytes=tensors_bytes(model.buffers()),
+            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside),
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
             optimizer_bytes=self.optimizer_bytes - streamed_bytes,
             update_workspace_bytes=workspace_bytes,
@@ -450,6 +463,21 @@ class Preparer:
         # Few rows: this forward is eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(batch, weight, max_rows=2 if rows <= 8 else 4)
         return settle(request.model, request.loss_fn, rows_looked_at, weight)
+
+
+def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:
+    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
+
+    Two parameters that are only ever added have one gradient, those that are concatenated have
+    slices of one, and that of a sum is one number.
+    """
+    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
+    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
+    return {
+        primal: trained[primal].nbytes
+        for primal, node in nodes.items()
+        if num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"])
+    }
 
 
 def _handicapped_seconds(way: Way) -> float:

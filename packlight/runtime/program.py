@@ -129,9 +129,12 @@ class _ProgramEmitter(Emitter):
         if operation.name == KEEP:
             self._keep(instruction)
         elif operation.name == UPDATE:
-            for primal in self.whole.consumed_by[index]:
-                node = self.step.backward_results[primal]
-                is_last_use = self.step.buffer_of_node[node] in self.freed_after[index]
+            primals = self.whole.consumed_by[index]
+            nodes = [self.step.backward_results[primal] for primal in primals]
+            buffers = [self.step.buffer_of_node[node] for node in nodes]
+            for place, (primal, node) in enumerate(zip(primals, nodes, strict=True)):
+                is_freed = buffers[place] in self.freed_after[index]
+                is_last_use = is_freed and buffers[place] not in buffers[place + 1 :]
                 arguments = (self.events, primal, self.value(node), is_last_use)
                 self.new.call_method("gradient", arguments)
         else:

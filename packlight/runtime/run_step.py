@@ -8,14 +8,12 @@ from typing import Any
 import torch
 
 from packlight.capture.whole_step import Consumption
-from packlight.errors import NonFiniteLossError
 from packlight.runtime.gradients import GradientFate, update_all
 from packlight.runtime.microbatch import loss_weights, num_rows, split
 from packlight.runtime.offload.disk import DiskTier
 from packlight.runtime.offload.tier import SlotSpec, Tier
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.program import emit_program
-from packlight.runtime.step_capture import CapturedAgainError
 from packlight.runtime.streamed_state import StateOfPrimals, StreamedState
 from packlight.runtime.ways import Part, Way
 
@@ -30,6 +28,7 @@ class StepRunner:
     def __init__(self, preparer: Preparer, way: Way) -> None:
         self.way = way
         self._preparer, self._request = preparer, preparer.request
+        self._trained = preparer.trained_in_order
         if way.state_slots and preparer.streamed is None:
             assert preparer.request.optimizer is not None
             preparer.streamed = StreamedState(
@@ -73,6 +72,8 @@ class StepRunner:
         """
         request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
+        if self._updates is not None:
+            self._updates.begin_step()
         optimizer.zero_grad(set_to_none=True)
         streamed = self._preparer.streamed
         if streamed is not None:  # perhaps by another batch's way
@@ -85,19 +86,18 @@ class StepRunner:
                 loss = self._run_whole(batch, num_steps)
             else:
                 loss = self._run_microbatches(batch, num_steps)
+            if self.way.consumption is not Consumption.UPDATE:
+                trained, scaler = self._trained, request.scaler
+                update_all(optimizer, trained, request.clipping, scaler, self._updates)
         except BaseException:
-            optimizer.zero_grad(set_to_none=True)
             for program in self._programs.values():
                 program.reset()
             raise
-        if self.way.consumption is not Consumption.UPDATE:
-            update_all(optimizer, request.clipping, request.scaler, self._updates)
+        finally:
+            optimizer.zero_grad(set_to_none=True)
         return loss
 
     def _run_whole(self, batch: Any, num_steps: int) -> torch.Tensor:
-        if self.way.consumption is Consumption.UPDATE:
-            assert self._updates is not None
-            self._updates.begin_step()
         (program,) = self._programs.values()
         program.set_up(self._scale, num_steps, None)
         return self.way.parts[0].capture(batch)
@@ -119,7 +119,7 @@ class StepRunner:
                 program.set_up(weight * self._scale, num_steps, index, backup)
                 loss = part_of[rows].capture(microbatch).mul_(weight)
                 total = loss if total is None else total.add_(loss)
-        except (NonFiniteLossError, CapturedAgainError):
+        except BaseException:
             for tensor, value in backup.items():
                 tensor.copy_(value)
             raise
@@ -128,8 +128,10 @@ class StepRunner:
 
     @property
     def _scale(self) -> float:
+        """What the loss is multiplied with; the first call sets a scaler up, as a loop's does."""
         scaler = self._request.scaler
-        return 1.0 if scaler is None else scaler.get_scale()
+        one = torch.ones((), device=self._trained[0].device)
+        return 1.0 if scaler is None else float(scaler.scale(one))
 
 
 class _Program:
@@ -175,7 +177,8 @@ class _Program:
             microbatch_index: which microbatch, None for a whole batch.
             backup: takes the first values of what is written back.
         """
-        self.weight.fill_(weight)
+        # An infinite weight in half precision is the scaler's business: it skips the update.
+        self.weight.copy_(torch.tensor(weight, dtype=torch.float64))
         self.backup = backup
         self.fate.num_steps, self.fate.microbatch_index = num_steps, microbatch_index
 

@@ -174,8 +174,11 @@ def _check_results(joint: fx.GraphModule, num_outputs: int, mutated: dict[int, i
     if len(mine) != 1 or shapes != [()]:
         raise UnsupportedModelError(
             f"loss_fn must return one scalar tensor, it returned {len(mine)} tensor"
-            f"{'' if len(mine) == 1 else 's'} of shape {', '.join(map(str, shapes))}"
-            "\nhint: take the mean or the sum"
+            f"{'' if len(mine) == 1 else 's'} of shape {', '.join(map(str, shapes))}\nhint: "
+            + (
+                "take the mean or the sum" if len(mine) == 1 else "return the loss alone; tensors "
+                "that a forward assigns to attributes of the model are returned, too"
+            )
         )
     return mine[0]
 

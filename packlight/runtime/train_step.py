@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from packlight.capture.cache import device_name
 from packlight.capture.peak import measure_peak
 from packlight.errors import OptionError, UnsupportedModelError
-from packlight.runtime.accounting import batch_bytes, plain_containers, tensors_bytes
+from packlight.runtime.accounting import batch_bytes, batch_leaves, tensors_bytes
 from packlight.runtime.backend import check_allowed
 from packlight.runtime.gradients import Clipping
 from packlight.runtime.prepare import Preparer
@@ -53,15 +53,30 @@ class TrainStep:
     """
 
     def __init__(self, request: Request) -> None:
-        _check_parameters(request.model, request.optimizer)
         self.request = request
         self.model, self.optimizer = request.model, request.optimizer
         self.budget_bytes = request.budget_bytes
-        self._preparer = Preparer(request)
+        self._trained: Any = None
+        self._look_at_parameters()
         # One plan per batch signature: dynamo would give up after a few.
         self._runners: dict[Any, StepRunner] = {}
         self._signature: Any = None
         self._num_steps = 0
+
+    def _look_at_parameters(self) -> bool:
+        """Start over if parameters were frozen, freed or added; return whether they were."""
+        groups: list[Any] = [{"params": self.model.parameters()}]
+        if self.optimizer is not None:
+            groups += self.optimizer.param_groups
+        trained = [
+            [(id(p), p.requires_grad, _has_hooks(p)) for p in group["params"]] for group in groups
+        ]
+        if trained == self._trained:
+            return False
+        _check_parameters(self.model, self.optimizer)
+        self._preparer = Preparer(self.request)
+        self._trained = trained
+        return True
 
     # -- training
 
@@ -99,19 +114,22 @@ class TrainStep:
         return MeasuredStep(peak.result, before + peak.peak_bytes)
 
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """Return the loss of a batch in eval mode, without gradients; the mode is restored."""
-        was_training = self.model.training
+        """Return the loss of a batch in eval mode, without gradients; modes are restored."""
+        modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 return self.request.loss_fn(self.model, batch).detach()
         finally:
-            self.model.train(was_training)
+            for module, was_training in modes:
+                module.training = was_training
 
     # -- planning
 
     def prepare(self, batch: Any) -> Way:
         """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
+        if self._look_at_parameters():
+            self._runners.clear()
         signature = (_signature(batch), self.model.training)
         if signature not in self._runners:
             way = self._preparer.prepare(batch)
@@ -151,12 +169,13 @@ class TrainStep:
 
 def _signature(batch: Any) -> tuple[Any, ...]:
     """Return what a plan depends on: the batch's structure, shapes, dtypes and plain values."""
-    leaves, spec = pytree.tree_flatten(plain_containers(batch))
-    described = tuple(
-        (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else repr(x)
-        for x in leaves
-    )
-    return str(spec), described
+    return type(batch), *((path, _described(leaf)) for path, leaf in batch_leaves(batch))
+
+
+def _described(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else repr(leaf)
 
 
 def fit(
@@ -295,10 +314,21 @@ def _request(
     )
 
 
+def _has_hooks(parameter: torch.Tensor) -> bool:
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UnsupportedModelError("no parameter of the model needs a gradient: nothing to train")
+    hooked = [name for name, p in model.named_parameters() if p.requires_grad and _has_hooks(p)]
+    if hooked:
+        raise UnsupportedModelError(
+            f"hooks are registered on {len(hooked)} parameters, the first of them {hooked[0]!r}: "
+            "autograd would call them, and a planned step does not run through autograd\n"
+            "hint: remove them; gradients are clipped by clip_grad_norm= and clip_grad_value="
+        )
     if optimizer is None:
         return
     mine = {id(p) for p in model.parameters()}
