@@ -85,7 +85,8 @@ class _ProgramEmitter(Emitter):
     slot_of: dict[int, int] = field(default_factory=dict)
     being_written: set[int] = field(default_factory=set)
     being_fetched: set[int] = field(default_factory=set)
-    written: dict[int, fx.Node] = field(default_factory=dict)
+    # Values that nobody must drop before their transfer was waited for.
+    in_transfer: dict[tuple[int, str], fx.Node] = field(default_factory=dict)
 
     def program(self, step: WholeStep, schedule: Schedule) -> Program:
         """Write everything."""
@@ -106,7 +107,7 @@ class _ProgramEmitter(Emitter):
             self.place(placeholder, self.new.node_copy(placeholder))
         self.events = self.new.placeholder("events")
         self.tier, self.states = self.new.placeholder("tier"), self.new.placeholder("states")
-        self.freed_after = _freed_after_updates(step, schedule)
+        self.last_read_by = _last_read_by_updates(step, schedule)
         self.run(schedule.instructions)
         results = [
             self.kept[index] if index in self.kept else self.value(node)
@@ -133,8 +134,10 @@ class _ProgramEmitter(Emitter):
             nodes = [self.step.backward_results[primal] for primal in primals]
             buffers = [self.step.buffer_of_node[node] for node in nodes]
             for place, (primal, node) in enumerate(zip(primals, nodes, strict=True)):
-                is_freed = buffers[place] in self.freed_after[index]
-                is_last_use = is_freed and buffers[place] not in buffers[place + 1 :]
+                if buffers[place] in self.being_written:
+                    self._wait(buffers[place], "wait_written", self.being_written)
+                is_last_read = (index, buffers[place]) in self.last_read_by
+                is_last_use = is_last_read and buffers[place] not in buffers[place + 1 :]
                 arguments = (self.events, primal, self.value(node), is_last_use)
                 self.new.call_method("gradient", arguments)
         else:
@@ -169,20 +172,23 @@ class _ProgramEmitter(Emitter):
             self.being_written.add(buffer)
             arguments: tuple[Any, ...] = self._place(buffer)
             if buffer not in self.primal_of_state:
-                self.written[buffer] = self._whole_value(buffer)
-                arguments = (*arguments, self.written[buffer])
+                value = self.in_transfer[buffer, "wait_written"] = self._whole_value(buffer)
+                arguments = (*arguments, value)
             self.new.call_method("offload", arguments)
         else:
             assert instruction.action is Action.FETCH, instruction
             self.being_fetched.add(buffer)
-            self._set_whole_value(buffer, self.new.call_method("fetch", self._place(buffer)))
+            fetched = self.new.call_method("fetch", self._place(buffer))
+            if buffer not in self.primal_of_state:
+                self.in_transfer[buffer, "wait_fetched"] = fetched
+                self._set_whole_value(buffer, fetched)
 
     def _wait(self, buffer: int, method: str, pending: set[int]) -> None:
         pending.discard(buffer)
         self.new.call_method(method, self._place(buffer))
-        written = self.written.pop(buffer, None) if method == "wait_written" else None
-        if written is not None:
-            self.new.call_function(still_here, (written,))
+        moved = self.in_transfer.pop((buffer, method), None)
+        if moved is not None:
+            self.new.call_function(still_here, (moved,))
 
     def _place(self, buffer: int) -> tuple[fx.Node, int]:
         """Return the object that transfers a buffer, and what it calls that buffer."""
@@ -225,21 +231,27 @@ class _ProgramEmitter(Emitter):
             self.special[buffer] = value
         elif buffer in self.results_of:
             self.kept.update(dict.fromkeys(self.results_of[buffer], value))
-        elif buffer not in self.primal_of_state:
+        else:
             root = self.step.root_of_buffer[buffer]
             assert root is not None, f"nothing stands for buffer {buffer}"
             self.place(root, value)
 
 
-def _freed_after_updates(step: WholeStep, schedule: Schedule) -> dict[int, set[int]]:
-    """Return for each update the buffers that are freed right after it."""
-    freed: dict[int, set[int]] = {}
-    latest: set[int] = set()
-    for instruction in schedule.instructions:
-        if instruction.action is Action.FREE:
-            latest.add(instruction.target)
-        elif instruction.action is Action.COMPUTE:
-            latest = set()
-            if instruction.target in step.consumed_by:
-                freed[instruction.target] = latest
-    return freed
+def _last_read_by_updates(step: WholeStep, schedule: Schedule) -> set[tuple[int, int]]:
+    """Return (update, buffer) where nothing reads, writes away or overwrites a buffer after it."""
+    operations = step.joint.graph.operations
+    is_wanted: set[int] = set()
+    found: set[tuple[int, int]] = set()
+    for instruction in reversed(schedule.instructions):
+        target = instruction.target
+        if instruction.action is Action.COMPUTE:
+            operation = operations[target]
+            if target in step.consumed_by:
+                found.update((target, b) for b in operation.reads if b not in is_wanted)
+            is_wanted.difference_update(operation.creates)
+            is_wanted.update(operation.reads)
+        elif instruction.action is Action.OFFLOAD:
+            is_wanted.add(target)
+        elif instruction.action is Action.FETCH:
+            is_wanted.discard(target)
+    return found
