@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine clean
+.PHONY: help demo test lint bench-spine bench-whole-step clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # torch goes first and alone: every later resolution then finds the pinned release in place.
 $(READY): pyproject.toml constraints.txt
@@ -32,6 +32,10 @@ lint: $(READY) ## style, types and import rules
 
 bench-spine: $(READY) ## rerun the memory and time tables beside the peers
 	$(BIN)/python -m benchmarks.spine
+
+bench-whole-step: $(READY) ## rerun the tables of a whole step's time against its budget
+	$(BIN)/python -m benchmarks.whole_step
+	$(BIN)/python -m benchmarks.whole_step.report
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -298,6 +298,7 @@ def gpt2(
     vocabulary: int = 512,
     batch_size: int = 4,
     length: int = 64,
+    dropout: float = 0.1,
 ) -> Case:
     """GPT-2."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -309,6 +310,9 @@ def gpt2(
         vocab_size=vocabulary,
         n_positions=length,
         use_cache=False,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         bos_token_id=0,
         eos_token_id=0,
     )
@@ -360,21 +364,34 @@ def roberta() -> Case:
     return RobertaForSequenceClassification(config), batch, hf_loss
 
 
-def t5() -> Case:
+def t5(
+    layers: int = 2,
+    width: int = 64,
+    heads: int = 4,
+    mlp_width: int = 128,
+    vocabulary: int = 512,
+    batch_size: int = 4,
+    length: int = 48,
+    target_length: int = 48,
+    dropout: float = 0.1,
+) -> Case:
     """T5, encoder-decoder."""
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        num_layers=2,
-        d_model=64,
-        num_heads=4,
-        d_kv=16,
-        d_ff=128,
-        vocab_size=512,
+        num_layers=layers,
+        d_model=width,
+        num_heads=heads,
+        d_kv=width // heads,
+        d_ff=mlp_width,
+        vocab_size=vocabulary,
+        dropout_rate=dropout,
         use_cache=False,
         decoder_start_token_id=0,
     )
-    return T5ForConditionalGeneration(config), _tokens(512, 4, 48), hf_loss
+    batch = _tokens(vocabulary, batch_size, length)
+    batch["labels"] = batch["labels"][:, :target_length].clone()
+    return T5ForConditionalGeneration(config), batch, hf_loss
 
 
 def llama() -> Case:

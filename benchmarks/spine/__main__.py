@@ -10,8 +10,6 @@ stopped; `--fresh` measures it again.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,10 +18,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.common import ROOT, run_apart, write_lines
 from benchmarks.spine.cases import CASES
-from benchmarks.spine.records import FOLDER, RESULTS, Record, read_records, write_records
+from benchmarks.spine.records import FOLDER, RESULTS, Record, read_records
 
-QUICK_RESULTS = FOLDER.parent.parent / ".cache" / "spine-quick.jsonl"
+QUICK_RESULTS = ROOT / ".cache" / "spine-quick.jsonl"
 
 
 def main() -> int:
@@ -51,7 +50,7 @@ def main() -> int:
             console.print(f"{name}: failed, see above", style="red")
             failed += 1
             continue
-        write_records(out, [r for r in read_records(out) if r.model != name] + found)
+        write_lines(out, [r for r in read_records(out) if r.model != name] + found)
         taken = time.perf_counter() - begin
         console.print(f"{name}: {len(found)} lines in {taken:.0f} s", highlight=False)
     return 1 if failed else 0
@@ -75,17 +74,14 @@ def _in_a_process(name: str, arguments: argparse.Namespace) -> list[Record] | No
     """Measure one model in a new process, which returns all of its memory when it ends."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "lines.jsonl"
-        command = [
-            sys.executable, "-m", "benchmarks.spine", "--models", name, "--measure-one", str(path),
+        options = [
+            "--models", name, "--measure-one", str(path),
             "--device", arguments.device, "--seed", str(arguments.seed),
             "--command", " ".join(["python -m benchmarks.spine", *sys.argv[1:]]),
         ]
-        command += ["--quick"] if arguments.quick else []
-        command += ["--repeats", str(arguments.repeats)] if arguments.repeats else []
-        # A cache of its own: what Packlight predicts comes from times measured in this run.
-        environment = {**os.environ, "PACKLIGHT_CACHE": str(Path(folder) / "cache")}
-        status = subprocess.run(command, env=environment).returncode
-        return read_records(path) if status == 0 else None
+        options += ["--quick"] if arguments.quick else []
+        options += ["--repeats", str(arguments.repeats)] if arguments.repeats else []
+        return read_records(path) if run_apart("benchmarks.spine", options) else None
 
 
 def _measure_one(arguments: argparse.Namespace) -> None:
@@ -101,7 +97,7 @@ def _measure_one(arguments: argparse.Namespace) -> None:
             case, arguments.quick, num_rounds, arguments.device, arguments.seed, arguments.command,
             progress,
         )
-        write_records(arguments.measure_one, bench.run())
+        write_lines(arguments.measure_one, bench.run())
 
 
 if __name__ == "__main__":

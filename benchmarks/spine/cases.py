@@ -10,9 +10,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from benchmarks.common import MEBIBYTE
 from tests.models import make
-
-MEBIBYTE = 2**20
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import signal
 import statistics
@@ -18,9 +17,17 @@ import torch
 from rich.progress import Progress
 
 import packlight.runtime.backend
+from benchmarks.common import (
+    provenance,
+    quartiles,
+    relative_error,
+    root_cause,
+    same_bits,
+    timed,
+)
 from benchmarks.spine.cases import Built, Case
 from benchmarks.spine.peers import EAGER, LossFn, Peer, distinct, peers_of
-from benchmarks.spine.records import Record, provenance
+from benchmarks.spine.records import Record
 from packlight.capture.peak import measure_peak
 from packlight.planner import Planner, plan_schedule, smallest_plan
 from packlight.runtime.backend import PacklightBackend
@@ -78,7 +85,7 @@ class Bench:
         self.case, self.num_rounds, self.seed, self.progress = case, num_rounds, seed, progress
         self.title = f"small trial instead of {case.title}" if quick else case.title
         self.device = torch.device(device)
-        self.provenance = {**provenance(seed, device), "command": command}
+        self.provenance = provenance(seed, device, command)
         self.built: Built = case.build(quick, device, seed)
         prepare_dynamo()  # peers trace through what Packlight traces through
         self.eager = Cell(self._record(EAGER, ""), self.built.loss_fn)
@@ -181,7 +188,7 @@ class Bench:
                 record.planner_bytes = _planner_bytes(compilation.graph, record.budget_bytes)
             self._measure(cell)
         except Exception as error:
-            record.error = _root_cause(error)
+            record.error = root_cause(error)
         twin = next(
             (c for c in self.cells if c.schedule is not None and c.schedule == cell.schedule), None
         )
@@ -225,29 +232,16 @@ class Bench:
                 [b.clone() for b in model.buffers()],
             )
         cell.record.same_bits = {
-            "loss": _equal(self.reference.loss, peak.result),
-            "gradients": all(map(_equal, self.reference.gradients, gradients)),
-            "buffers": all(map(_equal, self.reference.buffers, model.buffers())),
+            "loss": same_bits(self.reference.loss, peak.result),
+            "gradients": all(map(same_bits, self.reference.gradients, gradients)),
+            "buffers": all(map(same_bits, self.reference.buffers, model.buffers())),
         }
-        cell.record.gradient_error = _relative_error(self.reference.gradients, gradients)
+        cell.record.gradient_error = relative_error(self.reference.gradients, gradients)
         return self.reference
 
     def _timed_step(self, loss_fn: LossFn) -> float:
         self._begin()
-        gc.collect()
-        gc.disable()
-        try:
-            self._synchronize()
-            begin = time.perf_counter()
-            self._run(loss_fn)
-            self._synchronize()
-            return time.perf_counter() - begin
-        finally:
-            gc.enable()
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        return timed(lambda: self._run(loss_fn), self.device)
 
     # -- rounds
 
@@ -294,29 +288,7 @@ def _summarize(cell: Cell) -> None:
     record.num_rounds = len(cell.ratios)
     record.seconds_median = statistics.median(cell.seconds)
     record.ratio_median = statistics.median(cell.ratios)
-    if len(cell.ratios) > 1:
-        low, _, high = statistics.quantiles(cell.ratios, n=4, method="inclusive")
-        record.ratio_quartiles = (low, high)
-
-
-def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(a, b)
-
-
-def _relative_error(
-    expected: list[torch.Tensor | None], found: list[torch.Tensor | None]
-) -> float | None:
-    """Return the largest absolute difference over the largest expected value; None if one lacks."""
-    off = scale = 0.0
-    for a, b in zip(expected, found, strict=True):
-        if (a is None) != (b is None):
-            return None
-        if a is not None and b is not None:
-            off = max(off, float((a - b).abs().max()))
-            scale = max(scale, float(a.abs().max()))
-    return off / scale if scale else None
+    record.ratio_quartiles = quartiles(cell.ratios)
 
 
 def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
@@ -326,13 +298,6 @@ def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-def _root_cause(error: BaseException) -> str:
-    """Return what Packlight raised, without what dynamo wrapped around it."""
-    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
-        error = inner
-    return f"{type(error).__name__}: {error}".strip()[:500]
 
 
 @contextmanager

@@ -69,7 +69,7 @@ class Peer:
 def peers_of(case: Case) -> list[Peer]:
     """Return every rival at every setting that a case is run with."""
     peers = [
-        Peer(CHECKPOINT, "per block", _per_block),
+        Peer(CHECKPOINT, "per block", per_block),
         Peer(SELECTIVE, "matmul and attention saved", _selective),
     ]
     peers += [
@@ -109,7 +109,8 @@ def _with_forwards(built: Built, forwards: dict[nn.Module, Callable[..., Any]]) 
     return loss_fn
 
 
-def _per_block(built: Built) -> LossFn:
+def per_block(built: Built) -> LossFn:
+    """Return the loss with every block recomputed in the backward."""
     return _with_forwards(
         built,
         {b: functools.partial(checkpoint, b.forward, use_reentrant=False) for b in built.blocks},

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import subprocess
-import sys
-import tempfile
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import read_lines
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
@@ -75,55 +70,4 @@ class Record:
 
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file; none if it does not exist."""
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [Record(**json.loads(line)) for line in lines if line.strip()]
-
-
-def write_records(path: Path, records: list[Record]) -> None:
-    """Write all records, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(asdict(r)) + "\n" for r in records)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def provenance(seed: int, device: str) -> dict[str, Any]:
-    """Return where, when and with what a record was made."""
-    import torch
-
-    from packlight.capture.cache import device_name
-
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
-    return {
-        "hardware": device_name(torch.device(device)),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "load_at_start": round(os.getloadavg()[0], 2),
-        "versions": versions,
-        "commit": _commit(),
-        "seed": seed,
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks.spine " + " ".join(sys.argv[1:]),
-    }
-
-
-def _commit() -> str:
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=FOLDER, capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
+    return read_lines(path, Record)

@@ -6,15 +6,14 @@ Tables go between markers in this folder's README and in the project's, plots to
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import ROOT, replace_between_markers
 from benchmarks.spine import tables
-from benchmarks.spine.records import FOLDER, RESULTS, Record, read_records
+from benchmarks.spine.records import RESULTS, Record, read_records
 from packlight.report.style import LIGHT, drawing
 
-ROOT = FOLDER.parent.parent
 RIVAL_STYLE = {
     "torch.utils.checkpoint": ("s", "budget"),
     "selective checkpoint": ("D", "allocated"),
@@ -48,20 +47,6 @@ def main() -> None:
 def plot_name(model: str) -> str:
     """Return the file name of a model's plot."""
     return f"spine_{model}.png"
-
-
-def replace_between_markers(path: Path, name: str, lines: list[str]) -> None:
-    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->` in a file."""
-    text = path.read_text(encoding="utf-8")
-    pattern = re.compile(
-        rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL
-    )
-    if not pattern.search(text):
-        raise SystemExit(f"{path}: no markers <!-- {name}:begin --> and <!-- {name}:end -->")
-    body = "\n".join(lines) + "\n"
-    path.write_text(
-        pattern.sub(lambda m: m.group(1) + body + m.group(2), text), encoding="utf-8"
-    )
 
 
 def full_report(records: list[Record]) -> list[str]:

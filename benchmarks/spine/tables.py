@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.common import (
+    first_line,
+    mebibytes,
+    median_and_quartiles,
+    percent_off,
+    table,
+)
 from benchmarks.spine.records import Record
 
-MEBIBYTE = 2**20
 PACKLIGHT, EAGER = "packlight", "eager"
 UNPLANNED, SMALLEST = "unplanned", "smallest feasible"
 
@@ -81,22 +87,9 @@ def smallest_of(records: list[Record]) -> Record | None:
 # -- cells of tables
 
 
-def mebibytes(num_bytes: int | None) -> str:
-    """Return bytes as MiB, short; a dash for None."""
-    if num_bytes is None:
-        return "-"
-    value = num_bytes / MEBIBYTE
-    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def ratio(record: Record) -> str:
     """Return a time ratio with its interquartile range."""
-    if record.ratio_median is None:
-        return "-"
-    if record.ratio_quartiles is None:
-        return f"{record.ratio_median:.3f}"
-    low, high = record.ratio_quartiles
-    return f"{record.ratio_median:.3f} ({low:.3f} to {high:.3f})"
+    return median_and_quartiles(record.ratio_median, record.ratio_quartiles)
 
 
 def bits(record: Record) -> str:
@@ -111,24 +104,11 @@ def bits(record: Record) -> str:
     return f"no: {', '.join(different)}{size}"
 
 
-def percent_off(predicted: float | None, measured: float | None) -> str:
-    """Return how far a prediction is from what was measured."""
-    if not predicted or not measured:
-        return "-"
-    return f"{100 * (predicted / measured - 1):+.2f}%"
-
-
 def measured_slowdown(record: Record, unplanned: Record | None) -> float | None:
     """Return a plan's time over the plain captured step's: what its prediction is about."""
     if unplanned is None or not unplanned.ratio_median or record.ratio_median is None:
         return None
     return record.ratio_median / unplanned.ratio_median
-
-
-def table(header: list[str], rows: list[list[str]], right_from: int = 1) -> list[str]:
-    """Return the lines of a Markdown table; columns from `right_from` on are set flush right."""
-    rule = ["---" if i < right_from else "---:" for i in range(len(header))]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 
 # -- tables
@@ -265,9 +245,3 @@ def at(record: Record | None) -> str:
     if record is None or record.ratio_median is None or record.peak_bytes is None:
         return "-" if record is None or not record.error else "infeasible"
     return f"{mebibytes(record.peak_bytes)} at {record.ratio_median:.2f}x"
-
-
-def first_line(text: str | None) -> str:
-    """Return the first line of an error, fit for a table."""
-    line = (text or "").strip().splitlines()[0] if (text or "").strip() else ""
-    return line.replace("|", "/")[:120]

@@ -1,0 +1,214 @@
+"""What the benchmarks share: provenance, JSON lines, comparisons, Markdown tables."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+MEBIBYTE = 2**20
+
+Line = TypeVar("Line")
+
+# -- results as JSON lines
+
+
+def read_lines(path: Path, kind: Callable[..., Line]) -> list[Line]:
+    """Return the records of a file, made by `kind(**line)`; none if the file does not exist."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [kind(**json.loads(line)) for line in lines if line.strip()]
+
+
+def write_lines(path: Path, records: Iterable[Any]) -> None:
+    """Write all records (dataclasses), whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(r)) + "\n" for r in records)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=path.name, delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+
+
+def provenance(seed: int, device: str, command: str) -> dict[str, Any]:
+    """Return where, when and with what a record was made."""
+    import torch
+
+    from packlight.capture.cache import device_name
+
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        import transformers
+
+        versions["transformers"] = transformers.__version__
+    except ImportError:
+        pass
+    return {
+        "hardware": device_name(torch.device(device)),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_at_start": round(os.getloadavg()[0], 2),
+        "versions": versions,
+        "commit": _commit(),
+        "seed": seed,
+        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command,
+    }
+
+
+def _commit() -> str:
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def run_apart(module: str, arguments: Sequence[str]) -> bool:
+    """Run `python -m module` in a process of its own and return whether it succeeded.
+
+    The process returns all of its memory when it ends, and has a cache of its own: what Packlight
+    predicts in it comes from times measured in it.
+    """
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, "-m", module, *arguments]
+        environment = {**os.environ, "PACKLIGHT_CACHE": cache}
+        return subprocess.run(command, env=environment).returncode == 0
+
+
+# -- measuring and comparing
+
+
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how many seconds a call takes; the garbage collector is off meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        synchronize(device)
+        begin = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - begin
+    finally:
+        gc.enable()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a device was told to do."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the first and third quartile, None of fewer than two values."""
+    if len(values) < 2:
+        return None
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high
+
+
+def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Return whether two tensors are equal, or both are lacking."""
+    import torch
+
+    if a is None or b is None:
+        return a is b
+    return torch.equal(a, b)
+
+
+def relative_error(
+    expected: Sequence[torch.Tensor | None], found: Sequence[torch.Tensor | None]
+) -> float | None:
+    """Return the largest absolute difference over the largest expected value; None if one lacks."""
+    off = scale = 0.0
+    for a, b in zip(expected, found, strict=True):
+        if (a is None) != (b is None):
+            return None
+        if a is not None and b is not None:
+            off = max(off, float((a - b).abs().max()))
+            scale = max(scale, float(a.abs().max()))
+    return off / scale if scale else None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return what Packlight raised, without what dynamo wrapped around it."""
+    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+        error = inner
+    return f"{type(error).__name__}: {error}".strip()[:500]
+
+
+# -- tables
+
+
+def mebibytes(num_bytes: int | None) -> str:
+    """Return bytes as MiB, short; a dash for None."""
+    if num_bytes is None:
+        return "-"
+    value = num_bytes / MEBIBYTE
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def median_and_quartiles(median: float | None, spread: Sequence[float] | None) -> str:
+    """Return a median with its interquartile range; a dash for None."""
+    if median is None:
+        return "-"
+    if spread is None:
+        return f"{median:.3f}"
+    low, high = spread
+    return f"{median:.3f} ({low:.3f} to {high:.3f})"
+
+
+def percent_off(predicted: float | None, measured: float | None) -> str:
+    """Return how far a prediction is from what was measured."""
+    if not predicted or not measured:
+        return "-"
+    return f"{100 * (predicted / measured - 1):+.2f}%"
+
+
+def table(header: list[str], rows: list[list[str]], right_from: int = 1) -> list[str]:
+    """Return the lines of a Markdown table; columns from `right_from` on are set flush right."""
+    rule = ["---" if i < right_from else "---:" for i in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
+
+
+def first_line(text: str | None) -> str:
+    """Return the first line of an error, fit for a table."""
+    line = (text or "").strip().splitlines()[0] if (text or "").strip() else ""
+    return line.replace("|", "/")[:120]
+
+
+def replace_between_markers(path: Path, name: str, lines: list[str]) -> None:
+    """Replace what stands between `<!-- name:begin -->` and `<!-- name:end -->` in a file."""
+    text = path.read_text(encoding="utf-8")
+    pattern = re.compile(
+        rf"(<!-- {name}:begin[^>]*-->\n).*?(<!-- {name}:end -->)", re.DOTALL
+    )
+    if not pattern.search(text):
+        raise SystemExit(f"{path}: no markers <!-- {name}:begin --> and <!-- {name}:end -->")
+    body = "\n".join(lines) + "\n"
+    path.write_text(
+        pattern.sub(lambda m: m.group(1) + body + m.group(2), text), encoding="utf-8"
+    )
