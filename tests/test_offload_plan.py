@@ -256,7 +256,9 @@ def test_intervals_cost_what_is_placed(name: str) -> None:
     placement = Placement(graph, retention.order(), device.links[0])
     assert placement.residences
     assert int(placement.base_bytes.max()) <= retention.peak_bytes
-    timeline = simulate(graph, placement.schedule(retention.peak_bytes, math.inf), device)
+    schedule, seconds = placement.schedule(retention.peak_bytes, math.inf)
+    timeline = simulate(graph, schedule, device)
+    assert timeline.seconds == pytest.approx(seconds, rel=1e-12)
     assert timeline.peak_bytes <= retention.peak_bytes
     assert timeline.wait_seconds > 0
 

@@ -40,14 +40,13 @@ from packlight.step import Action, Device, Link, Schedule, StepGraph, simulate
 PRICES = (0.03, 0.15, 0.4, 0.7)
 STREAMING_PRICES = (0.05, 0.3, 1.0)
 REPLACING_PRICE = 0.05
-PARTS = (0.15, 0.3, 0.45, 0.6, 0.8, 1.0)
-SHARES = (0.95, 0.88, 0.8, 0.7)
+PARTS = (0.15, 0.25, 0.4, 0.55, 0.75, 1.0)
+SHARES, STREAMING_SHARES = (0.95, 0.88, 0.8), (0.9, 0.8, 0.7, 0.6)
 MAX_SWEPT = 64
-MAX_SHARED = 4
-MOVES, MANY_MOVES = 64, 300
+MOVES, MANY_MOVES = 48, 300
 SEED = 0
 POLISHED = 2
-HURRIES = (1.0, 2.0, 4.0, math.inf)
+HURRIES, FEW_HURRIES = (1.0, 2.0, 4.0, math.inf), (2.0, math.inf)
 EVALUATIONS = 4_000
 SMALL_SHARE = 0.001
 
@@ -166,6 +165,8 @@ class OffloadSearch:
         self.graph, self.device, self.link = graph, device, device.links[0]
         self.stored = frozenset(graph.stored)
         self._views = views
+        self._is_small = len(graph.operations) <= MAX_SWEPT
+        self._hurries = HURRIES if self._is_small else FEW_HURRIES
         kept = {*graph.forward_outputs} | graph.resident | self.stored
         self._movable = [b.id for b in graph.buffers if b.id not in kept and b.bytes > 0]
         self._maker = {b: o for o in graph.operations for b in o.creates}
@@ -229,17 +230,13 @@ class OffloadSearch:
         self, view: View, order: Sequence[int], budget_bytes: int,
         hurries: Sequence[float] = HURRIES,
     ) -> Found:
-        """Return the fastest schedule behind an order, over all hurries."""
+        """Return the fastest schedule behind an order, over some hurries."""
         placement = Placement(view.graph, order, self.link)
-        best: Found | None = None
-        for hurry in hurries if placement.residences else hurries[:1]:
-            schedule = restore_ids(placement.schedule(budget_bytes, hurry), view.old_ids)
-            timeline = simulate(self.graph, schedule, self.device)
-            found = Found(schedule, timeline.seconds, timeline.peak_bytes)
-            if best is None or _rank(found, budget_bytes) < _rank(best, budget_bytes):
-                best = found
-        assert best is not None
-        return best
+        tried = hurries if placement.residences else hurries[:1]
+        placed = [placement.schedule(budget_bytes, hurry) for hurry in tried]
+        schedule = restore_ids(min(placed, key=lambda p: p[1])[0], view.old_ids)
+        timeline = simulate(self.graph, schedule, self.device)
+        return Found(schedule, timeline.seconds, timeline.peak_bytes)
 
     def plain(self) -> Found:
         """Return the fastest step without recomputation, in as much memory as it likes."""
@@ -269,23 +266,22 @@ class OffloadSearch:
         seeds = [self._seed_of(schedule) for schedule in recomputing]
         trials = self._sweep(seeds, budget_bytes)
         trials.sort(key=lambda t: _rank(t.found, budget_bytes))
-        is_small = len(self.graph.operations) <= MAX_SWEPT
-        num_moves = (MANY_MOVES if is_small else MOVES) // POLISHED
+        num_moves = (MANY_MOVES if self._is_small else MOVES) // POLISHED
         polished = [self._polished(t, budget_bytes, num_moves) for t in trials[:POLISHED]]
         found = [t.found for t in (*trials, *polished) if t.found.peak_bytes <= budget_bytes]
         return sorted(found, key=lambda f: -f.seconds)
 
     def _sweep(self, seeds: list[Seed], budget_bytes: int) -> list[Trial]:
         smallest_bytes = SMALL_SHARE * budget_bytes
-        is_small = len(self.graph.operations) <= MAX_SWEPT
-        plain = self._plain if is_small else self._plain[:1]
+        plain = self._plain if self._is_small else self._plain[:1]
         tried = [
             (seed, self._worth(price, smallest_bytes), price)
             for price in (STREAMING_PRICES if self.stored else PRICES)
             for seed in [*plain, *seeds]
         ]
-        for seed in seeds:
-            sets = self._replacements(seed, smallest_bytes)
+        # Streamed steps wait for parameters more than they recompute.
+        for seed in [] if self.stored and not self._is_small else seeds:
+            sets = list(self._replacements(seed, smallest_bytes))[:: 1 if self._is_small else 2]
             tried.extend((seed, fetched, REPLACING_PRICE) for fetched in sets)
         trials: list[Trial] = []
         ranks: list[tuple[tuple[bool, float, int], int]] = []
@@ -294,11 +290,13 @@ class OffloadSearch:
             if trial is not None:
                 trials.append(trial)
                 ranks.append((_rank(trial.found, budget_bytes), number))
-        # Transfers need memory besides: leave some, where that looks most useful.
-        different = {rank: number for rank, number in sorted(ranks, reverse=True)}
-        for rank in sorted(different)[: len(ranks) if is_small else MAX_SHARED]:
-            seed, fetched, price = tried[different[rank]]
-            for share in SHARES:
+        # Transfers need memory besides: leave some, from large graphs' seeds at their best price.
+        best_of_seed: dict[int, int] = {}
+        for _, number in sorted(ranks):
+            best_of_seed.setdefault(number if self._is_small else id(tried[number][0]), number)
+        for number in best_of_seed.values():
+            seed, fetched, price = tried[number]
+            for share in STREAMING_SHARES if self.stored else SHARES:
                 trial = self._trial(seed, fetched, price, budget_bytes, share)
                 if trial is not None:
                     trials.append(trial)
@@ -314,7 +312,7 @@ class OffloadSearch:
         if not repair(retention, int(share * budget_bytes), effort):
             return None
         improve(retention, int(share * budget_bytes), effort)
-        found = self.judged(seed.view, retention.order(), budget_bytes)
+        found = self.judged(seed.view, retention.order(), budget_bytes, self._hurries)
         return Trial(found, seed.view, retention)
 
     def _polished(self, trial: Trial, budget_bytes: int, num_moves: int) -> Trial:
@@ -345,11 +343,13 @@ class OffloadSearch:
                     retention, held, limit, effort, generator
                 )
             if feasible:
-                found = self.judged(trial.view, retention.order(), budget_bytes, HURRIES[1:])
+                found = self.judged(trial.view, retention.order(), budget_bytes, self._hurries)
                 if _rank(found, budget_bytes) < _rank(best, budget_bytes):
                     best = found
                     continue
             retention.undo_to(mark)
+        found = self.judged(trial.view, retention.order(), budget_bytes)
+        best = min(best, found, key=lambda f: _rank(f, budget_bytes))
         return Trial(best, trial.view, retention)
 
     def _next_to_turn(self, retention: TransferRetention, tabu: set[int]) -> int | None:

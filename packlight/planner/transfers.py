@@ -64,6 +64,7 @@ class Placement:
         num_forward: how many of them run in the forward.
         dies: buffers that no later step needs, by step.
         residences: by first use.
+        overwrites: how each step may work in place: (created, overwritten).
         base_bytes: what each step holds if every transfer were to take no time; last, the end.
     """
 
@@ -155,8 +156,7 @@ class Placement:
                     self.dies[step].append(buffer)
         self.residences.sort(key=lambda r: (r.first, r.buffer))
 
-    def overwrite(self, step: int) -> tuple[int, int] | None:
-        """Return how a step works in place, if it can: (created, overwritten)."""
+    def _overwrite(self, step: int) -> tuple[int, int] | None:
         pairs = self.graph.operations[self.steps[step]].overwrites
         dies, stored = self.dies[step], self.stored
         possible = [p for p in pairs if p[1] in dies and p[1] not in stored]
@@ -168,6 +168,7 @@ class Placement:
         for residence in self.residences:
             arriving[residence.first] += self.size[residence.buffer]
         base = np.zeros(num + 1, dtype=np.int64)
+        self.overwrites = [self._overwrite(step) for step in range(num)]
         live = 0
         for step, index in enumerate(self.steps):
             operation = self.graph.operations[index]
@@ -176,7 +177,7 @@ class Placement:
             live += arriving[step]
             before = live
             live += sum(self.size[b] for b in operation.creates)
-            overwrite = self.overwrite(step)
+            overwrite = self.overwrites[step]
             if overwrite is not None:
                 live -= self.size[overwrite[0]]
             base[step] = max(live + operation.workspace_bytes, before)
@@ -186,15 +187,17 @@ class Placement:
         base[num] = live + arriving[num]
         self.base_bytes = base
 
-    def schedule(self, budget_bytes: int, hurry: float) -> Schedule:
-        """Return the schedule.
+    def schedule(self, budget_bytes: int, hurry: float) -> tuple[Schedule, float]:
+        """Return the schedule and how long it takes.
 
         Args:
             budget_bytes: for everything; kept wherever `base_bytes` is within it.
             hurry: how much earlier than just in time a fetch may be issued: 1.0 for not at all,
                 2.0 for twice the time ahead, infinity for as early as there is memory.
         """
-        return _Run(self, budget_bytes, hurry).run()
+        run = _Run(self, budget_bytes, hurry)
+        schedule = run.run()
+        return schedule, max(run.now, run.link_free)
 
 
 class _Run:
@@ -292,6 +295,8 @@ class _Run:
         """Make memory for a step, fetch what it needs, and what others will where that fits."""
         while self.tails and min(self.tails.values()) <= self.now:
             self._free_tail()
+        if not self.tails and not self.waiting:
+            return
         num_due = bisect_right(self.waiting, step, key=lambda r: r.first)
         for buffer in self._made_at(step):
             if buffer in self.tails:
@@ -352,7 +357,7 @@ class _Run:
 
     def _chosen_overwrite(self, step: int) -> tuple[int, int] | None:
         """Return how a step works in place, if it does: not where that waits and memory is left."""
-        overwrite = self.at.overwrite(step)
+        overwrite = self.at.overwrites[step]
         if overwrite is not None and self.written_at.get(overwrite[1], 0.0) > self.now:
             size = self.at.size[overwrite[0]]
             if self.held[step] + self.tail_bytes + size <= self.budget_bytes:
