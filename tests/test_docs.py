@@ -66,7 +66,7 @@ def test_every_folder_of_the_package_is_in_the_architecture() -> None:
 
 def test_every_path_that_the_architecture_lists_exists() -> None:
     listed = listed_paths(ARCHITECTURE.read_text(encoding="utf-8"))
-    places = [ROOT, ROOT / "packlight", *(ROOT / "packlight").glob("*/")]
+    places = [ROOT, ROOT / "packlight", *(ROOT / "packlight").glob("**/")]
     missing = [path for path in listed if not any((place / path).exists() for place in places)]
     assert missing == []
     assert len(listed) >= 5, "the listing was not found"

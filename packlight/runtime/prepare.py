@@ -41,7 +41,7 @@ from packlight.step import Device, Plan, StepMemory
 # How much faster a step that rounds its sums in another order must be.
 ROUNDING_MARGIN = 1.02
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
-SCALAR_BYTES = 256
+SCALAR_BYTES = 64
 LINK_PROBE_BYTES = 16 * 2**20
 # A chunk of the loss head gets about this share of what a schedule may allocate.
 CHUNK_SHARE = 8
