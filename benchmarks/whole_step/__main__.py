@@ -3,13 +3,14 @@
     python -m benchmarks.whole_step
     python -m benchmarks.whole_step --quick --models gpt2
 
-A cell whose line is in the file already is left as it is, so an interrupted run goes on where it
-stopped; `--fresh` forgets the lines of the models named and measures them again.
+A cell whose line is in the file already is left as it is, unless it failed, so an interrupted run
+goes on where it stopped; `--fresh` forgets the lines of the models named and measures them again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -32,8 +33,12 @@ def main() -> int:
         return 0
     out = arguments.out or (QUICK_RESULTS if arguments.quick else RESULTS)
     console = Console(stderr=True)
-    if arguments.fresh and out.exists():
-        write_lines(out, [r for r in read_records(out) if r.model not in arguments.models])
+    if out.exists():  # what failed is tried again
+        again = [
+            r for r in read_records(out)
+            if r.model in arguments.models and (arguments.fresh or r.has_failed)
+        ]
+        write_lines(out, [r for r in read_records(out) if r not in again])
     num_failed = 0
     for name in arguments.models:
         before = len(read_records(out))
@@ -45,6 +50,7 @@ def main() -> int:
         ]
         options += ["--quick"] if arguments.quick else []
         options += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
+        options += ["--percents", *map(str, arguments.percents)] if arguments.percents else []
         options += ["--offload", str(arguments.offload)] if arguments.offload else []
         is_done = run_apart(MODULE, options)
         num_added = len(read_records(out)) - before
@@ -63,6 +69,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="small sizes, few budgets, two rounds")
     parser.add_argument("--models", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--rounds", type=int, help="default: by model, 2 or 3")
+    parser.add_argument(
+        "--percents", nargs="+", type=int, metavar="N",
+        help="budgets in percent of the plain step's peak (default: by model); cells are added",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")
     parser.add_argument("--out", type=Path, help=f"default: {RESULTS.relative_to(FOLDER.parent)}")
     parser.add_argument("--offload", type=Path, metavar="DIR", help="also offload to this folder")
@@ -77,6 +87,9 @@ def _measure_one(arguments: argparse.Namespace) -> None:
     from benchmarks.whole_step.measure import Bench
 
     case = CASES[arguments.measure_one]
+    if arguments.percents:
+        percents = tuple(sorted(arguments.percents, reverse=True))
+        case = dataclasses.replace(case, percents=percents, quick_percents=percents)
     num_rounds = arguments.rounds or (2 if arguments.quick else case.num_rounds)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 import packlight
 from benchmarks.common import MEBIBYTE, provenance, root_cause
-from benchmarks.whole_step.cases import QUICK_PERCENTS, QUICK_VARIANT_PERCENTS, Case
+from benchmarks.whole_step.cases import QUICK_VARIANT_PERCENTS, Case
 from benchmarks.whole_step.records import (
     EAGER,
     JOINT,
@@ -105,7 +105,7 @@ class Bench:
     def _sweep(self, eager_peak_bytes: int) -> None:
         """Budgets downwards until none fits, then the smallest."""
         smallest_bytes = None
-        for percent in QUICK_PERCENTS if self.quick else self.case.percents:
+        for percent in self.case.quick_percents if self.quick else self.case.percents:
             record = self._fit(
                 JOINT, f"{percent}%", eager_peak_bytes * percent // 100, WITHOUT_OFFLOAD
             )

@@ -93,6 +93,11 @@ class Record:
         return self.variant, self.setting
 
     @property
+    def has_failed(self) -> bool:
+        """Whether there is no result for a reason other than the budget."""
+        return self.error is not None and self.smallest_bytes is None
+
+    @property
     def peak_bytes(self) -> int | None:
         """The larger of the measured peaks: everything resident included."""
         if self.first_peak_bytes is None or self.later_peak_bytes is None:
