@@ -12,6 +12,8 @@ On a device with a link, what was found without transfers is where the search wi
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 
 from packlight.planner.bound import lower_bound_seconds
@@ -20,11 +22,12 @@ from packlight.planner.explain import infeasible_budget
 from packlight.planner.offload import OffloadSearch
 from packlight.planner.plain import plain_schedule
 from packlight.planner.search import Found, LocalSearch, schedule_of
-from packlight.step import Action, Device, Plan, PlanStatus, StepGraph, simulate
+from packlight.step import Action, Device, Plan, PlanStatus, Schedule, StepGraph, simulate
 
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
 CLOSE = 1.002
+NUM_REMEMBERED_STEPS, NUM_REMEMBERED_SCHEDULES = 8, 6
 STREAMING_SHARES = (0.9, 0.6, 0.4)
 
 
@@ -130,6 +133,18 @@ class Planner:
                 self._shrink(self._exact)
             self._forget_beaten()
         return min(self._found, key=lambda f: (f.peak_bytes, f.seconds))
+
+    def know(self, schedules: Iterable[Schedule]) -> None:
+        """Take schedules found for the same operations with other times."""
+        for schedule in schedules:
+            timeline = simulate(self.graph, schedule, self.device)
+            self._found.append(Found(schedule, timeline.seconds, timeline.peak_bytes))
+        self._forget_beaten()
+
+    def some_schedules(self, count: int) -> list[Schedule]:
+        """Return some of the schedules found, the one with the smallest peak among them."""
+        stride = max(1, -(-len(self._found) // count))
+        return [f.schedule for f in sorted(self._found, key=lambda f: f.peak_bytes)[::stride]]
 
     def _fastest_within(self, budget_bytes: int) -> Found | None:
         fitting = [f for f in self._found if f.peak_bytes <= budget_bytes]
@@ -257,18 +272,39 @@ class Planner:
 
 
 _latest: list[Planner] = []
+# Schedules of steps planned before, by everything but the operations' times.
+_earlier: OrderedDict[tuple[StepGraph, Device | None], list[Schedule]] = OrderedDict()
 
 
 def _planner_of(graph: StepGraph, device: Device | None) -> Planner:
-    """Return the latest planner, with a link or without, if it is of this graph; else a new one."""
+    """Return the latest planner, with a link or without, if it is of this graph; else a new one.
+
+    A new one of a step that was planned before with other times (before a rehearsal, by an earlier
+    `fit`) knows the schedules found then: what fitted still fits.
+    """
     if device is not None and not device.links:
         device = None
     for planner in _latest:
         if planner.device == device and planner.graph == graph:
             return planner
+    for planner in _latest:
+        _remember(planner)
     new = Planner(graph, device)
+    new.know(_earlier.get((_without_times(graph), device), ()))
     _latest[:] = [p for p in _latest if (p.device is None) != (device is None)] + [new]
     return new
+
+
+def _remember(planner: Planner) -> None:
+    key = (_without_times(planner.graph), planner.device)
+    _earlier[key] = planner.some_schedules(NUM_REMEMBERED_SCHEDULES)
+    _earlier.move_to_end(key)
+    while len(_earlier) > NUM_REMEMBERED_STEPS:
+        _earlier.popitem(last=False)
+
+
+def _without_times(graph: StepGraph) -> StepGraph:
+    return replace(graph, operations=tuple(replace(o, seconds=0.0) for o in graph.operations))
 
 
 def plan_schedule(
