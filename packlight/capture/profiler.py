@@ -63,6 +63,23 @@ class CallProfiler:
             self._known[signature] = facts
         return self._known[signature]
 
+    def remembered_seconds(self, name: str, device: torch.device, seconds: float) -> float:
+        """Return how long something that is no call was once seen to take on a device.
+
+        Plans depend on it: what was seen first is kept, on disk, so that they can be made again.
+
+        Args:
+            name: tells it from everything else.
+            device: where it was seen.
+            seconds: what was seen now.
+        """
+        cache = self._cache_of(device)
+        known = cache.get(name)
+        if known is None:
+            known = CallFacts(seconds, 0, (), None)
+            cache.put(name, known)
+        return known.seconds
+
     def note_in_step(
         self, target: torch._ops.OpOverload, args: Any, kwargs: Any, seconds: float
     ) -> None:
@@ -74,7 +91,9 @@ class CallProfiler:
 
     def _cache(self, args: Any, kwargs: Any) -> CallCache:
         devices = [t.device for t in tensor_arguments(args, kwargs)]
-        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        return self._cache_of(next((d for d in devices if d.type != "cpu"), torch.device("cpu")))
+
+    def _cache_of(self, device: torch.device) -> CallCache:
         if device not in self._caches:
             self._caches[device] = CallCache(device)
         return self._caches[device]

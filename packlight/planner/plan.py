@@ -327,6 +327,14 @@ def plan_schedule(
     return _planner_of(graph, device).plan(budget_bytes)
 
 
+def smallest_peak_bytes(graph: StepGraph, device: Device | None = None) -> int:
+    """Return the smallest peak found: `plan_schedule` finds a schedule for it, asked in any order.
+
+    The plan made for it may peak lower, by luck; so low, a schedule might not be found again.
+    """
+    return _planner_of(graph, device).smallest().peak_bytes
+
+
 def smallest_plan(graph: StepGraph, device: Device | None = None) -> Plan:
     """Return the plan with the smallest peak found."""
     return _planner_of(graph, device).smallest_plan()

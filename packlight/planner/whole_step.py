@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from packlight.errors import InfeasibleBudgetError
-from packlight.planner.plan import plan_schedule, smallest_plan
+from packlight.planner.plan import plan_schedule, smallest_peak_bytes
 from packlight.step import Device, Plan, StepGraph, StepMemory
 
 
@@ -33,7 +33,7 @@ def plan_whole_step(
             where, live = "the optimizer's update", [("workspace", memory.update_workspace_bytes)]
         elif left > 0:
             return plan_schedule(graph, left, device)
-        smallest_bytes = smallest_plan(graph, device).peak_bytes
+        smallest_bytes = smallest_peak_bytes(graph, device)
     except InfeasibleBudgetError as error:
         smallest_bytes = error.smallest_bytes
         where, live, hint = error.peak_operation, error.peak_buffers, error.hint

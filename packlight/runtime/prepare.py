@@ -34,7 +34,8 @@ from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
 from packlight.runtime.streamed_state import Slots, StreamedState, state_slots
-from packlight.runtime.update import ParameterUpdates
+from packlight.runtime.twin import kinds_of_settings
+from packlight.runtime.update import ParameterUpdates, UpdateCost
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
@@ -259,8 +260,8 @@ class Preparer:
             loss_weight = self._settled
             if self.steps_alone:
                 assert self.updates is not None
-                trained = parts[0].parameter_of
-                finish_seconds = sum(self.updates.cost(p).seconds for p in trained.values())
+                updated = parts[0].parameter_of.values()
+                finish_seconds = sum(self._update_cost(p, None, profiler).seconds for p in updated)
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
             tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots,
@@ -302,7 +303,7 @@ class Preparer:
         joint = read_joint_graph(
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )
-        step = self._completed(joint, loss, how, slots)
+        step = self._completed(joint, loss, how, slots, profiler)
         step = self._rehearsed(step, memory, loss, profiler)
         budget_bytes = self.request.budget_bytes
         return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
@@ -338,12 +339,13 @@ class Preparer:
         loss: CapturedLoss,
         how: Consumption,
         slots: Slots,
+        profiler: CallProfiler,
     ) -> WholeStep:
         consumers: dict[int, Consumer] = {}
         trained = self._parameters(loss.arguments)
         copied_bytes = _copied_bytes(joint, trained)
         for primal, parameter in trained.items():
-            consumer = self._consumer(joint, primal, parameter, how)
+            consumer = self._consumer(joint, primal, parameter, how, profiler)
             if slots:  # only what is streamed has a buffer of its own
                 streamed_bytes = sum(spec.num_bytes for spec in slots[parameter].values())
                 consumer = replace(consumer, state_bytes=streamed_bytes)
@@ -363,29 +365,49 @@ class Preparer:
         return replace(step, joint=replace(step.joint, graph=graph))
 
     def _consumer(
-        self, joint: JointStep, primal: int, parameter: nn.Parameter, how: Consumption
+        self,
+        joint: JointStep,
+        primal: int,
+        parameter: nn.Parameter,
+        how: Consumption,
+        profiler: CallProfiler,
     ) -> Consumer:
         name = self.name_of[id(parameter)]
         node = joint.backward_results[primal]
         if node is None:
             return Consumer(name)
         if how is Consumption.ACCUMULATE:
-            return Consumer(name, self._addition_seconds(parameter))
+            return Consumer(name, self._addition_seconds(parameter, profiler))
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
         key = (name, tuple(node.meta["val"].stride()))
         if key not in self._consumers:  # later on, its state may lie elsewhere
-            cost = self.updates.cost(parameter, key[1])
+            cost = self._update_cost(parameter, key[1], profiler)
             workspace = cost.workspace_bytes
             self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
         return self._consumers[key]
 
-    def _addition_seconds(self, parameter: nn.Parameter) -> float:
+    def _update_cost(
+        self, parameter: nn.Parameter, stride: tuple[int, ...] | None, profiler: CallProfiler
+    ) -> UpdateCost:
+        """Return what an update costs, seconds as they were first seen on this device."""
+        assert self.updates is not None
+        cost = self.updates.cost(parameter, stride)
+        optimizer = self.updates.optimizer
+        name = (
+            f"update {type(optimizer)} {kinds_of_settings(optimizer)} {tuple(parameter.shape)} "
+            f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
+        )
+        return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
+
+    def _addition_seconds(self, parameter: nn.Parameter, profiler: CallProfiler) -> float:
         """Return how long a gradient takes to be added to another one."""
         key = (tuple(parameter.shape), parameter.dtype)
         if key not in self._additions:
             one, other = parameter.new_zeros(parameter.shape), parameter.new_zeros(parameter.shape)
-            self._additions[key] = median_seconds(lambda: one.add_(other), self.device)
+            seconds = median_seconds(lambda: one.add_(other), self.device)
+            name = f"addition {key}"
+            self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
         return self._additions[key]
 
     def _parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
