@@ -27,7 +27,7 @@ SECONDS_PER_CALL_SITE = 0.06
 # is still checked, bit by bit, on the device (see `_in_place_argument`).
 _ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
 # Kernels that add to their first argument, and so may add to it where it is.
-_ACCUMULATING = ("addmm",)
+_ACCUMULATING = ("addmm", "index_add")
 
 
 @dataclass(frozen=True, slots=True)

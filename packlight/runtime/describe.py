@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from packlight.capture.whole_step import Consumption
+from packlight.planner.explain import operation_at
 from packlight.report.accounts import peak_by_kind
 from packlight.runtime.ways import Way
 from packlight.step import simulate
@@ -15,7 +16,7 @@ def describe_way(way: Way, budget_bytes: int | None) -> str:
     part = max(way.parts, key=lambda p: p.plan.peak_bytes)
     graph, plan = part.step.joint.graph, part.plan
     timeline = simulate(graph, plan.schedule, way.device)
-    operation = graph.operations[plan.schedule.instructions[timeline.peak_index].target]
+    operation = operation_at(graph, plan.schedule, timeline.peak_index)
     where = operation.short_name + (f" in {operation.layer}" if operation.layer else "")
     kinds = {
         "parameters": memory.parameter_bytes + memory.state_bytes,

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from packlight.capture.batch_statistics import batch_statistics
 from packlight.capture.chunk import chunked, find_heads
+from packlight.capture.embedding import with_added_rows
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.capture.loss_weight import find_denominator
 from packlight.capture.measure import median_seconds
@@ -297,9 +298,8 @@ class Preparer:
         loss = captured.loss
         if num_chunks not in captured.modules:
             region = find_heads(loss.joint, loss.num_forward_outputs)[0]
-            captured.modules[num_chunks] = chunked(
-                loss.joint, region, min(num_chunks, region.rows)
-            )
+            in_chunks = chunked(loss.joint, region, min(num_chunks, region.rows))
+            captured.modules[num_chunks] = with_added_rows(in_chunks)
         joint = read_joint_graph(
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )

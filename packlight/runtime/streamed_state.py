@@ -71,7 +71,7 @@ class StreamedState:
                 self._slot_of[parameter][name] = len(specs)
                 specs.append(spec)
         self._tier = make_tier(specs)
-        self._is_parked: set[nn.Parameter] = set()
+        self._in_flight: set[nn.Parameter] = set()
         bring_back = weakref.WeakMethod(self.bring_back)
 
         def before_state_dict(_: torch.optim.Optimizer) -> None:
@@ -83,17 +83,18 @@ class StreamedState:
 
     def fetch(self, parameter: nn.Parameter) -> None:
         """Start bringing a parameter's state into memory; nothing if it does not exist yet."""
-        if parameter in self._is_parked:
+        if self._is_parked(parameter):
             state = self._optimizer.state[parameter]
             for name, slot in self._slot_of[parameter].items():
                 state[name] = self._tier.fetch(slot)
+            self._in_flight.add(parameter)
 
     def wait_fetched(self, parameter: nn.Parameter) -> None:
         """Return when a parameter's state is in memory."""
-        if parameter in self._is_parked:
+        if parameter in self._in_flight:
             for slot in self._slot_of[parameter].values():
                 self._tier.wait_fetched(slot)
-            self._is_parked.discard(parameter)
+            self._in_flight.discard(parameter)
 
     def offload(self, parameter: nn.Parameter) -> None:
         """Start writing a parameter's state."""
@@ -107,21 +108,30 @@ class StreamedState:
         for name, slot in self._slot_of[parameter].items():
             self._tier.wait_written(slot)
             state[name] = state[name].new_empty(0)
-        self._is_parked.add(parameter)
 
     def park(self) -> None:
-        """Bring all state that is in memory to the tier: before a step, after a `state_dict`."""
+        """Bring all state that is in memory to the tier.
+
+        Before a step: after a `state_dict`, a `load_state_dict` or a failed step.
+        """
         self._tier.wait_all()
-        for parameter in self._slot_of:
-            if parameter not in self._is_parked and self._optimizer.state.get(parameter):
+        self._in_flight.clear()
+        for parameter, slots in self._slot_of.items():
+            has_state = bool(slots) and bool(self._optimizer.state.get(parameter))
+            if has_state and not self._is_parked(parameter):
                 self.offload(parameter)
                 self.wait_written(parameter)
 
     def bring_back(self) -> None:
         """Have all state in memory, for whoever wants to look at it or save it."""
-        for parameter in list(self._is_parked):
+        for parameter in self._slot_of:
             self.fetch(parameter)
             self.wait_fetched(parameter)
+
+    def _is_parked(self, parameter: nn.Parameter) -> bool:
+        """Whether empty tensors stand in for a parameter's state."""
+        state, slots = self._optimizer.state.get(parameter, {}), self._slot_of[parameter]
+        return bool(slots and state) and all(state[n].numel() == 0 for n in slots)
 
     def close(self) -> None:
         """Have all state in memory for good."""
