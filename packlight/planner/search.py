@@ -6,8 +6,9 @@ is coarser than the simulator's, which alone decides what fits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packlight.planner.chain import Chain
 from packlight.planner.facts import Segment
@@ -31,6 +32,9 @@ MAX_FROM_PLAIN = 500
 EVALUATIONS = 6_000
 SHAKEN = 4
 MAX_CAREFUL = 700
+# Memory for what nested recomputation keeps, in parts of the least possible.
+OUTLINES = (1.0, 1.25, 1.6, 2.0, 3.0, 4.0)
+NUM_OUTLINES = 2
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,15 @@ class LocalSearch:
                     started.append((seconds, len(started), view, retention))
         shaken = SHAKEN if len(self.graph.operations) <= MAX_CAREFUL else 1
         found = []
+        if not started:
+            for view in self.views:
+                for retention in self._outlines(view):
+                    effort = Effort(0)
+                    effort.more(retention, EVALUATIONS)
+                    if repair(retention, budget_bytes, effort):
+                        improve(retention, budget_bytes, effort)
+                        seconds = retention.total_extra_seconds
+                        started.append((seconds, len(started), view, retention))
         for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:shaken]:
             effort = Effort(0)
             effort.more(retention, EVALUATIONS)
@@ -154,9 +167,42 @@ class LocalSearch:
             level = chain.smallest_level()
             if level is not None:
                 yield Retention.from_order(view.graph, chain.order(level))
+        yield from self._outlines(view)
         if num <= MAX_FROM_NOTHING:
             yield Retention.from_nothing(view.graph, drop_gradients=True)
             yield Retention.from_nothing(view.graph, drop_gradients=False)
+
+
+    def _outlines(self, view: View) -> list[Retention]:
+        """Return seeds that nest recomputation deeply, the ones with the smallest peaks.
+
+        Where one segment needs much memory, the chain sees no reason to spare it in the others. So
+        these orders come from a chain in which a segment needs nothing but what it keeps.
+        """
+        bare = [
+            replace(
+                segment, plain_peak_bytes=0, pile_bytes=0,
+                options=tuple(
+                    replace(o, forward_peak_bytes=o.kept_bytes, backward_peak_bytes=o.kept_bytes)
+                    for o in segment.options
+                ),
+            )
+            for segment in view.segments
+        ]
+        resident = view.graph.resident
+        sizes = [0 if b.id in resident else b.bytes for b in view.graph.buffers]
+        most_bytes = sum(segment.frontier_bytes for segment in view.segments) + 1
+        chain = Chain(bare, most_bytes, sizes, CHAIN_LEVELS)
+        least = chain.smallest_level()
+        if least is None:
+            return []
+        orders = {
+            tuple(chain.order(level))
+            for level in {min(CHAIN_LEVELS, math.ceil(least * part)) for part in OUTLINES}
+        }
+        seeds = [Retention.from_order(view.graph, order) for order in sorted(orders)]
+        feasible = [seed for seed in seeds if seed.is_feasible]
+        return sorted(feasible, key=lambda seed: seed.peak_bytes)[:NUM_OUTLINES]
 
 
 def _granularities(num_forward: int) -> list[int]:
