@@ -55,7 +55,7 @@ def repair(retention: Retention, budget_bytes: int, effort: Effort, width: int =
         best: tuple[float, int, list[Interval]] | None = None
         for buffer, new in candidates:
             mark = retention.mark()
-            if retention.set_intervals(buffer, new):
+            if retention.replace_intervals(buffer, new):
                 after = retention.peaks
                 gain = before - _excess(after, budget_bytes)
                 if gain > 0 and after[worst] < peaks[worst]:
@@ -66,7 +66,7 @@ def repair(retention: Retention, budget_bytes: int, effort: Effort, width: int =
         if best is None:
             tabu.update((buffer, worst) for buffer, _ in candidates)
         else:
-            retention.set_intervals(best[1], best[2])
+            retention.replace_intervals(best[1], best[2])
 
 
 def _excess(peaks: npt.NDArray[np.int64], budget_bytes: int) -> float:

@@ -22,6 +22,7 @@ Result = tuple[tuple[int, ...], frozenset[int], int, float]
 INFEASIBLE = 1 << 60
 BLOCK = 64
 MAX_DROP_OUTPUTS = 200
+MAX_HOLDS = 8
 
 
 class Retention:
@@ -95,6 +96,8 @@ class Retention:
         self.local_bytes: npt.NDArray[np.int64] = np.zeros(n, dtype=np.int64)
         self.extra_seconds: npt.NDArray[np.float64] = np.zeros(n)
         self.num_evaluations = 0
+        # What a position lacked that cannot be made again, when it was last evaluated.
+        self._lacking: dict[int, list[int]] = {}
         self._blocks: list[dict[int, int]] = [{} for _ in range(n // BLOCK + 2)]
         self._journal: list[tuple[int, list[Interval] | None, Result | None]] = []
 
@@ -246,6 +249,7 @@ class Retention:
         if self.starts[position]:
             stack.extend(b for b in self.starts[position] if b not in creates)
         ok = True
+        lacking: list[int] = []
         checked: set[int] = set()
         while stack:
             buffer = stack.pop()
@@ -260,10 +264,12 @@ class Retention:
                 index = maker[buffer]
                 if index >= position or not can_recompute[index] or last_chance[index] < position:
                     ok = False
+                    lacking.append(buffer)
                 elif index not in rerun:
                     rerun.add(index)
                     stack.extend(self.reads[index])
         sequence = self.arranged(rerun, position) if rerun else ()
+        self._lacking[position] = lacking
         self.num_evaluations += 1 + len(sequence) // 8
         local, extra = INFEASIBLE, 0.0
         if ok:
@@ -365,6 +371,27 @@ class Retention:
     def _turn(self, buffer: int) -> None:
         """Take back another way to come by a buffer. Here, there is only one."""
         raise AssertionError("nothing but recomputation brings a buffer back here")
+
+    def replace_intervals(self, buffer: int, new: list[Interval]) -> bool:
+        """Do the same; where something then lacks what cannot run again any more, hold that, too.
+
+        A gradient may be made again at the end of the step if what it is made from is kept: the
+        parameters in between have been updated by then.
+        """
+        if self.set_intervals(buffer, new):
+            return True
+        for _ in range(MAX_HOLDS):
+            broken = [p for p in np.flatnonzero(self.local_bytes >= INFEASIBLE).tolist()]
+            if not broken:
+                return True
+            position = broken[0]
+            self.evaluate(position)
+            for lacking in self._lacking[position]:
+                filled = self.with_gap_filled(lacking, position)
+                if filled is None:
+                    return False
+                self.set_intervals(lacking, filled[0])
+        return self.is_feasible
 
     def mark(self) -> int:
         """Return a point to go back to with `undo_to`."""
