@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.measure import CallFacts, OutputFacts
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def cache_directory() -> Path:
