@@ -249,6 +249,7 @@ class _Reader:
             return
         args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
         facts = self.measure(node.target, args, kwargs)
+        value = node.meta["val"] = _with_real_dtypes(value, facts)
         argument_nodes = [
             leaf
             for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
@@ -324,6 +325,7 @@ class _Reader:
         parent, index = node.args
         assert isinstance(parent, fx.Node) and isinstance(index, int)
         self.folded.add(node)
+        node.meta["val"] = parent.meta["val"][index]
         if parent in self.items:
             buffer = self.items[parent][index]
             if buffer is None:
@@ -481,6 +483,26 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)
 
 def _is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def _with_real_dtypes(value: Any, facts: CallFacts) -> Any:
+    """Return a call's fake results with the dtypes that were seen.
+
+    Fake kernels may be wrong about them: statistics of batch norm in mixed precision are. Those who
+    read them are then observed on tensors that they would refuse.
+    """
+    names = iter([output.dtype for output in facts.outputs])
+
+    def corrected(fake: Any) -> Any:
+        name = next(names, "")
+        dtype = getattr(torch, name) if name else fake.dtype
+        if fake.dtype == dtype:
+            return fake
+        with fake.fake_mode:
+            shape, stride = tuple(fake.shape), tuple(fake.stride())
+            return torch.empty_strided(shape, stride, dtype=dtype, device=fake.device)
+
+    return pytree.tree_map_only(torch.Tensor, corrected, value)
 
 
 def _fake_value(node: fx.Node) -> Any:

@@ -38,11 +38,13 @@ class OutputFacts:
         alias_of: index (among the call's tensor arguments) of the argument whose storage it shares.
         same_storage_as: index of an earlier output with the same storage.
         storage_bytes: size of its storage as the allocator counts it.
+        dtype: its name in torch; "" where it was not looked at.
     """
 
     alias_of: int | None
     same_storage_as: int | None
     storage_bytes: int
+    dtype: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +221,8 @@ def _output_facts(
         same = seen.get(storage._cdata)
         seen.setdefault(storage._cdata, index)
         size = allocated_bytes(storage.nbytes(), tensor.device)
-        facts.append(OutputFacts(input_storages.get(storage._cdata), same, size))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        facts.append(OutputFacts(input_storages.get(storage._cdata), same, size, dtype))
     return tuple(facts)
 
 

@@ -1,0 +1,241 @@
+"""What `fit` says to bad input, and that a step that failed has changed nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import packlight
+from packlight.errors import (
+    InfeasibleBudgetError,
+    NonFiniteLossError,
+    OptionError,
+    UnsupportedModelError,
+)
+from tests.oracles.eager_loop import Training, assert_no_gradients, assert_same_bits, twins
+
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Budgets found in one test do not depend on times seen in another."""
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(16, 24), nn.BatchNorm1d(24), nn.GELU(), nn.Dropout(0.1), nn.Linear(24, 4)
+    )
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch["x"]), batch["y"])
+
+
+def batch_of(rows: int = 12, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(rows, 16, generator=generator),
+        "y": torch.randint(0, 4, (rows,), generator=generator),
+    }
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def fit(mine: Training, batch: Any, budget: Any = None, **options: Any) -> packlight.TrainStep:
+    options = {"moves": ("update-in-backward",), "progress": False, **options}
+    return packlight.fit(
+        mine.model, mine.loss_fn, mine.optimizer, batch, budget, **options
+    )
+
+
+@pytest.mark.parametrize("moves", [("update-in-backward",), (), ("microbatch",)])
+def test_the_smallest_budget_is_named_and_works_and_no_byte_less_does(moves: Any) -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return (model(batch["x"]) - batch["y"][:, None]).square().mean()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 4))
+    mine, eager = twins(model, loss_fn, adamw)
+    parameter_bytes = sum(p.nbytes for p in model.parameters())
+    batch = batch_of(64)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fit(mine, batch, parameter_bytes // 2, moves=moves)
+    smallest = caught.value.smallest_bytes
+    assert str(smallest) in str(caught.value) and "parameters" in str(caught.value)
+    assert smallest > 3 * parameter_bytes + sum(t.nbytes for t in batch.values())
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fit(mine, batch, smallest - 1, moves=moves)
+    assert caught.value.smallest_bytes == smallest
+    step = fit(mine, batch, smallest, moves=moves)
+    step(batch)
+    eager.step(batch)
+    measured = step.measured(batch)
+    torch.testing.assert_close(measured.loss, eager.step(batch))
+    assert measured.peak_bytes <= smallest
+
+
+@pytest.mark.parametrize(
+    "loss_fn, message",
+    [
+        (lambda m, b: F.cross_entropy(m(b["x"]), b["y"], reduction="none"), r"shape \(12,\)"),
+        (lambda m, b: m(b["x"]).mean()[None], r"shape \(1,\)\nhint: take the mean"),
+        (lambda m, b: (loss_of(m, b), m(b["x"])), "2 tensors of shape .*\nhint: .*the loss alone"),
+        (lambda m, b: b["x"].square().mean(), "does not depend on any parameter"),
+        (lambda m, b: m(b["x"]).detach().mean(), "does not depend on any parameter"),
+    ],
+)
+def test_losses_that_are_none_are_refused(loss_fn: Any, message: str) -> None:
+    mine, _ = twins(net(), loss_fn, adamw)
+    with pytest.raises(UnsupportedModelError, match=message):
+        fit(mine, batch_of())
+
+
+def test_optimizers_over_other_parameters_and_strange_options_are_refused() -> None:
+    other, mine = adamw(net()), twins(net(), loss_of, adamw)[0]
+    with pytest.raises(UnsupportedModelError, match=r"6 parameters.*not the model's.*\(24, 16\)"):
+        packlight.fit(mine.model, loss_of, other, batch_of(), progress=False)
+    with pytest.raises(OptionError, match="'microbatches'.*\n.*'microbatch'"):
+        fit(mine, batch_of(), moves=("microbatches",))
+    with pytest.raises(OptionError, match="'int4'"):
+        fit(mine, batch_of(), allow={"int4"})
+    mine.model.requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="nothing to train"):
+        fit(mine, batch_of())
+
+
+def state_of(training: Training) -> dict[str, Any]:
+    return copy.deepcopy({
+        "model": training.model.state_dict(),
+        "optimizer": training.optimizer.state_dict()["state"],
+    })
+
+
+def assert_unchanged(training: Training, before: dict[str, Any]) -> None:
+    now = state_of(training)
+    torch.testing.assert_close(now, before, rtol=0, atol=0)
+    assert_no_gradients(training.model)
+
+
+@pytest.mark.parametrize("moves", [("update-in-backward",), ()])
+def test_a_loss_that_is_not_finite_changes_nothing_and_training_goes_on(moves: Any) -> None:
+    mine, eager = twins(net(), loss_of, adamw)
+    step = fit(mine, batch_of(), moves=moves)
+    for training in (mine, eager):
+        torch.manual_seed(1)
+        (step if training is mine else eager.step)(batch_of(seed=1))
+    before = state_of(mine)
+    for value in (float("nan"), float("inf")):
+        bad = batch_of(seed=2)
+        bad["x"][3, 5] = value
+        with pytest.raises(NonFiniteLossError, match="the loss of step 2 is nan") as caught:
+            step(bad)
+        assert caught.value.step_index == 1 and caught.value.microbatch_index is None
+        assert_unchanged(mine, before)
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        loss = step(batch_of(seed=seed))
+        torch.manual_seed(seed)
+        assert loss.item() == eager.step(batch_of(seed=seed)).item()
+    assert_same_bits(mine, eager)
+
+
+def test_a_shape_that_does_not_fit_is_an_error_and_the_old_one_still_trains() -> None:
+    mine, eager = twins(net(), loss_of, adamw)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fit(mine, batch_of(), 1)
+    step = fit(mine, batch_of(), caught.value.smallest_bytes)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = step(batch_of(seed=seed))
+        torch.manual_seed(seed)
+        assert loss.item() == eager.step(batch_of(seed=seed)).item()
+        before = state_of(mine)
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            step(batch_of(rows=500))
+        assert caught.value.budget_bytes == step.budget_bytes < caught.value.smallest_bytes
+        assert_unchanged(mine, before)
+        assert step.peak_bytes <= step.budget_bytes
+    assert_same_bits(mine, eager)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize(
+    "options", [{"moves": ()}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 1.0, "moves": ()}]
+)
+def test_an_interrupted_update_leaves_no_gradient(
+    options: dict[str, Any], error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, eager = twins(net(), loss_of, adamw)
+    step = fit(mine, batch_of(), **options)
+
+    def interrupted(closure: Any = None) -> None:
+        assert any(p.grad is not None for p in mine.model.parameters())
+        raise error("in the middle")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mine.optimizer, "step", interrupted)
+        torch.manual_seed(0)
+        with pytest.raises(error):
+            step(batch_of())
+    assert_no_gradients(mine.model)
+    assert mine.optimizer.state_dict()["state"] == {}
+    mine.model.load_state_dict(eager.model.state_dict())
+    if "clip_grad_norm" not in options and "clip_grad_value" not in options:
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            loss = step(batch_of(seed=seed))
+            torch.manual_seed(seed)
+            assert loss.item() == eager.step(batch_of(seed=seed)).item()
+        assert_same_bits(mine, eager)
+
+
+def test_an_interrupted_backward_with_updates_leaves_no_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mine, _ = twins(net(), loss_of, adamw)
+    step = fit(mine, batch_of())
+    before = copy.deepcopy(mine.model.state_dict())
+    plain: Callable[..., Any] = torch.optim.AdamW.step.__wrapped__  # type: ignore[attr-defined]
+    calls: list[Any] = []
+
+    def interrupted(optimizer: Any, closure: Any = None) -> None:
+        calls.append(optimizer)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        plain(optimizer, closure)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(batch_of())
+    assert_no_gradients(mine.model)
+    after = mine.model.state_dict()
+    weights = [name for name in before if name.endswith(("weight", "bias"))]
+    assert sum(torch.equal(before[n], after[n]) for n in weights) == len(weights) - 2
+    step(batch_of())
+
+
+def test_an_optimizer_changed_so_that_it_cannot_step_alone_is_told_before_anything_runs() -> None:
+    mine, _ = twins(net(), loss_of, adamw)
+    step = fit(mine, batch_of())
+    step(batch_of())
+    before = state_of(mine)
+    handle = mine.optimizer.register_step_post_hook(lambda *args: None)
+    with pytest.raises(UnsupportedModelError, match="step hooks are registered.*\nhint: remove"):
+        step(batch_of())
+    assert_unchanged(mine, before)
+    handle.remove()
+    step(batch_of())
+    assert mine.optimizer.state[mine.model[0].weight]["step"] == 2

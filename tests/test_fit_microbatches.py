@@ -1,0 +1,270 @@
+"""Where a budget asks for microbatches, the step is still the whole batch's, or it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import packlight
+from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
+from tests.oracles.eager_loop import (
+    LossFunction,
+    MakeOptimizer,
+    Training,
+    assert_close,
+    assert_no_gradients,
+    assert_same_bits,
+    twins,
+)
+
+IGNORED = -100
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """How many microbatches a budget leads to does not depend on times seen in another test."""
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+
+
+class Tokens(nn.Module):
+    """A residual network for each token."""
+
+    def __init__(self, has_norm: bool = False) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(32, 16), nn.Linear(16, 32)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(6)
+        )
+        self.norm = nn.BatchNorm1d(16) if has_norm else None
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens).flatten(0, -2)
+        if self.norm is not None:
+            x = self.norm(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+def mean_over_tokens(model: nn.Module, batch: Batch) -> torch.Tensor:
+    return F.cross_entropy(model(batch["tokens"]), batch["labels"].flatten())
+
+
+def sum_over_tokens(model: nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(batch["tokens"])
+    return F.cross_entropy(logits, batch["labels"].flatten(), reduction="sum")
+
+
+def batch_of(seed: int = 0, is_uneven: bool = True, rows: int = 10) -> Batch:
+    """Rows of 32 tokens; if uneven, rows count differently often and the first three not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = (torch.randint(0, 32, (rows, 32), generator=generator) for _ in range(2))
+    if is_uneven:
+        for row in range(rows):
+            labels[row, : 32 if row < 3 else 7 * row % 32] = IGNORED
+    return {"tokens": tokens, "labels": labels}
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), 1e-2, eps=1e-3)  # no division by mere rounding
+
+
+def tokens(**options: Any) -> Tokens:
+    torch.manual_seed(0)
+    return Tokens(**options)
+
+
+def smallest_whole(mine: Training, batch: Any) -> int:
+    """Return the smallest budget in which the batch runs as a whole, as the error names it."""
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        packlight.fit(
+            mine.model, mine.loss_fn, mine.optimizer, batch, 1, moves=("update-in-backward",),
+            progress=False,
+        )
+    return caught.value.smallest_bytes
+
+
+def fit(mine: Training, batch: Any, share: float, **options: Any) -> packlight.TrainStep:
+    """Plan for a share of the smallest budget that the whole batch needs."""
+    budget = int(share * smallest_whole(mine, batch))
+    options = {"moves": ("microbatch",), "progress": False, **options}
+    step = packlight.fit(mine.model, mine.loss_fn, mine.optimizer, batch, budget, **options)
+    assert step.way.num_microbatches > 1
+    return step
+
+
+BATCHES = [batch_of(seed) for seed in range(3)]
+EVERYTHING = ("microbatch", "chunk", "update-in-backward")
+
+
+@pytest.mark.parametrize(
+    "loss_fn, make_optimizer, options",
+    [
+        (mean_over_tokens, sgd, {}),
+        (mean_over_tokens, adamw, {"moves": EVERYTHING}),
+        (mean_over_tokens, sgd, {"clip_grad_norm": 0.05}),
+        (mean_over_tokens, adamw, {"clip_grad_value": 0.001}),
+    ],
+)
+def test_ten_rows_in_four_microbatches_are_one_step_of_the_whole_batch(
+    loss_fn: LossFunction, make_optimizer: MakeOptimizer, options: dict[str, Any]
+) -> None:
+    def clip(model: nn.Module) -> None:
+        if "clip_grad_norm" in options:
+            nn.utils.clip_grad_norm_(model.parameters(), options["clip_grad_norm"])
+        if "clip_grad_value" in options:
+            nn.utils.clip_grad_value_(model.parameters(), options["clip_grad_value"])
+
+    mine, eager = twins(tokens(), loss_fn, make_optimizer)
+    step = fit(mine, BATCHES[0], 0.75, **options)
+    assert [part.num_rows for part in step.way.parts] == [3, 2]
+    assert "4 microbatches (2 x 3 rows + 2 x 2 rows)" in step.describe()
+    for batch in BATCHES:
+        before = eager.model.head.weight.clone()
+        torch.testing.assert_close(step(batch), eager.step(batch, clip), rtol=1e-5, atol=1e-5)
+        assert_close(mine, eager, 1e-6)
+        assert not torch.equal(eager.model.head.weight, before)
+    measured = step.measured(BATCHES[0])
+    assert step.budget_bytes is not None and measured.peak_bytes <= step.budget_bytes
+
+
+def test_the_peak_of_microbatches_is_the_predicted_one() -> None:
+    mine, _ = twins(tokens(), mean_over_tokens, adamw)
+    batch = batch_of(is_uneven=False)
+    step = fit(mine, batch, 0.75)
+    step(batch)
+    measured = step.measured(batch).peak_bytes
+    assert abs(measured - step.peak_bytes) <= 0.005 * measured
+
+
+def test_a_loss_scaler_sees_the_gradients_of_all_microbatches() -> None:
+    def scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=100)
+
+    def gentle(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 1e-4, momentum=0.9)
+
+    mine, eager = twins(tokens(), sum_over_tokens, gentle)
+    my_scaler, eager_scaler = scaler(), scaler()
+    step = fit(mine, BATCHES[0], 0.75, scaler=my_scaler)
+    num_skipped = 0
+    for index in range(16):
+        before = mine.model.head.weight.clone()
+        step(BATCHES[index % 3])
+        eager.step(BATCHES[index % 3], scaler=eager_scaler)
+        num_skipped += torch.equal(mine.model.head.weight, before)
+        assert my_scaler.state_dict() == eager_scaler.state_dict()
+    assert_close(mine, eager, 1e-5)
+    assert 0 < num_skipped < 16
+
+
+def refusal(mine: Training, batch: Any, **options: Any) -> str:
+    """Return why microbatches were refused where only they could have fitted."""
+    budget = int(0.75 * smallest_whole(mine, batch))
+    options = {"moves": ("microbatch",), "progress": False, **options}
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        packlight.fit(mine.model, mine.loss_fn, mine.optimizer, batch, budget, **options)
+    assert "without microbatch: " in caught.value.hint
+    assert_no_gradients(mine.model)
+    return caught.value.hint
+
+
+def test_batch_norm_is_refused_by_name_unless_it_is_allowed() -> None:
+    mine, _ = twins(tokens(has_norm=True), mean_over_tokens, sgd)
+    hint = refusal(mine, BATCHES[0])
+    assert "'norm'" in hint or "norm " in hint
+    assert "allow={'microbatch-batch-norm'}" in hint
+    step = fit(mine, BATCHES[0], 0.75, allow={"microbatch-batch-norm"})
+    batch = batch_of(is_uneven=False)
+    other = tokens(has_norm=True)
+    for part in batch["tokens"].split(rows_of_microbatches(step)):
+        other.norm(other.embed(part).flatten(0, -2))
+    step(batch)
+    torch.testing.assert_close(mine.model.norm.running_mean, other.norm.running_mean)
+    torch.testing.assert_close(mine.model.norm.running_var, other.norm.running_var)
+    step(batch)
+    assert mine.model.norm.num_batches_tracked == 2 * step.way.num_microbatches
+
+
+def rows_of_microbatches(step: packlight.TrainStep) -> list[int]:
+    parts = zip(step.way.parts, step.way.counts, strict=True)
+    return [part.num_rows for part, count in parts for _ in range(count) if part.num_rows]
+
+
+def test_a_contrastive_loss_is_refused() -> None:
+    def contrastive(model: nn.Module, batch: Batch) -> torch.Tensor:
+        x = F.normalize(model(batch["tokens"]).view(len(batch["tokens"]), -1), dim=-1)
+        return F.cross_entropy(10 * x @ x.roll(1, -1).T, torch.arange(len(x)))
+
+    mine, eager = twins(tokens(), contrastive, sgd)
+    hint = refusal(mine, {"tokens": BATCHES[0]["tokens"]})
+    assert "split into microbatches" in hint
+    budget = smallest_whole(mine, {"tokens": BATCHES[0]["tokens"]})
+    step = packlight.fit(
+        mine.model, contrastive, mine.optimizer, {"tokens": BATCHES[0]["tokens"]}, budget,
+        moves=("microbatch", "update-in-backward"), progress=False,
+    )
+    assert step.way.num_microbatches == 1
+    batch = {"tokens": BATCHES[0]["tokens"]}
+    assert step(batch).item() == eager.step(batch).item()
+    assert_same_bits(mine, eager)
+
+
+def test_leaves_that_disagree_run_as_a_whole_and_are_named_where_they_cannot() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        labels = batch["labels"].flatten()
+        return F.cross_entropy(model(batch["tokens"]), labels, batch["class_weight"])
+
+    batch = {**BATCHES[0], "class_weight": torch.rand(32)}
+    mine, eager = twins(tokens(), loss_fn, sgd)
+    assert "batch['class_weight'] of shape (32,) has 32 rows" in refusal(mine, batch)
+    budget = smallest_whole(mine, batch)
+    step = packlight.fit(
+        mine.model, loss_fn, mine.optimizer, batch, budget, progress=False,
+        moves=("microbatch", "update-in-backward"),
+    )
+    assert step(batch).item() == eager.step(batch).item()
+    assert_same_bits(mine, eager)
+
+
+def test_a_failing_microbatch_leaves_everything_as_it_was(monkeypatch: Any) -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return mean_over_tokens(model, batch) * batch["scale"].amax()
+
+    def scaled(value: float, row: int = 9) -> Batch:
+        scale = torch.ones(10)
+        scale[row] = value
+        return {**batch_of(is_uneven=False), "scale": scale}
+
+    mine, eager = twins(tokens(has_norm=True), loss_fn, adamw)
+    options: dict[str, Any] = {"allow": {"microbatch-batch-norm"}, "loss_weight": "rows"}
+    step = fit(mine, scaled(1.0), 0.75, **options)
+    step(scaled(1.0))
+    eager.model.load_state_dict(mine.model.state_dict())
+    eager.optimizer.load_state_dict(mine.optimizer.state_dict())
+    with pytest.raises(NonFiniteLossError) as caught:
+        step(scaled(float("nan")))
+    assert caught.value.step_index == 1
+    assert caught.value.microbatch_index == step.way.num_microbatches - 1
+    assert_same_bits(mine, eager)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(step._preparer.updates, "apply", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step(scaled(1.0))
+    assert_no_gradients(mine.model)
+    step(scaled(1.0))
+    assert not torch.equal(mine.model.head.weight, eager.model.head.weight)
