@@ -1,4 +1,4 @@
-"""Offloading activations and optimizer state changes no bit, keeps the budget, and fails by name."""
+"""Offloaded activations and optimizer state: the same bits, the budget kept, errors by name."""
 
 from __future__ import annotations
 
