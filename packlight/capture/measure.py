@@ -221,8 +221,8 @@ def _output_facts(
         if tensor.layout is not torch.strided:
             raise UnsupportedModelError(
                 f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} has no "
-                "storage whose bytes could be planned\nhint: nn.Embedding(..., sparse=False) and dense "
-                "tensors can be"
+                "storage whose bytes could be planned\n"
+                "hint: nn.Embedding(..., sparse=False) and dense tensors can be"
             )
         storage = tensor.untyped_storage()
         same = seen.get(storage._cdata)
