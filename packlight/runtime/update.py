@@ -87,6 +87,7 @@ class ParameterUpdates:
         self.max_workspace_bytes = (
             DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
         )
+        self._num_states = 0
         self._observe()
 
     def cost(
@@ -161,7 +162,7 @@ class ParameterUpdates:
         self._num_states = len(states)
 
     def _observe(self) -> None:
-        self._num_states: int = 0
+        self._num_states = 0  # in their order
         groups = self.optimizer.param_groups
         self._group_index: dict[torch.Tensor, int] = {
             p: i for i, group in enumerate(groups) for p in group["params"]
