@@ -147,10 +147,10 @@ class _TimedRun(fx.Interpreter):
         self.clock = clock
 
     def run_node(self, n: fx.Node) -> Any:
-        operation = n.meta.get(OPERATION_KEY)
-        if operation is None:
-            return super().run_node(n)
         start = self.clock.now()
         result = super().run_node(n)
-        self.clock.marks.append((operation, start, self.clock.now()))
-        return result
+        operation = n.meta.get(OPERATION_KEY)
+        if operation is not None:
+            self.clock.marks.append((operation, start, self.clock.now()))
+        # What nobody uses, generated code drops at once, and `Interpreter` never.
+        return result if n.users or n.op == "output" else None
