@@ -8,42 +8,34 @@ faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from packlight.capture.batch_statistics import batch_statistics
 from packlight.capture.chunk import chunked, find_heads
 from packlight.capture.embedding import with_added_rows
-from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.joint import read_joint_graph
 from packlight.capture.loss_weight import find_denominator
-from packlight.capture.measure import median_seconds
 from packlight.capture.profiler import CallProfiler
-from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
+from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
-from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes, tensors_of
-from packlight.runtime.gradients import fills_storage
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
-from packlight.runtime.streamed_state import Slots, StreamedState, state_slots
-from packlight.runtime.twin import kinds_of_settings
-from packlight.runtime.update import ParameterUpdates, UpdateCost
+from packlight.runtime.step_costs import StepCosts
+from packlight.runtime.streamed_state import Slots, StreamedState
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
 # How much faster a step that rounds its sums in another order must be.
 ROUNDING_MARGIN = 1.02
-# Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
-SCALAR_BYTES = 64
 LINK_PROBE_BYTES = 16 * 2**20
 # A chunk of the loss head gets about this share of what a schedule may allocate.
 CHUNK_SHARE = 8
@@ -64,28 +56,11 @@ class Preparer:
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        model, optimizer = request.model, request.optimizer
-        self.device = next(model.parameters()).device
-        self.updates: ParameterUpdates | None = None
-        self.optimizer_bytes = self.update_workspace_bytes = 0
-        if optimizer is not None:
-            measured = measure_optimizer(optimizer)
-            self.optimizer_bytes = measured.state_bytes
-            self.update_workspace_bytes = measured.workspace_bytes
-            self.updates = ParameterUpdates(optimizer)
-        self.name_of = {id(p): name for name, p in model.named_parameters()}
-        self.trained = {
-            id(p): p
-            for group in (optimizer.param_groups if optimizer else [{"params": model.parameters()}])
-            for p in group["params"]
-            if p.requires_grad
-        }
+        self.costs = StepCosts(request)
+        self.device = self.costs.device
         self._captured: dict[int | None, _Captured] = {}
         self._not_made: dict[str, str] = {}
         self._settled: LossWeight | None = None
-        self._additions: dict[Any, float] = {}
-        self._consumers: dict[Any, Consumer] = {}
-        self._slots: Slots | None = None
         self.streamed: StreamedState | None = None
         self._linked: Device | None = None
         directory = request.offload_directory
@@ -93,22 +68,11 @@ class Preparer:
             link = measure_link(directory, LINK_PROBE_BYTES)
             self._linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
 
-    @property
-    def trained_in_order(self) -> list[nn.Parameter]:
-        """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
-        return [p for p in self.request.model.parameters() if id(p) in self.trained]
-
-    @property
-    def steps_alone(self) -> bool:
-        """Whether parameters may be updated one at a time."""
-        no_norm = self.request.clipping.norm is None and self.request.scaler is None
-        return self.updates is not None and self.updates.refusal is None and no_norm
-
     def _why_no_update_in_backward(self) -> str | None:
         request = self.request
         if "update-in-backward" not in request.moves:
             return "not among the moves"
-        if self.updates is None:
+        if self.costs.updates is None:
             return "there is no optimizer"
         if request.clipping.norm is not None:
             return (
@@ -117,7 +81,7 @@ class Preparer:
             )
         if request.scaler is not None:
             return "the loss scaler looks at all gradients before it lets the optimizer step"
-        return self.updates.refusal
+        return self.costs.updates.refusal
 
     # -- ways
 
@@ -191,7 +155,7 @@ class Preparer:
         """Return ways with a number of microbatches: the loss head whole, and in chunks."""
         found: list[Way] = []
         may_stream = (
-            self._linked is not None and num_microbatches == 1 and self.optimizer_bytes > 0
+            self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
             and "update-in-backward" not in self._not_made
         )
         for num_chunks in self._chunk_counts(batch, num_microbatches, found):
@@ -222,7 +186,8 @@ class Preparer:
             return
         budget_bytes = self.request.budget_bytes
         assert budget_bytes is not None, "without a budget the plain step fits"
-        left = budget_bytes - self._memory(batch, captured.loss, num_microbatches).resident_bytes
+        memory = self.costs.memory(batch, captured.loss, num_microbatches)
+        left = budget_bytes - memory.resident_bytes
         count = 2
         while count < regions[0].rows and regions[0].bytes * CHUNK_SHARE > left * count > 0:
             count *= 2
@@ -250,30 +215,23 @@ class Preparer:
         memory: StepMemory | None = None
         for size in dict.fromkeys(sizes):
             captured = self._capture(pieces[sizes.index(size)], num_microbatches)
-            trained = self._parameters(captured.loss.arguments)
-            slots = self._state_slots() if streams_state else {}
-            memory = memory or self._memory(batch, captured.loss, num_microbatches, slots)
+            trained = self.costs.parameters(captured.loss.arguments)
+            slots = self.costs.state_slots() if streams_state else {}
+            memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
             step, plan = self._planned(captured, how, num_chunks, slots, memory, profiler)
             parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
         if num_microbatches > 1:
             loss_weight = self._settled
-            if self.steps_alone:
-                assert self.updates is not None
+            if self.costs.steps_alone:
                 updated = parts[0].parameter_of.values()
-                finish_seconds = sum(self._update_cost(p, None, profiler).seconds for p in updated)
+                finish_seconds = sum(self.costs.update(p, None, profiler).seconds for p in updated)
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
             tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots,
             self._linked,
         )
-
-    def _state_slots(self) -> Slots:
-        assert self.request.optimizer is not None
-        if self._slots is None:
-            self._slots = state_slots(self.request.optimizer, self.trained.values())
-        return self._slots
 
     # -- captures
 
@@ -303,7 +261,7 @@ class Preparer:
         joint = read_joint_graph(
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )
-        step = self._completed(joint, loss, how, slots, profiler)
+        step = self.costs.completed(joint, loss, how, slots, profiler)
         step = self._rehearsed(step, memory, loss, profiler)
         budget_bytes = self.request.budget_bytes
         return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
@@ -332,125 +290,6 @@ class Preparer:
         for index, value in typical.items():
             profiler.note_in_step(*joint.call(index), value)
         return replace(step, joint=joint.with_seconds(typical))
-
-    def _completed(
-        self,
-        joint: JointStep,
-        loss: CapturedLoss,
-        how: Consumption,
-        slots: Slots,
-        profiler: CallProfiler,
-    ) -> WholeStep:
-        consumers: dict[int, Consumer] = {}
-        trained = self._parameters(loss.arguments)
-        copied_bytes = _copied_bytes(joint, trained)
-        for primal, parameter in trained.items():
-            consumer = self._consumer(joint, primal, parameter, how, profiler)
-            if slots:  # only what is streamed has a buffer of its own
-                streamed_bytes = sum(spec.num_bytes for spec in slots[parameter].values())
-                consumer = replace(consumer, state_bytes=streamed_bytes)
-            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
-            consumers[primal] = replace(consumer, workspace_bytes=workspace)
-        together = None
-        if how is Consumption.TOGETHER:
-            seconds = sum(consumer.seconds for consumer in consumers.values())
-            norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
-            together = Consumer("all parameters", seconds, workspace)
-        step = whole_step(joint, consumers, how, together)
-        if not slots:
-            return step
-        stored = tuple(step.state_buffer_of.values())
-        graph = replace(step.joint.graph, stored=stored)
-        return replace(step, joint=replace(step.joint, graph=graph))
-
-    def _consumer(
-        self,
-        joint: JointStep,
-        primal: int,
-        parameter: nn.Parameter,
-        how: Consumption,
-        profiler: CallProfiler,
-    ) -> Consumer:
-        name = self.name_of[id(parameter)]
-        node = joint.backward_results[primal]
-        if node is None:
-            return Consumer(name)
-        if how is Consumption.ACCUMULATE:
-            return Consumer(name, self._addition_seconds(parameter, profiler))
-        if self.updates is None or self.updates.refusal is not None:
-            return Consumer(name)
-        key = (name, tuple(node.meta["val"].stride()))
-        if key not in self._consumers:  # later on, its state may lie elsewhere
-            cost = self._update_cost(parameter, key[1], profiler)
-            workspace = cost.workspace_bytes
-            self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
-        return self._consumers[key]
-
-    def _update_cost(
-        self, parameter: nn.Parameter, stride: tuple[int, ...] | None, profiler: CallProfiler
-    ) -> UpdateCost:
-        """Return what an update costs, seconds as they were first seen on this device."""
-        assert self.updates is not None
-        cost = self.updates.cost(parameter, stride)
-        optimizer = self.updates.optimizer
-        name = (
-            f"update {type(optimizer)} {kinds_of_settings(optimizer)} {tuple(parameter.shape)} "
-            f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
-        )
-        return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
-
-    def _addition_seconds(self, parameter: nn.Parameter, profiler: CallProfiler) -> float:
-        """Return how long a gradient takes to be added to another one."""
-        key = (tuple(parameter.shape), parameter.dtype)
-        if key not in self._additions:
-            one, other = parameter.new_zeros(parameter.shape), parameter.new_zeros(parameter.shape)
-            seconds = median_seconds(lambda: one.add_(other), self.device)
-            name = f"addition {key}"
-            self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
-        return self._additions[key]
-
-    def _parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
-        """Return the trained parameters among a captured call's inputs, by position."""
-        return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
-
-    # -- memory outside of schedules
-
-    def _memory(
-        self,
-        batch: Any,
-        loss: CapturedLoss,
-        num_microbatches: int,
-        slots: Slots | None = None,
-    ) -> StepMemory:
-        model = self.request.model
-        trained = self._parameters(loss.arguments)
-        results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
-        gradients = results[loss.num_forward_outputs :]
-        gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
-        streamed = [spec for named in (slots or {}).values() for spec in named.values()]
-        streamed_bytes = sum(spec.num_bytes for spec in streamed)
-        accumulated_bytes = workspace_bytes = 0
-        if num_microbatches > 1:
-            written = [loss.arguments[primal] for primal in loss.written_back.values()]
-            accumulated_bytes = gradient_bytes + tensors_bytes(written)
-            workspace_bytes = self.update_workspace_bytes
-            if self.steps_alone:
-                assert self.updates is not None
-                costs = [self.updates.cost(p).workspace_bytes for p in trained.values()]
-                workspace_bytes = max(costs, default=0)
-        # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
-        outside = [*model.parameters(), *tensors_of(batch)]
-        others = [*model.buffers(), *(a for a in loss.arguments if isinstance(a, torch.Tensor))]
-        return StepMemory(
-            parameter_bytes=tensors_bytes(model.parameters()),
-            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside),
-            input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes - streamed_bytes,
-            update_workspace_bytes=workspace_bytes,
-            gradient_bytes=gradient_bytes,
-            accumulated_bytes=accumulated_bytes,
-        )
 
     # -- microbatches
 
@@ -485,21 +324,6 @@ class Preparer:
         # Few rows: this forward is eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(batch, weight, max_rows=2 if rows <= 8 else 4)
         return settle(request.model, request.loss_fn, rows_looked_at, weight)
-
-
-def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:
-    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
-
-    Two parameters that are only ever added have one gradient, those that are concatenated have
-    slices of one, and that of a sum is one number.
-    """
-    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
-    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
-    return {
-        primal: trained[primal].nbytes
-        for primal, node in nodes.items()
-        if num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"])
-    }
 
 
 def _handicapped_seconds(way: Way) -> float:

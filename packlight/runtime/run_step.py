@@ -28,15 +28,15 @@ class StepRunner:
     def __init__(self, preparer: Preparer, way: Way) -> None:
         self.way = way
         self._preparer, self._request = preparer, preparer.request
-        self._trained = preparer.trained_in_order
+        self._trained = preparer.costs.trained_in_order
         if way.state_slots and preparer.streamed is None:
             assert preparer.request.optimizer is not None
             preparer.streamed = StreamedState(
                 preparer.request.optimizer, way.state_slots, self._make_tier
             )
         in_backward = way.consumption is Consumption.UPDATE
-        alone = way.num_microbatches > 1 and preparer.steps_alone
-        self._updates = preparer.updates if in_backward or alone else None
+        alone = way.num_microbatches > 1 and preparer.costs.steps_alone
+        self._updates = preparer.costs.updates if in_backward or alone else None
         self._programs: dict[int | None, _Program] = {}
         for part in way.parts:
             fate = GradientFate(
