@@ -239,3 +239,30 @@ def test_an_optimizer_changed_so_that_it_cannot_step_alone_is_told_before_anythi
     handle.remove()
     step(batch_of())
     assert mine.optimizer.state[mine.model[0].weight]["step"] == 2
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4))
+    mine, _ = twins(model, loss_of, lambda m: torch.optim.SGD(m.parameters(), 0.1))
+    with pytest.raises(UnsupportedModelError, match="sparse_coo.*\n?.*sparse=False"):
+        fit(mine, {"x": torch.randint(0, 10, (12,)), "y": batch_of()["y"]})
+
+
+def test_numbers_that_change_at_every_step_are_told_of_once() -> None:
+    class Counting(nn.Linear):
+        """Counts its calls in a plain number, which makes each step another one."""
+
+        num_calls = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.num_calls += 1
+            return super().forward(x) * self.num_calls
+
+    torch.manual_seed(0)
+    mine, eager = twins(Counting(16, 4), loss_of, adamw)
+    step = fit(mine, batch_of())
+    with pytest.warns(UserWarning, match="6 of 6 steps were planned anew") as caught:
+        losses = [step(batch_of(seed=seed)).item() for seed in range(8)]
+    assert len(caught) == 1
+    assert losses == [eager.step(batch_of(seed=seed)).item() for seed in range(8)]
+    assert_same_bits(mine, eager)

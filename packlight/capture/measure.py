@@ -18,6 +18,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from packlight.capture.peak import allocator_peak
+from packlight.errors import UnsupportedModelError
 
 MIN_REPEATS = 3
 MAX_REPEATS = 12
@@ -217,6 +218,12 @@ def _output_facts(
     facts = []
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     for index, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModelError(
+                f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} has no "
+                "storage whose bytes could be planned\n"
+                "hint: nn.Embedding(..., sparse=False) and dense tensors can be"
+            )
         storage = tensor.untyped_storage()
         same = seen.get(storage._cdata)
         seen.setdefault(storage._cdata, index)

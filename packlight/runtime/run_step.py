@@ -89,6 +89,8 @@ class StepRunner:
             if self.way.consumption is not Consumption.UPDATE:
                 trained, scaler = self._trained, request.scaler
                 update_all(optimizer, trained, request.clipping, scaler, self._updates)
+            if self._updates is not None:
+                self._updates.end_step()
         except BaseException:
             for program in self._programs.values():
                 program.reset()

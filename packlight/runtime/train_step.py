@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,9 @@ from packlight.runtime.step_capture import CapturedAgainError
 from packlight.runtime.ways import MOVES, TECHNIQUES, Request, Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
+
+# After so many plans it is time to tell.
+MANY_PLANS = 6
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -61,7 +65,7 @@ class TrainStep:
         # One plan per batch signature: dynamo would give up after a few.
         self._runners: dict[Any, StepRunner] = {}
         self._signature: Any = None
-        self._num_steps = 0
+        self._num_steps = self._num_plans = 0
 
     def _look_at_parameters(self) -> bool:
         """Start over if parameters were frozen, freed or added; return whether they were."""
@@ -133,9 +137,21 @@ class TrainStep:
         signature = (_signature(batch), self.model.training)
         if signature not in self._runners:
             way = self._preparer.prepare(batch)
+            self._note_plan()
             self._runners[signature] = StepRunner(self._preparer, way)
         self._signature = signature
         return self.way
+
+    def _note_plan(self) -> None:
+        """Warn, once, where planning does not pay because hardly a step is like one before."""
+        self._num_plans += 1
+        if self._num_plans == MANY_PLANS and self._num_plans > self._num_steps / 2:
+            warnings.warn(
+                f"{self._num_plans} of {self._num_steps + 1} steps were planned anew: shapes or "
+                "plain values in the batch, or numbers that the model counts, change\nhint: pad "
+                "batches to few shapes, and pass numbers that change as tensors",
+                stacklevel=4,
+            )
 
     @property
     def way(self) -> Way:

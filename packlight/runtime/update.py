@@ -87,6 +87,7 @@ class ParameterUpdates:
         self.max_workspace_bytes = (
             DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
         )
+        self._num_states = 0
         self._observe()
 
     def cost(
@@ -145,9 +146,27 @@ class ParameterUpdates:
         slices = self._slices_of(parameter)
         _step(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
 
+    def end_step(self) -> None:
+        """Say that all parameters were updated.
+
+        New states are put in the order in which `optimizer.step()` makes them, which is the order
+        in `state_dict()` and so in checkpoints.
+        """
+        states = self.optimizer.state
+        if len(states) == self._num_states:
+            return
+        place = {id(parameter): place for place, parameter in enumerate(self._group_index)}
+        in_order = sorted(states.items(), key=lambda item: place.get(id(item[0]), -1))
+        states.clear()
+        states.update(in_order)
+        self._num_states = len(states)
+
     def _observe(self) -> None:
+        self._num_states = 0  # in their order
         groups = self.optimizer.param_groups
-        self._group_index = {p: i for i, group in enumerate(groups) for p in group["params"]}
+        self._group_index: dict[torch.Tensor, int] = {
+            p: i for i, group in enumerate(groups) for p in group["params"]
+        }
         self._observed = self._fingerprint()
         self._facts: dict[tuple[int, Kind], SliceFacts | None] = {}
         self._slices: dict[Any, _Slices | None] = {}
