@@ -19,9 +19,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from packlight.capture.peak import MemoryPeak, measure_peak
     from packlight.runtime.train_step import TrainStep, fit, plan, profile
+    from packlight.runtime.ways import EXACT_MOVES, MOVES
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
+    "EXACT_MOVES": "packlight.runtime.ways",
+    "MOVES": "packlight.runtime.ways",
     "MemoryPeak": "packlight.capture.peak",
     "TrainStep": "packlight.runtime.train_step",
     "fit": "packlight.runtime.train_step",
@@ -30,7 +33,17 @@ _HOMES = {
     "profile": "packlight.runtime.train_step",
 }
 
-__all__ = ["MemoryPeak", "TrainStep", "__version__", "fit", "measure_peak", "plan", "profile"]
+__all__ = [
+    "EXACT_MOVES",
+    "MOVES",
+    "MemoryPeak",
+    "TrainStep",
+    "__version__",
+    "fit",
+    "measure_peak",
+    "plan",
+    "profile",
+]
 
 
 def __getattr__(name: str) -> Any:

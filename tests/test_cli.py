@@ -458,22 +458,26 @@ def test_an_infeasible_budget_names_one_that_is_feasible(
         plan_within(example, smallest - 1)
 
 
-def plan_within(example: Path, budget_bytes: int) -> object:
+def plan_within(
+    example: Path, budget_bytes: int, moves: tuple[str, ...] = packlight.MOVES
+) -> object:
     from packlight.cli.example import BatchStream, build, load_example
 
     loaded = load_example(str(example))
     model, optimizer = build(loaded, "cpu", 0)
     batch = next(BatchStream(loaded, "train", "cpu", 0))
-    return packlight.plan(model, loaded.loss, batch, budget_bytes, optimizer, progress=False)
+    return packlight.plan(
+        model, loaded.loss, batch, budget_bytes, optimizer, moves=moves, progress=False
+    )
 
 
 def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(
     example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(InfeasibleBudgetError) as caught:
-        plan_within(example, 1)
+        plan_within(example, 1, packlight.EXACT_MOVES)
     budget = caught.value.smallest_bytes
-    common = ("train", example, "--save-every", 2)
+    common = ("train", example, "--save-every", 2, "--exact")
     assert run(*common, "--steps", 4, "--checkpoint", tmp_path / "free") == 0
     tight = (*common, "--budget", budget, "--checkpoint", tmp_path / "tight")
     assert run(*tight, "--steps", 2) == 0

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
+import threading
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +24,16 @@ from packlight.runtime.train_step import TrainStep
 from packlight.step import Link
 from tests.models import make
 
-EXACT_MOVES = ("update-in-backward", "offload")
-
 
 @pytest.fixture(autouse=True)
-def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Own times, and a temporary directory that may lie in memory."""
+def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Own times, and a temporary directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
     monkeypatch.setattr(prepare, "measure_link", partial(measure_link, allow_memory=True))
+    yield
+    gc.collect()
+    assert not [t for t in threading.enumerate() if t.name == "packlight-offload"]
 
 
 def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
@@ -37,7 +41,7 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 
 
 def smallest_fit(
-    family: str, directory: Path, moves: tuple[str, ...] = EXACT_MOVES
+    family: str, directory: Path, moves: tuple[str, ...] = packlight.EXACT_MOVES
 ) -> tuple[TrainStep, Any, int]:
     """Return a step in the smallest budget that an error names, its batch, and that budget."""
     model, batch, loss_fn = make(family)
@@ -101,7 +105,7 @@ def test_with_streamed_state_the_step_peaks_below_parameters_and_optimizer_state
 
     budget = 2 * parameter_bytes  # a third less than parameters and state
     step = packlight.fit(
-        model, loss_fn, adamw(model), batch, budget, moves=EXACT_MOVES,
+        model, loss_fn, adamw(model), batch, budget, moves=packlight.EXACT_MOVES,
         offload_directory=tmp_path, progress=False,
     )
     losses, eager, _ = eager_steps(step, batch, 3)
@@ -183,7 +187,7 @@ def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
         model, loss_fn, adamw(model), batch, budget, moves=("update-in-backward",), **options
     )
     both = packlight.fit(
-        model, loss_fn, adamw(model), batch, budget, moves=EXACT_MOVES, **options
+        model, loss_fn, adamw(model), batch, budget, moves=packlight.EXACT_MOVES, **options
     )
     assert both.way.seconds < alone.way.seconds
     assert both.way.num_transfers > 0

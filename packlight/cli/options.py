@@ -28,6 +28,11 @@ def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
             default=[],
             help="allow an approximate technique by name; may be given several times",
         )
+        parser.add_argument(
+            "--exact",
+            action="store_true",
+            help="only what keeps every bit: no microbatches, no chunks of the loss head",
+        )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--report", metavar="DIR", help="write an HTML page with pictures to DIR")
@@ -40,6 +45,13 @@ def parsed_budget(arguments: argparse.Namespace) -> int | None:
         BudgetFormatError: it is not a number of bytes.
     """
     return None if arguments.budget is None else parse_bytes(arguments.budget)
+
+
+def moves(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the moves that may be made beside recomputation."""
+    from packlight.runtime.ways import EXACT_MOVES, MOVES
+
+    return EXACT_MOVES if arguments.exact else MOVES
 
 
 def positive_int(text: str) -> int:

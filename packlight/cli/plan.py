@@ -36,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     allow = check_allowed(arguments.allow, TECHNIQUES)
     console = Console()
-    step = planned(arguments, budget_bytes, allow=allow)
+    step = planned(arguments, budget_bytes, moves=options.moves(arguments), allow=allow)
     profile, plan = step.profile, step.plan
     console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
     for line in summary(profile, plan, budget_bytes):

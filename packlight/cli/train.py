@@ -89,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     stream = BatchStream(example, "train", arguments.device, arguments.seed, num_skipped=done)
     batch = next(stream)
     step = packlight.fit(
-        model, example.loss, optimizer, batch, budget=budget_bytes, allow=allow
+        model, example.loss, optimizer, batch, budget=budget_bytes,
+        moves=options.moves(arguments), allow=allow,
     )
     console.print(step.describe(), highlight=False, markup=False)
     if report is not None:
@@ -309,4 +310,6 @@ def _resume_command(arguments: argparse.Namespace, directory: str) -> str:
     words += ["--save-every", str(arguments.save_every)]
     for name in arguments.allow:
         words += ["--allow", name]
+    if arguments.exact:
+        words.append("--exact")
     return shlex.join(words)

@@ -7,6 +7,7 @@ is the program that `install` is given.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
@@ -71,11 +72,18 @@ class StepCapture:
         prepare_dynamo()
         self.loss_fn, self.model = loss_fn, model
         self._entry = _Entry()
+        self._entries: list[_Entry] = []
         # Dynamo's cache hangs on the code object: each signature gets one of its own.
         function = FunctionType(_traced_loss.__code__.replace(), globals())
-        self._compiled = torch.compile(
-            function, backend=self._backend, fullgraph=True, dynamic=False
-        )
+        # Dynamo remembers every backend for good; what hangs on this one must not live as long.
+        this = weakref.ref(self)
+
+        def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            capture = this()
+            assert capture is not None, "the compiled function belongs to the capture"
+            return capture._backend(module, inputs)
+
+        self._compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
 
     def capture(self, batch: Any) -> CapturedLoss:
         """Return the joint graph of a call without running it.
@@ -128,6 +136,7 @@ class StepCapture:
         refuse_graph_break()
         specialize(inputs)
         entry = self._entry = _Entry()
+        self._entries.append(entry)
 
         def take_joint(
             joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
@@ -143,9 +152,14 @@ class StepCapture:
         except _CapturedError:
             pass
 
+        # Dynamo puts what it is given into the module's globals and leaves it there.
+        this, mine = weakref.ref(self), weakref.ref(entry)
+
         def run(*arguments: Any) -> Any:
+            capture, entry = this(), mine()
+            assert capture is not None and entry is not None
             if entry.program is None:
-                self._entry = entry
+                capture._entry = entry
                 entry.arguments = list(arguments)
                 raise _CapturedError
             return (entry.program(list(arguments)),)

@@ -16,6 +16,8 @@ from packlight.runtime.streamed_state import Slots
 from packlight.step import Action, Device, Plan, StepMemory
 
 MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
+# Those that change no bit of losses, gradients and parameters.
+EXACT_MOVES = ("update-in-backward", "offload")
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 TECHNIQUES = (MICROBATCH_BATCH_NORM,)
 
