@@ -34,8 +34,9 @@ from packlight.runtime.streamed_state import Slots, StreamedState
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
-# How much faster a step that rounds its sums in another order must be.
-ROUNDING_MARGIN = 1.02
+# How much faster a step that rounds its sums in another order must be. Times of one way and another
+# are a few percent apart by chance, and what lies between calls is in none of them.
+ROUNDING_MARGIN = 1.05
 LINK_PROBE_BYTES = 16 * 2**20
 # A chunk of the loss head gets about this share of what a schedule may allocate.
 CHUNK_SHARE = 8
