@@ -7,7 +7,7 @@ is coarser than the simulator's, which alone decides what fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from packlight.planner.chain import Chain
@@ -81,32 +81,32 @@ class LocalSearch:
 
     def fastest(self, budget_bytes: int) -> list[Found]:
         """Return schedules within a budget, the last one the fastest; empty if none was found."""
-        started: list[tuple[float, int, View, Retention]] = []
-        for view in self.views:
-            for retention in self._seeds(view, budget_bytes):
-                effort = Effort(0)
-                effort.more(retention, EVALUATIONS)
-                if repair(retention, budget_bytes, effort):
-                    improve(retention, budget_bytes, effort)
-                    seconds = retention.total_extra_seconds
-                    started.append((seconds, len(started), view, retention))
+        started = self._started(lambda view: self._seeds(view, budget_bytes), budget_bytes)
+        if not started:
+            started = self._started(self._outlines, budget_bytes)
         shaken = SHAKEN if len(self.graph.operations) <= MAX_CAREFUL else 1
         found = []
-        if not started:
-            for view in self.views:
-                for retention in self._outlines(view):
-                    effort = Effort(0)
-                    effort.more(retention, EVALUATIONS)
-                    if repair(retention, budget_bytes, effort):
-                        improve(retention, budget_bytes, effort)
-                        seconds = retention.total_extra_seconds
-                        started.append((seconds, len(started), view, retention))
         for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:shaken]:
             effort = Effort(0)
             effort.more(retention, EVALUATIONS)
             shake(retention, budget_bytes, effort)
             found.append(judged(view, retention))
         return sorted((f for f in found if f.peak_bytes <= budget_bytes), key=lambda f: -f.seconds)
+
+    def _started(
+        self, seeds: Callable[[View], Iterable[Retention]], budget_bytes: int
+    ) -> list[tuple[float, int, View, Retention]]:
+        """Return the seeds that could be brought within a budget, each made faster there."""
+        started: list[tuple[float, int, View, Retention]] = []
+        for view in self.views:
+            for retention in seeds(view):
+                effort = Effort(0)
+                effort.more(retention, EVALUATIONS)
+                if repair(retention, budget_bytes, effort):
+                    improve(retention, budget_bytes, effort)
+                    seconds = retention.total_extra_seconds
+                    started.append((seconds, len(started), view, retention))
+        return started
 
     def _seeds(self, view: View, budget_bytes: int) -> Iterator[Retention]:
         seen: set[tuple[int, ...]] = set()

@@ -40,12 +40,10 @@ class Compilation:
     Attributes:
         graph: the captured step.
         plan: what runs.
-        output_shapes: shapes of the forward's tensor outputs, mutated inputs left out.
     """
 
     graph: StepGraph
     plan: Plan
-    output_shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass
@@ -111,12 +109,7 @@ class PacklightBackend:
             step = rehearsed
             plan = _replanned(step.graph, budget, plan)
             emitted = emit(step, plan.schedule)
-        shapes = tuple(
-            tuple(node.meta["val"].shape)
-            for i, node in enumerate(step.forward_results)
-            if isinstance(node, fx.Node) and i not in mutations(joint, num_fwd_outputs)
-        )
-        self.compilations.append(Compilation(step.graph, plan, shapes))
+        self.compilations.append(Compilation(step.graph, plan))
         return emitted.forward, emitted.backward
 
     def _rehearsed(

@@ -28,8 +28,8 @@ from packlight.runtime.microbatch import (
     take_rows,
     tensor_leaves,
 )
+from packlight.runtime.step_capture import LossFunction
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 WeightsFunction = Callable[[Sequence[Any]], Sequence[float]]
 
 # Of the largest number compared, by the lowest precision in which anything was computed.

@@ -58,11 +58,6 @@ class StepRunner:
         assert directory is not None, "transfers are planned only where there is a tier"
         return DiskTier(directory, slots)
 
-    def close(self) -> None:
-        """Let go of the tier."""
-        for program in self._programs.values():
-            program.close()
-
     def run(self, batch: Any, num_steps: int) -> torch.Tensor:
         """Train one step and return the detached loss.
 
@@ -158,11 +153,6 @@ class _Program:
         """Forget transfers under way, after a failed step."""
         if self.tier is not None:
             self.tier.reset()
-
-    def close(self) -> None:
-        """Let go of the tier."""
-        if self.tier is not None:
-            self.tier.close()
 
     def set_up(
         self,

@@ -79,7 +79,7 @@ class StreamedState:
             if method is not None:
                 method()
 
-        self._hook = optimizer.register_state_dict_pre_hook(before_state_dict)
+        optimizer.register_state_dict_pre_hook(before_state_dict)
 
     def fetch(self, parameter: nn.Parameter) -> None:
         """Start bringing a parameter's state into memory; nothing if it does not exist yet."""
@@ -132,12 +132,6 @@ class StreamedState:
         """Whether empty tensors stand in for a parameter's state."""
         state, slots = self._optimizer.state.get(parameter, {}), self._slot_of[parameter]
         return bool(slots and state) and all(state[n].numel() == 0 for n in slots)
-
-    def close(self) -> None:
-        """Have all state in memory for good."""
-        self.bring_back()
-        self._hook.remove()
-        self._tier.close()
 
 
 class StateOfPrimals:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from packlight.runtime.backend import check_allowed
 from packlight.runtime.gradients import Clipping
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.run_step import StepRunner
-from packlight.runtime.step_capture import CapturedAgainError
+from packlight.runtime.step_capture import CapturedAgainError, LossFunction
 from packlight.runtime.ways import MOVES, TECHNIQUES, Request, Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
@@ -29,7 +29,6 @@ from packlight.units import parse_bytes
 # After so many plans it is time to tell.
 MANY_PLANS = 6
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
