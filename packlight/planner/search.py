@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from packlight.planner.chain import Chain
+from packlight.planner.delay import Delayed, delayed
 from packlight.planner.facts import Segment
 from packlight.planner.plain import schedule_from_order, without_useless_runs
 from packlight.planner.refine import Effort, improve, lower, repair, shake
@@ -54,11 +55,23 @@ class View:
         graph: with operations renumbered.
         old_ids: the original id of each operation.
         segments: with their options.
+        crossing: (delayed operation, buffer that waits for it): the chain does not see that it is
+            read there, and seeds drop it until then.
     """
 
     graph: StepGraph
     old_ids: list[int]
     segments: list[Segment]
+    crossing: tuple[tuple[int, int], ...] = ()
+
+    def seed(self, order: Sequence[int]) -> Retention:
+        """Return the intervals behind an order, without what would wait for delayed operations."""
+        retention = Retention.from_order(self.graph, order)
+        for position, buffer in self.crossing:
+            new = retention.without_gap(buffer, position)
+            if new is not None:
+                retention.set_intervals(buffer, new)
+        return retention
 
 
 class LocalSearch:
@@ -73,11 +86,16 @@ class LocalSearch:
         self.views: list[View] = []
         for max_segments in _granularities(graph.num_forward):
             cuts = cut_points(graph, max_segments)
+            if self.views and len(cuts) + 1 == len(self.views[-1].segments):
+                continue
             labels = backward_labels(graph, cuts)
             reordered, old_ids = reorder_backward(graph, labels)
-            segments = build_segments(reordered, cuts, sorted(labels, reverse=True))
-            if not self.views or len(segments) != len(self.views[-1].segments):
-                self.views.append(View(reordered, old_ids, segments))
+            labels.sort(reverse=True)
+            segments = build_segments(reordered, cuts, labels)
+            self.views.append(View(reordered, old_ids, segments))
+            late = delayed(reordered)
+            if late is not None:
+                self.views.append(_late_view(late, old_ids, cuts, labels))
 
     def fastest(self, budget_bytes: int) -> list[Found]:
         """Return schedules within a budget, the last one the fastest; empty if none was found."""
@@ -120,9 +138,9 @@ class LocalSearch:
                 order = tuple(chain.order(level))
                 if order not in seen:
                     seen.add(order)
-                    yield Retention.from_order(view.graph, order)
+                    yield view.seed(order)
         if num <= MAX_FROM_PLAIN:
-            yield Retention.from_order(view.graph, range(num))
+            yield view.seed(range(num))
         if num <= MAX_FROM_NOTHING:
             yield Retention.from_nothing(view.graph, drop_gradients=False)
 
@@ -158,7 +176,7 @@ class LocalSearch:
 
     def _small_seeds(self, view: View, plain_peak_bytes: int) -> Iterator[Retention]:
         num = len(view.graph.operations)
-        yield Retention.from_order(view.graph, range(num))
+        yield view.seed(range(num))
         chain = self._chain(view, plain_peak_bytes, plain_peak_bytes)
         level = chain.smallest_level()
         if level is not None:
@@ -166,7 +184,7 @@ class LocalSearch:
             chain = self._chain(view, needed, needed)
             level = chain.smallest_level()
             if level is not None:
-                yield Retention.from_order(view.graph, chain.order(level))
+                yield view.seed(chain.order(level))
         yield from self._outlines(view)
         if num <= MAX_FROM_NOTHING:
             yield Retention.from_nothing(view.graph, drop_gradients=True)
@@ -200,9 +218,28 @@ class LocalSearch:
             tuple(chain.order(level))
             for level in {min(CHAIN_LEVELS, math.ceil(least * part)) for part in OUTLINES}
         }
-        seeds = [Retention.from_order(view.graph, order) for order in sorted(orders)]
+        seeds = [view.seed(order) for order in sorted(orders)]
         feasible = [seed for seed in seeds if seed.is_feasible]
         return sorted(feasible, key=lambda seed: seed.peak_bytes)[:NUM_OUTLINES]
+
+
+def _late_view(
+    late: Delayed, old_ids: Sequence[int], cuts: Sequence[int], labels: Sequence[int]
+) -> View:
+    """Return the view of a delayed order; its operations are in the segments they wait for."""
+    num = late.graph.num_forward
+    late_labels = [labels[late.anchors.get(i, i) - num] for i in late.old_ids[num:]]
+    operations = list(late.graph.operations)
+    for index, buffer in late.crossing:
+        operation = operations[index]
+        operations[index] = replace(
+            operation,
+            reads=tuple(b for b in operation.reads if b != buffer),
+            overwrites=tuple(pair for pair in operation.overwrites if pair[1] != buffer),
+        )
+    without_waits = replace(late.graph, operations=tuple(operations))
+    segments = build_segments(without_waits, cuts, late_labels)
+    return View(late.graph, [old_ids[i] for i in late.old_ids], segments, late.crossing)
 
 
 def _granularities(num_forward: int) -> list[int]:
