@@ -52,7 +52,8 @@ def tied_step(updates_early: bool = False) -> StepGraph:
                                    **backward)[0]
     total = build.operation("embed'", [gradient, total], [WEIGHT], seconds=1.0,
                             overwrites_read=total, **backward)[0]
-    build.operation("update", [total], [], can_recompute=False, mutates=[] if updates_early else [weight],
+    changed = [] if updates_early else [weight]
+    build.operation("update", [total], [], can_recompute=False, mutates=changed,
                     phase=Phase.UPDATE)
     return build.finish(num_forward, [loss], [loss])
 

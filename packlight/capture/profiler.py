@@ -24,6 +24,8 @@ class CallProfiler:
     def __init__(self, progress: bool = True) -> None:
         self._caches: dict[torch.device, CallCache] = {}
         self._known: dict[str, CallFacts] = {}
+        # Per operator: seconds inside steps, and of the same calls alone.
+        self._in_steps: dict[str, list[float]] = {}
         self.num_measured = 0
         console = Console(stderr=True)
         self._progress = Progress(
@@ -61,7 +63,29 @@ class CallProfiler:
                 self.num_measured += 1
                 self._progress.update(self._task, completed=self.num_measured)
             self._known[signature] = facts
+            self._count_in_steps(target, facts)
         return self._known[signature]
+
+    @property
+    def has_seen_steps(self) -> bool:
+        """Whether times of any call inside a step are known."""
+        return bool(self._in_steps)
+
+    def estimated_in_step(self, target: torch._ops.OpOverload, seconds: float) -> float:
+        """Return how long a call may take inside a step that takes some time alone.
+
+        The ratio is that of the operator's other calls, else of all calls.
+        """
+        known = self._in_steps.get(str(target)) or [
+            sum(pair[place] for pair in self._in_steps.values()) for place in range(2)
+        ]
+        return seconds * known[0] / known[1] if known[1] else seconds
+
+    def _count_in_steps(self, target: torch._ops.OpOverload, facts: CallFacts) -> None:
+        if facts.in_step_seconds is not None:
+            total = self._in_steps.setdefault(str(target), [0.0, 0.0])
+            total[0] += facts.in_step_seconds
+            total[1] += facts.seconds
 
     def remembered_seconds(self, name: str, device: torch.device, seconds: float) -> float:
         """Return how long something that is no call was once seen to take on a device.
@@ -87,6 +111,7 @@ class CallProfiler:
         signature = call_signature(target, args, kwargs)
         facts = replace(self._known[signature], in_step_seconds=seconds)
         self._known[signature] = facts
+        self._count_in_steps(target, facts)
         self._cache(args, kwargs).put(signature, facts)
 
     def _cache(self, args: Any, kwargs: Any) -> CallCache:

@@ -93,7 +93,7 @@ class LocalSearch:
             labels.sort(reverse=True)
             segments = build_segments(reordered, cuts, labels)
             self.views.append(View(reordered, old_ids, segments))
-            late = delayed(reordered)
+            late = delayed(reordered) if len(self.views) == 1 else None  # one such view will do
             if late is not None:
                 self.views.append(_late_view(late, old_ids, cuts, labels))
 

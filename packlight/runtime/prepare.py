@@ -8,7 +8,7 @@ faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,11 +27,16 @@ from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
 from packlight.runtime.program import emit_program
-from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
+from packlight.runtime.rehearse import (
+    fits,
+    rehearse_program,
+    typical_seconds,
+    with_estimated_seconds,
+)
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed_state import Slots, StreamedState
-from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
+from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Choice, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
 # How much faster a step that rounds its sums in another order must be. Times of one way and another
@@ -97,29 +102,45 @@ class Preparer:
         reason = self._why_no_update_in_backward()
         if reason is not None:
             self._not_made["update-in-backward"] = reason
-        found: list[Way] = []
+        found: dict[Choice, Way] = {}
         errors: list[InfeasibleBudgetError] = []
         try:
             with CallProfiler(self.request.progress) as profiler:
                 for num_microbatches in self._counts(batch):
                     ways = self._ways(batch, num_microbatches, profiler, errors)
-                    found.extend(ways)
-                    if ways and self._is_enough(min(ways, key=lambda w: w.seconds), found):
+                    found.update(ways)
+                    if ways and self._is_enough(ways.values(), found.values()):
                         break
+                if found:
+                    way = self._fastest(batch, found, profiler)
         finally:
             for captured in self._captured.values():
                 captured.loss.arguments.clear()  # they would keep the example batch in memory
             self._captured.clear()
         if not found:
             raise self._with_reasons(min(errors, key=lambda error: error.smallest_bytes))
-        way = min(found, key=_handicapped_seconds)
         not_made = dict(self._not_made)
         if way.num_microbatches == 1:
             not_made.setdefault("microbatch", "not needed")
         return replace(way, not_made=not_made)
 
-    def _is_enough(self, way: Way, found: Sequence[Way]) -> bool:
+    def _is_enough(self, latest: Iterable[Way], found: Iterable[Way]) -> bool:
+        way = min(latest, key=lambda w: w.seconds)
         return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in found)
+
+    def _fastest(self, batch: Any, found: dict[Choice, Way], profiler: CallProfiler) -> Way:
+        """Return the fastest of the ways found; what is measured inside the step decides.
+
+        A rehearsal takes several steps, so only ways that may win are rehearsed. The others stay
+        with times estimated from calls alone.
+        """
+        rehearsed: set[Choice] = set()
+        while True:
+            choice = min(found, key=lambda c: _handicapped_seconds(found[c]))
+            if choice in rehearsed:
+                return found[choice]
+            rehearsed.add(choice)
+            found[choice] = self._way(batch, choice, profiler, rehearses=True)
 
     def _with_reasons(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
         hints = [f"without {name}: {why}" for name, why in self._not_made.items()]
@@ -152,33 +173,32 @@ class Preparer:
         num_microbatches: int,
         profiler: CallProfiler,
         errors: list[InfeasibleBudgetError],
-    ) -> list[Way]:
+    ) -> dict[Choice, Way]:
         """Return ways with a number of microbatches: the loss head whole, and in chunks."""
-        found: list[Way] = []
+        found: dict[Choice, Way] = {}
         may_stream = (
             self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
             and "update-in-backward" not in self._not_made
         )
         for num_chunks in self._chunk_counts(batch, num_microbatches, found):
             for streams_state in (False, True) if may_stream else (False,):
-                if streams_state and any(way.is_plain for way in found):
+                if streams_state and any(way.is_plain for way in found.values()):
                     break
+                choice = Choice(num_microbatches, num_chunks, streams_state)
                 try:
-                    found.append(
-                        self._way(batch, num_microbatches, num_chunks, streams_state, profiler)
-                    )
+                    found[choice] = self._way(batch, choice, profiler)
                 except InfeasibleBudgetError as error:
                     errors.append(error)
         return found
 
     def _chunk_counts(
-        self, batch: Any, num_microbatches: int, found: Sequence[Way]
+        self, batch: Any, num_microbatches: int, found: Mapping[Choice, Way]
     ) -> Iterator[int]:
         yield 1
         if "chunk" not in self.request.moves:
             self._not_made["chunk"] = "not among the moves"
             return
-        if any(way.is_plain for way in found):
+        if any(way.is_plain for way in found.values()):
             return
         captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
         regions = find_heads(captured.loss.joint, captured.loss.num_forward_outputs)
@@ -199,11 +219,12 @@ class Preparer:
     def _way(
         self,
         batch: Any,
-        num_microbatches: int,
-        num_chunks: int,
-        streams_state: bool,
+        choice: Choice,
         profiler: CallProfiler,
+        *,
+        rehearses: bool = False,
     ) -> Way:
+        num_microbatches, num_chunks = choice.num_microbatches, choice.num_chunks
         if num_microbatches > 1:
             how = Consumption.ACCUMULATE
         elif "update-in-backward" in self._not_made:
@@ -217,9 +238,11 @@ class Preparer:
         for size in dict.fromkeys(sizes):
             captured = self._capture(pieces[sizes.index(size)], num_microbatches)
             trained = self.costs.parameters(captured.loss.arguments)
-            slots = self.costs.state_slots() if streams_state else {}
+            slots = self.costs.state_slots() if choice.streams_state else {}
             memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
-            step, plan = self._planned(captured, how, num_chunks, slots, memory, profiler)
+            step, plan = self._planned(
+                captured, how, num_chunks, slots, memory, profiler, rehearses
+            )
             parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
@@ -252,8 +275,12 @@ class Preparer:
         slots: Slots,
         memory: StepMemory,
         profiler: CallProfiler,
+        rehearses: bool,
     ) -> tuple[WholeStep, Plan]:
-        """Return a captured size as a whole step with its plan, times measured inside the step."""
+        """Return a captured size as a whole step with its plan.
+
+        Where calls were never seen inside a step, it is rehearsed, or their times are estimated.
+        """
         loss = captured.loss
         if num_chunks not in captured.modules:
             region = find_heads(loss.joint, loss.num_forward_outputs)[0]
@@ -263,17 +290,19 @@ class Preparer:
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )
         step = self.costs.completed(joint, loss, how, slots, profiler)
-        step = self._rehearsed(step, memory, loss, profiler)
+        if not all(f is None or f.in_step_seconds is not None for f in joint.facts):
+            if rehearses or not profiler.has_seen_steps:
+                step = self._rehearsed(step, memory, loss, profiler)
+            else:
+                step = replace(step, joint=with_estimated_seconds(step.joint, profiler))
         budget_bytes = self.request.budget_bytes
         return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
 
     def _rehearsed(
         self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler
     ) -> WholeStep:
-        """Return a step with times measured inside it, if they are not known yet."""
+        """Return a step with times measured inside it."""
         joint = step.joint
-        if all(f is None or f.in_step_seconds is not None for f in joint.facts):
-            return step
         graph = replace(joint.graph, stored=())
         budget_bytes = self.request.budget_bytes
         try:

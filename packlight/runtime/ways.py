@@ -52,6 +52,21 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What tells one way to run the step from another.
+
+    Attributes:
+        num_microbatches: per update.
+        num_chunks: of the loss head.
+        streams_state: whether optimizer state lies on a tier between updates.
+    """
+
+    num_microbatches: int
+    num_chunks: int
+    streams_state: bool
+
+
+@dataclass(frozen=True)
 class Part:
     """One captured size of microbatch, and how it runs.
 
