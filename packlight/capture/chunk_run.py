@@ -54,14 +54,20 @@ class RegionWriter:
         self.call, self.view = self.writer.call, self.writer.view
 
     def write(self, run: Sequence[fx.Node]) -> None:
-        """Write one of the region's runs, chunk after chunk."""
+        """Write one of the region's runs, chunk after chunk.
+
+        A second run begins with the last chunk, as backwards do: what is kept or made again for it
+        was made last, and the planner's segments look for that.
+        """
         self.merged, self.parts, self.sums = {}, {}, {}
-        for chunk, start, end in zip(self.chunks, self.bounds, self.bounds[1:], strict=False):
+        order = 1 if run == self.region.runs[0] else -1
+        spans = list(zip(self.chunks, self.bounds, self.bounds[1:], strict=False))
+        for chunk, start, end in spans[::order]:
             self.chunk, self.slices = chunk, {}
             for node in run:
                 self._run(node, start, end)
         for node, parts in self.parts.items():
-            self.copies[node] = self._whole(node, parts)
+            self.copies[node] = self._whole(node, parts[::order])
         for node, total in self.sums.items():
             self.copies[node] = self._total(node, total)
 
