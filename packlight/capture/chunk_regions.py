@@ -29,7 +29,7 @@ class Kind(StrEnum):
 
     HEAD = "loss head"
     MLP = "MLP"
-    ATTENTION = "attention"
+    ATTENTION = "attention layer"
 
 
 @dataclass(frozen=True, eq=False)
