@@ -8,6 +8,10 @@ kernels and of Cut Cross-Entropy, Wijmans et al. 2024, here with ATen calls only
         logits_c = h_c W^T ... loss += loss_c ... grad_c = d loss / d logits_c
         dW += grad_c^T h_c,   dh_c = grad_c W
 
+MLPs in the midst of the network run their forward in chunks and, later in the step, their backward:
+a chunk's hidden layer is kept between the two or made again just before its backward, whichever the
+planner finds better for that chunk.
+
 torch's own `F.linear_cross_entropy` with `LinearCrossEntropyOptions` (2.13) is not used: a model
 has to call it itself, it knows only a linear layer and a cross entropy right next to each other
 (no cast, scale, soft cap, label smoothing or second loss between or beside them), under
