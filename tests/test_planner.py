@@ -14,6 +14,7 @@ from packlight.planner import Planner, lower_bound_seconds, plain_schedule
 from packlight.planner.exact import ExactSearch
 from packlight.planner.retention import Retention
 from packlight.planner.search import LocalSearch, schedule_of
+from packlight.planner.segments import backward_labels
 from packlight.step import (
     Action,
     BufferKind,
@@ -280,3 +281,34 @@ def test_every_schedule_frees_what_it_makes() -> None:
         else:
             live |= set(graph.operations[instruction.target].creates)
     assert live == set(graph.outputs)
+
+
+def test_a_buffer_that_all_layers_read_leaves_each_layers_backward_with_its_layer() -> None:
+    """Rotary positions: made at the start, read in every layer's forward and backward."""
+    build = GraphBuilder()
+    x = build.buffer(8, BufferKind.INPUT, "x")
+    (shared,) = build.operation("positions", [x], [8])
+    (y,) = build.operation("embed", [x], [8])
+    num_layers = 4
+    wide: list[int] = []
+    cuts: list[int] = []
+    num_forward = 2
+    for _ in range(num_layers):
+        cuts.append(num_forward)
+        (scores,) = build.operation("rotate", [y, shared], [64])
+        (y,) = build.operation("narrow", [scores], [8])
+        (y,) = build.operation("out", [y], [8])
+        # The second half of a layer's segment does not read the positions in its forward.
+        cuts.append(num_forward + 2)
+        wide.append(scores)
+        num_forward += 3
+    loss = y
+    (gradient,) = build.operation("seed", [loss], [8], phase=Phase.BACKWARD)
+    for scores in reversed(wide):
+        (gradient,) = build.operation("turn", [gradient, shared], [8], phase=Phase.BACKWARD)
+        (gradient,) = build.operation("back", [gradient, scores], [8], phase=Phase.BACKWARD)
+    graph = build.finish(num_forward, [loss], [loss, gradient])
+    labels = backward_labels(graph, cuts)
+    backs = labels[2::2]
+    # Segment 0 makes the positions; layer i's rotation is in segment 2 i + 1.
+    assert backs == [2 * i + 1 for i in reversed(range(num_layers))]

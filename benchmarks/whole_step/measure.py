@@ -216,5 +216,5 @@ class Bench:
 def _digest(way: Way) -> str:
     """Return what is equal where two ways run the same schedules."""
     parts = [(part.num_rows, part.plan.schedule) for part in way.parts]
-    text = repr((parts, way.counts, way.num_chunks, way.consumption.name))
+    text = repr((parts, way.counts, way.num_chunks, way.num_layer_chunks, way.consumption.name))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -8,6 +8,10 @@ kernels and of Cut Cross-Entropy, Wijmans et al. 2024, here with ATen calls only
         logits_c = h_c W^T ... loss += loss_c ... grad_c = d loss / d logits_c
         dW += grad_c^T h_c,   dh_c = grad_c W
 
+MLPs in the midst of the network run their forward in chunks and, later in the step, their backward:
+a chunk's hidden layer is kept between the two or made again just before its backward, whichever the
+planner finds better for that chunk.
+
 torch's own `F.linear_cross_entropy` with `LinearCrossEntropyOptions` (2.13) is not used: a model
 has to call it itself, it knows only a linear layer and a cross entropy right next to each other
 (no cast, scale, soft cap, label smoothing or second loss between or beside them), under
@@ -17,262 +21,110 @@ has to call it itself, it knows only a linear layer and a cross entropy right ne
 from __future__ import annotations
 
 import copy
-import math
-import operator
-from typing import Any
+import heapq
+from collections.abc import Sequence
 
-import torch
 from torch import fx
-from torch._subclasses import FakeTensor
-from torch.utils import _pytree as pytree
 
+from packlight.capture.chunk_growth import nodes_below
 from packlight.capture.chunk_regions import (
     LATE_KEY,
+    Kind,
     Region,
     find_heads,
+    find_row_groups,
     forward_nodes,
-    nodes_below,
 )
-from packlight.capture.chunk_rows import Dims, Reduced, Shape, shape_of
-from packlight.capture.chunk_rules import MEANS, SIZE_ARGUMENT, is_label_loss
-from packlight.capture.chunk_writer import GraphWriter, merged_order
+from packlight.capture.chunk_run import RegionWriter
 
-__all__ = ["LATE_KEY", "Region", "chunked", "find_heads"]
+__all__ = ["LATE_KEY", "Kind", "Region", "chunked", "find_heads", "find_row_groups"]
 
-_aten = torch.ops.aten
-_NO_REDUCTION, _MEAN_REDUCTION, _SUM_REDUCTION = 0, 1, 2  # as in the C++ enum that nll_loss takes
+Run = tuple[fx.Node, ...]
 
 
-def chunked(module: fx.GraphModule, region: Region, num_chunks: int) -> fx.GraphModule:
-    """Return a copy of a joint graph in which a region runs in row chunks.
+def chunked(
+    module: fx.GraphModule, regions: Region | Sequence[Region], num_chunks: int
+) -> fx.GraphModule:
+    """Return a copy of a joint graph in which some of its regions run in row chunks.
 
-    The chunks come after the rest of the forward, each with its forward and its backward; all their
-    calls, and whatever of the forward needs their results, carry `LATE_KEY` in their meta. Results
-    differ from the module's in the order of summation only. Sums in 16-bit types are kept in
-    float32 until all chunks are in.
+    A loss head's chunks come after the rest of the forward, each with its forward and its backward;
+    all their calls, and whatever of the forward needs their results, carry `LATE_KEY` in their
+    meta. Other regions run where they were. Results differ from the module's in the order of
+    summation only. Sums in 16-bit types are kept in float32 until all chunks are in.
 
     Args:
         module: the joint graph; stays as it is.
-        region: one of its regions.
-        num_chunks: as even as possible; no more than `region.rows` are made.
+        regions: of the joint graph; none overlap.
+        num_chunks: as even as possible; of each region no more than its `rows` are made.
     """
-    return _Rewriter(module, region, min(num_chunks, region.rows)).rewrite()
+    regions = (regions,) if isinstance(regions, Region) else regions
+    nodes = list(module.graph.nodes)
+    forward = forward_nodes(nodes)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    writers = {r: RegionWriter(graph, copies, r, num_chunks) for r in regions}
+    writer_of = {run: writers[region] for region in regions for run in region.runs}
+    late: set[fx.Node] = set()
+    for region in regions:
+        if region.kind is Kind.HEAD:
+            late |= forward & nodes_below(nodes, set(region.nodes))
+    for item in _in_order(nodes, forward, regions):
+        if isinstance(item, tuple):
+            writer_of[item].write(item)
+            continue
+        copies[item] = graph.node_copy(item, copies.__getitem__)
+        if item in late:
+            copies[item].meta[LATE_KEY] = True
+    for writer in writers.values():
+        writer.writer.erase_unused()
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    graph.lint()
+    rewritten = fx.GraphModule(module, graph)
+    rewritten.meta.update(module.meta)
+    return rewritten
 
 
-class _Rewriter:
-    def __init__(self, module: fx.GraphModule, region: Region, num_chunks: int) -> None:
-        self.module = module
-        self.region = region
-        self.members = set(region.nodes)
-        self.bounds = [region.rows * i // num_chunks for i in range(num_chunks + 1)]
-        self.graph = fx.Graph()
-        self.copies: dict[fx.Node, fx.Node] = {}  # outside of the region; results of the region
-        self.chunk: dict[fx.Node, fx.Node] = {}  # the present chunk's nodes
-        self.slices: dict[tuple[fx.Node, Dims], fx.Node] = {}  # the present chunk's inputs
-        self.merged: dict[tuple[fx.Node, Dims], fx.Node] = {}  # inputs with adjacent row dims
-        self.parts: dict[fx.Node, list[fx.Node]] = {}
-        self.sums: dict[fx.Node, fx.Node] = {}
-        self.counts: dict[fx.Node, fx.Node] = {}  # nll_loss_forward -> total weight
-        values = (leaf for n in region.nodes for leaf in pytree.tree_leaves(n.meta["val"]))
-        fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
-        self.writer = GraphWriter(self.graph, fake_mode, {LATE_KEY: True})
-        self.call, self.view = self.writer.call, self.writer.view
+def _in_order(
+    nodes: Sequence[fx.Node], forward: set[fx.Node], regions: Sequence[Region]
+) -> list[fx.Node | Run]:
+    """Return runs and the nodes outside of them: each as near to its old place as it can be.
 
-    def rewrite(self) -> fx.GraphModule:
-        nodes = list(self.module.graph.nodes)
-        position = {n: i for i, n in enumerate(nodes)}
-        forward = forward_nodes(nodes)
-        below = nodes_below(nodes, self.members)
-        inputs = {i for n in self.members for i in n.all_input_nodes} - self.members
-        # Chunks begin when all that they read is there and the rest of the forward is done.
-        first = inputs | (forward - below - self.members)
-        start = max(position[n] for n in first)
-        for node in nodes[: start + 1]:
-            if node not in self.members and node not in below:
-                self._copy(node)
-        self._run_chunks()
-        for node in nodes:
-            if node not in self.members and node not in self.copies:
-                self._copy(node)
-                if node in below and node in forward:
-                    self.copies[node].meta[LATE_KEY] = True
-        self.writer.erase_unused()
-        self.graph.set_codegen(copy.copy(self.module.graph._codegen))
-        self.graph.lint()
-        rewritten = fx.GraphModule(self.module, self.graph)
-        rewritten.meta.update(self.module.meta)
-        return rewritten
-
-    def _copy(self, node: fx.Node) -> None:
-        self.copies[node] = self.graph.node_copy(node, self.copies.__getitem__)
-
-    # -- chunks
-
-    def _run_chunks(self) -> None:
-        for start, end in zip(self.bounds, self.bounds[1:], strict=False):
-            self.chunk, self.slices = {}, {}
-            for node in self.region.nodes:
-                self._run(node, start, end)
-        for node, parts in self.parts.items():
-            self.copies[node] = self._whole(node, parts)
-        for node, total in self.sums.items():
-            self.copies[node] = self._total(node, total)
-
-    def _run(self, node: fx.Node, start: int, end: int) -> None:
-        if node.target is operator.getitem:
-            parent, index = node.args
-            assert isinstance(parent, fx.Node)
-            if self.region.shares[node] is Reduced.COUNT:
-                self.copies[node] = self.chunk[node] = self._count(parent)
-                return
-            self._finish(node, self.call(node, operator.getitem, (self.chunk[parent], index)))
-            return
-        needs = iter(self.region.needs[node])
-
-        def chunk_of(argument: fx.Node) -> fx.Node:
-            dims = next(needs)
-            if argument in self.members:
-                return self.chunk[argument]
-            outside = self.copies[argument]
-            return outside if dims is None else self._slice(node, argument, dims, start, end)
-
-        args, kwargs = pytree.tree_map_only(fx.Node, chunk_of, (node.args, dict(node.kwargs)))
-        target: Any = node.target
-        share = self.region.shares[node]
-        name = target._schema.name.split("::")[1]
-        if name in SIZE_ARGUMENT and isinstance(share, tuple):
-            shape = self._chunk_shape(self._sized(node, name), share, start, end)
-            args = _replaced(args, SIZE_ARGUMENT[name], list(shape))
-        if share is Reduced.SUM:
-            target = MEANS.get(target, target)
-            if target in MEANS.values() and _is_low_precision(node):
-                kwargs = {"dtype": torch.float32, **kwargs}
-            if self._can_accumulate(node) and node in self.sums:
-                self.sums[node] = self.call(node, _aten.addmm.default, (self.sums[node], *args))
-                return
-        if is_label_loss(node) and args[3] != _NO_REDUCTION:
-            # A chunk's sum of 16-bit losses could overflow: see `_finish`.
-            is_small = _is_low_precision(args[0])
-            args = _replaced(args, 3, _NO_REDUCTION if is_small else _SUM_REDUCTION)
-        if name in ("view", "_unsafe_view", "reshape"):
-            self._finish(node, self.view(node, args[0], args[1]))
-        else:
-            self._finish(node, self.call(node, target, args, kwargs))
-
-    def _finish(self, node: fx.Node, made: fx.Node) -> None:
-        """Note what a chunk made of a node: for its own later calls, and for what is outside."""
-        self.chunk[node] = made
-        if all(user in self.members for user in node.users):
-            return
-        if self.region.shares[node] is not Reduced.SUM:
-            self.parts.setdefault(node, []).append(made)
-            return
-        if made.meta["val"].dim() > node.meta["val"].dim():
-            made = self.call(node, _aten.sum.default, (made,), {"dtype": torch.float32})
-        if _is_low_precision(made):
-            made = self.call(node, _aten._to_copy.default, (made,), {"dtype": torch.float32})
-        if node in self.sums:
-            made = self.call(node, _aten.add.Tensor, (self.sums[node], made))
-        self.sums[node] = made
-
-    def _can_accumulate(self, node: fx.Node) -> bool:
-        """Return whether a sum can grow within the product itself, without a second matrix."""
-        return node.target is _aten.mm.default and not _is_low_precision(node)
-
-    def _sized(self, node: fx.Node, name: str) -> Shape:
-        if name == "slice_backward":
-            return tuple(int(s) for s in node.args[1])  # type: ignore[union-attr, arg-type]
-        return shape_of(node)
-
-    def _chunk_shape(self, shape: Shape, dims: Dims, start: int, end: int) -> Shape:
-        """Row dims become 1, the last of them the chunk's number of rows."""
-        rows = math.prod(shape[d] for d in dims) // self.region.rows
-        sizes = list(shape)
-        for d in dims:
-            sizes[d] = 1
-        sizes[dims[-1]] = (end - start) * rows
-        return tuple(sizes)
-
-    # -- what a chunk reads, and what becomes of its parts
-
-    def _slice(self, user: fx.Node, source: fx.Node, dims: Dims, start: int, end: int) -> fx.Node:
-        """Return the chunk's rows of a tensor from outside."""
-        if (source, dims) not in self.slices:
-            if (source, dims) not in self.merged:
-                self.merged[source, dims] = self._merged(user, source, dims)
-            shape = shape_of(source)
-            rows = math.prod(shape[d] for d in dims) // self.region.rows
-            self.slices[source, dims] = self.call(
-                user,
-                _aten.slice.Tensor,
-                (self.merged[source, dims], dims[-1], start * rows, end * rows),
-            )
-        return self.slices[source, dims]
-
-    def _merged(self, user: fx.Node, source: fx.Node, dims: Dims) -> fx.Node:
-        """Return a tensor with all its rows in the last of its row dims, the others of size 1."""
-        made = self.copies[source]
-        if len(dims) == 1:
-            return made
-        shape = shape_of(source)
-        order = merged_order(len(shape), dims)
-        if order != sorted(order):
-            made = self.call(user, _aten.permute.default, (made, order))
-        return self.view(user, made, self._chunk_shape(shape, dims, 0, self.region.rows))
-
-    def _whole(self, node: fx.Node, parts: list[fx.Node]) -> fx.Node:
-        """Return the parts of all chunks as the one tensor that the rest of the step reads."""
-        dims = self.region.shares[node]
-        assert isinstance(dims, tuple)
-        made = parts[0]
-        if len(parts) > 1:
-            made = self.call(node, _aten.cat.default, (parts, dims[-1]))
-        shape = shape_of(node)
-        if len(dims) > 1:
-            order = merged_order(len(shape), dims)
-            made = self.view(node, made, [shape[d] for d in order])
-            if order != sorted(order):
-                back = [order.index(d) for d in range(len(shape))]
-                made = self.call(node, _aten.permute.default, (made, back))
-        return self.writer.with_strides(node, made)
-
-    def _total(self, node: fx.Node, total: fx.Node) -> fx.Node:
-        """Return the sum over all chunks, or the mean where that was asked for."""
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        if node.target in MEANS:
-            num_terms = math.prod(shape_of(source)) // max(1, math.prod(shape_of(node)))
-            total = self.call(node, _aten.div.Scalar, (total, num_terms))
-        elif node.target is operator.getitem and source.args[3] == _MEAN_REDUCTION:
-            total = self.call(node, _aten.div.Tensor, (total, self._count(source)))
-        dtype = node.meta["val"].dtype
-        if total.meta["val"].dtype != dtype:
-            total = self.call(node, _aten._to_copy.default, (total,), {"dtype": dtype})
-        return self.writer.with_strides(node, total)
-
-    def _count(self, loss: fx.Node) -> fx.Node:
-        """Return the total weight of a loss's labels, for which no scores are needed."""
-        if loss not in self.counts:
-            _, target, weight, _, ignored = loss.args
-            labels = self.copies[target]  # type: ignore[index]
-            dtype = loss.meta["val"][1].dtype
-            if weight is None:
-                counted = self.call(loss, _aten.ne.Scalar, (labels, ignored))
-            else:
-                skipped = self.call(loss, _aten.eq.Scalar, (labels, ignored))
-                labels = self.call(loss, _aten.masked_fill.Scalar, (labels, skipped, 0))
-                weights = self.copies[weight]  # type: ignore[index]
-                counted = self.call(loss, _aten.take.default, (weights, labels))
-                counted = self.call(loss, _aten.masked_fill.Scalar, (counted, skipped, 0))
-            total = self.call(loss, _aten.sum.default, (counted,))
-            self.counts[loss] = self.call(loss, _aten._to_copy.default, (total,), {"dtype": dtype})
-        return self.counts[loss]
-
-
-def _replaced(args: tuple[Any, ...], index: int, value: Any) -> tuple[Any, ...]:
-    return (*args[:index], value, *args[index + 1 :])
-
-
-def _is_low_precision(node: fx.Node) -> bool:
-    dtype: torch.dtype = node.meta["val"].dtype
-    return dtype.is_floating_point and dtype.itemsize < 4
+    A run's place is where the last of what it reads is there; a loss head waits for all of the
+    forward that does not need it.
+    """
+    position = {n: i for i, n in enumerate(nodes)}
+    item_of: dict[fx.Node, fx.Node | Run] = {n: n for n in nodes}
+    place: dict[fx.Node | Run, tuple[int, int]] = {n: (i, 0) for n, i in position.items()}
+    for region in regions:
+        below = nodes_below(nodes, set(region.nodes)) if region.kind is Kind.HEAD else set()
+        for run in region.runs:
+            before = {i for n in run for i in n.all_input_nodes} - set(run)
+            if region.kind is Kind.HEAD:
+                before |= forward - below - set(run)
+            last = max(position[n] for n in (*before, run[0]))
+            place[run] = (last, position[run[0]] + 1)
+            for node in run:
+                item_of[node] = run
+    inputs: dict[fx.Node | Run, set[fx.Node | Run]] = {}
+    for node in nodes:
+        inputs.setdefault(item_of[node], set()).update(item_of[i] for i in node.all_input_nodes)
+    users: dict[fx.Node | Run, list[fx.Node | Run]] = {item: [] for item in inputs}
+    missing: dict[fx.Node | Run, int] = {}
+    for item, needed in inputs.items():
+        needed.discard(item)
+        missing[item] = len(needed)
+        for source in needed:
+            users[source].append(item)
+    of_place = {place[item]: item for item in inputs}
+    ready = [place[item] for item in inputs if not missing[item]]
+    heapq.heapify(ready)
+    ordered: list[fx.Node | Run] = []
+    while ready:
+        item = of_place[heapq.heappop(ready)]
+        ordered.append(item)
+        for user in users[item]:
+            missing[user] -= 1
+            if not missing[user]:
+                heapq.heappush(ready, place[user])
+    assert len(ordered) == len(inputs), "regions are closed: no path leaves one and comes back"
+    return ordered

@@ -1,55 +1,68 @@
 """Groups of calls whose rows are independent and that can therefore run a few rows at a time.
 
-A region grows from a matrix product whose result is much larger than its input (the logits of a
-language model). Everything that touches a tensor of that size must belong to it, forward and
-backward, so that only narrow tensors (hidden states, labels, weights, the loss) cross its border.
-What has no rule ends the search: a model that also returns its logits has no region there.
+A region grows from a matrix product whose result is much larger than its input: the logits of a
+language model, the hidden layer of an MLP, the scores of attention. How far it must grow decides
+what it is. A loss head reaches from the forward into the backward without a gap: its chunks run
+forward and backward at once. Layers in the midst of the network have a part in the forward and one
+in the backward, each in chunks of its own.
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Container
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 from torch import fx
 
-from packlight.capture.chunk_rows import Dims, Reduced, Share, shape_of, tensor_inputs
-from packlight.capture.chunk_rules import flow, is_label_loss, rule_of
+from packlight.capture.chunk_growth import WIDE_SHARE, Growth, nodes_below, num_elements
+from packlight.capture.chunk_rows import Dims, Share, shape_of, tensor_inputs
 from packlight.capture.layers import layers_of_nodes
 
 LATE_KEY = "packlight_late"
 
-# A tensor is wide if it has more than this share of the elements of the region's largest one; the
-# input of the product that a region grows from must not be.
-WIDE_SHARE = 0.5
+
+class Kind(StrEnum):
+    """What a region is, by the product that it grows from."""
+
+    HEAD = "loss head"
+    MLP = "MLP"
+    ATTENTION = "attention layer"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
     """A group of calls that can run in row chunks.
 
     Attributes:
+        kind: what it is.
         name: the module that the product belongs to.
-        nodes: the calls, in the order of the graph.
+        runs: the calls in the order of the graph. All chunks go through the first run, then (later
+            in the step) through the second, where there are two.
         rows: how many chunks are possible.
         bytes: size of its largest tensor.
         shares: row dims of each node's value, or that it is a sum over chunks.
         needs: row dims in which each call reads its tensor arguments, None where it reads all.
     """
 
+    kind: Kind
     name: str
-    nodes: tuple[fx.Node, ...]
+    runs: tuple[tuple[fx.Node, ...], ...]
     rows: int
     bytes: int
     shares: dict[fx.Node, Share]
     needs: dict[fx.Node, tuple[Dims | None, ...]]
 
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All calls of the region."""
+        return tuple(n for run in self.runs for n in run)
+
 
 def find_heads(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]:
-    """Return the regions of a joint graph, those with the largest tensors first; none overlap.
+    """Return the loss heads of a joint graph, those with the largest tensors first; none overlap.
 
     Args:
         module: a joint graph from AOTAutograd; placeholders are primals then tangents.
@@ -60,20 +73,42 @@ def find_heads(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]
     """
     nodes = list(module.graph.nodes)
     forward = forward_nodes(nodes)
-    layers = layers_of_nodes(nodes)
-    seeds = [n for n in nodes if n in forward and _is_widening(n) and LATE_KEY not in n.meta]
-    seeds.sort(key=_num_elements, reverse=True)
-    regions: list[Region] = []
-    for seed in seeds:
-        if any(seed in region.shares for region in regions):
-            continue
-        growth = _grown(nodes, forward, seed)
-        if growth is not None and not any(n in r.shares for n in growth.shares for r in regions):
-            members = tuple(n for n in nodes if n in growth.shares)
-            size = max(_num_bytes(n) for n in members)
-            name = layers.get(seed, seed.name)
-            regions.append(Region(name, members, growth.units, size, growth.shares, growth.needs))
-    return sorted(regions, key=lambda r: -r.bytes)
+
+    def is_head(growth: Growth) -> bool:
+        # What the forward makes of the results waits for the backward: it must not be much.
+        below = nodes_below(nodes, growth.shares)
+        return not any(n in forward and growth.is_wide(n) for n in below)
+
+    targets = {torch.ops.aten.mm.default: Kind.HEAD, torch.ops.aten.addmm.default: Kind.HEAD}
+    return _grown_regions(nodes, forward, (nodes,), targets, is_head)
+
+
+def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]:
+    """Return the layers of a joint graph that can run in row chunks, those of most bytes first.
+
+    Args:
+        module: a joint graph from AOTAutograd, its loss head whole or in chunks already.
+        num_forward_outputs: how many of its outputs belong to the forward.
+
+    MLPs whose hidden layer is wider than their input, attention whose scores are computed one by
+    one (its rows are batch and heads). Calls that draw random numbers are in no group: chunk by
+    chunk they would draw others. Loss heads are left to `find_heads`.
+    """
+    nodes = list(module.graph.nodes)
+    forward = forward_nodes(nodes)
+    early = [n for n in nodes if n in forward and LATE_KEY not in n.meta]
+    rest = [n for n in nodes if n.op == "call_function" and n not in set(early)]
+    in_heads = {n for head in find_heads(module, num_forward_outputs) for n in head.nodes}
+    targets = {
+        torch.ops.aten.mm.default: Kind.MLP,
+        torch.ops.aten.addmm.default: Kind.MLP,
+        torch.ops.aten.bmm.default: Kind.ATTENTION,
+    }
+
+    def is_no_head(growth: Growth) -> bool:
+        return not in_heads.intersection(growth.shares)
+
+    return _grown_regions(nodes, early, (early, rest), targets, is_no_head)
 
 
 def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -92,17 +127,43 @@ def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
     }
 
 
-def nodes_below(nodes: list[fx.Node], members: Container[fx.Node]) -> set[fx.Node]:
-    """Return the nodes that need a member's result and are none themselves."""
-    below: set[fx.Node] = set()
-    for node in nodes:
-        needs_one = any(i in below or i in members for i in node.all_input_nodes)
-        if needs_one and node not in members:
-            below.add(node)
-    return below
+def _grown_regions(
+    nodes: list[fx.Node],
+    seeds: Iterable[fx.Node],
+    spans: Sequence[Sequence[fx.Node]],
+    kinds: dict[torch._ops.OpOverload, Kind],
+    is_accepted: Callable[[Growth], bool],
+) -> list[Region]:
+    """Return what grows from products among some nodes, largest first; no two overlap."""
+    layers = layers_of_nodes(nodes)
+    position = {n: i for i, n in enumerate(nodes)}
+    products = [n for n in seeds if n.target in kinds and LATE_KEY not in n.meta]
+    products = [n for n in products if _is_widening(n)]
+    products.sort(key=lambda n: (-num_elements(n), position[n]))
+    found: list[Region] = []
+    taken: set[fx.Node] = set()
+    for product in products:
+        if product in taken:
+            continue
+        growth = _grown(spans, product)
+        if growth is None or taken.intersection(growth.shares) or not is_accepted(growth):
+            continue
+        taken.update(growth.shares)
+        runs = [tuple(n for n in span if n in growth.shares) for span in spans]
+        region = Region(
+            kinds[product.target],  # type: ignore[index]
+            layers.get(product, product.name),
+            tuple(run for run in runs if run),
+            growth.units,
+            max(map(_num_bytes, growth.shares)),
+            growth.shares,
+            growth.needs,
+        )
+        found.append(region)
+    return sorted(found, key=lambda region: -region.bytes)
 
 
-def _grown(nodes: list[fx.Node], forward: set[fx.Node], seed: fx.Node) -> _Growth | None:
+def _grown(spans: Sequence[Sequence[fx.Node]], seed: fx.Node) -> Growth | None:
     """Return the region around a product, in the smallest units that it allows."""
     units = shape_of(seed)[0]
     tried: set[int] = set()
@@ -110,7 +171,7 @@ def _grown(nodes: list[fx.Node], forward: set[fx.Node], seed: fx.Node) -> _Growt
     while candidates - tried:
         units = max(candidates - tried)
         tried.add(units)
-        growth = _Growth(nodes, forward, seed, units)
+        growth = Growth(spans, seed, units)
         if growth.grow():
             return growth
         if growth.is_hopeless:
@@ -122,140 +183,12 @@ def _grown(nodes: list[fx.Node], forward: set[fx.Node], seed: fx.Node) -> _Growt
     return None
 
 
-class _Growth:
-    """One attempt to close a region.
-
-    Attributes:
-        is_hopeless: smaller or larger units would not help.
-    """
-
-    def __init__(
-        self, nodes: list[fx.Node], forward: set[fx.Node], seed: fx.Node, units: int
-    ) -> None:
-        self.nodes = nodes
-        self.forward = forward
-        self.units = units
-        self.num_wide = _num_elements(seed) * WIDE_SHARE
-        self.is_hopeless = False
-        self.shares: dict[fx.Node, Share] = {}
-        self.needs: dict[fx.Node, tuple[Dims | None, ...]] = {}
-        self._pending: list[fx.Node] = []
-        self._seed = seed
-
-    def grow(self) -> bool:
-        """Take in all wide tensors, then what lies between members, until nothing is missing."""
-        if self.units < 2 or not self._take(self._seed, (0,)):
-            return False
-        while True:
-            while self._pending:
-                if not self._take_wide_neighbours(self._pending.pop()):
-                    return False
-            between = self._between()
-            if not between:
-                return self._is_closed()
-            for node in between:
-                if node.target is not operator.getitem and rule_of(node) is None:
-                    self.is_hopeless = True
-                    return False
-                if node not in self.shares and not self._take(node):
-                    return False
-
-    def _take(self, node: fx.Node, output: Dims | None = None) -> bool:
-        """Make a node a member, in the row dims that its members among its neighbours imply."""
-        if node.op != "call_function" or node.target is operator.getitem:
-            return node in self.shares  # items come with their tuple
-        known: list[Dims | None] = []
-        for argument in tensor_inputs(node):
-            share = self.shares.get(argument)
-            if share is Reduced.SUM:
-                return False
-            known.append(share if isinstance(share, tuple) else None)
-        found = flow(node, known, output, self.units)
-        if found is None:
-            return False
-        self.needs[node] = found.inputs
-        shares = found.shares(isinstance(node.meta["val"], torch.Tensor))
-        if len(shares) == 1:
-            self.shares[node] = shares[0]
-        else:
-            self.shares[node] = Reduced.COUNT  # the tuple itself is never read as a tensor
-            for item in node.users:
-                self.needs[item] = (None,)
-                self.shares[item] = shares[item.args[1]]  # type: ignore[index]
-                self._pending.append(item)
-        self._pending.append(node)
-        return True
-
-    def _take_wide_neighbours(self, node: fx.Node) -> bool:
-        share = self.shares[node]
-        if isinstance(share, tuple) and self._is_wide(node):
-            for user in node.users:
-                if user not in self.shares and not self._take(user):
-                    return False
-        if node.target is operator.getitem:
-            return True
-        for argument, want in zip(tensor_inputs(node), self.needs[node], strict=True):
-            have = self.shares.get(argument)
-            if have is None:
-                is_free = want is None or argument.op != "call_function"
-                if not is_free and self._is_wide(argument) and not self._take(argument, want):
-                    return False
-            elif have is Reduced.SUM or (isinstance(have, tuple) and have != want):
-                return False
-            elif have is Reduced.COUNT and want is not None:
-                return False
-        return True
-
-    def _is_wide(self, node: fx.Node) -> bool:
-        return _num_elements(node) > self.num_wide
-
-    def _between(self) -> list[fx.Node]:
-        """Return the nodes that are no members although they lie on a path between members."""
-        below: set[fx.Node] = set()
-        for node in self.nodes:
-            if any(i in below or self._has_rows(i) for i in node.all_input_nodes):
-                below.add(node)
-        above: set[fx.Node] = set()
-        for node in reversed(self.nodes):
-            if any(u in above or u in self.shares for u in node.users):
-                above.add(node)
-        return [n for n in self.nodes if n in below and n in above and n not in self.shares]
-
-    def _has_rows(self, node: fx.Node) -> bool:
-        return node in self.shares and self.shares[node] is not Reduced.COUNT
-
-    def _is_closed(self) -> bool:
-        """Check what the growth could not see while it went on."""
-        for node in self.shares:
-            if node.target is operator.getitem:
-                continue
-            for argument, want in zip(tensor_inputs(node), self.needs[node], strict=True):
-                have = self.shares.get(argument)
-                if have is not None and have is not Reduced.COUNT and have != want:
-                    return False
-            # Labels are counted before the first chunk.
-            if is_label_loss(node) and any(i in self.shares for i in tensor_inputs(node)[1:]):
-                return False
-        below = nodes_below(self.nodes, self.shares)
-        if any(i in below for node in self.shares for i in node.all_input_nodes):
-            return False
-        # What the forward makes of the results waits for the backward: it must not be much.
-        return not any(n in self.forward and self._is_wide(n) for n in below)
-
-
 def _is_widening(node: fx.Node) -> bool:
     """Whether a node is a product of a narrow matrix, row by row, that gives a wide one."""
-    if node.target not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-        return False
     rows = tensor_inputs(node)[-2]
-    return _num_elements(rows) <= WIDE_SHARE * _num_elements(node)
-
-
-def _num_elements(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return int(value.numel()) if isinstance(value, torch.Tensor) else 0
+    return num_elements(rows) <= WIDE_SHARE * num_elements(node)
 
 
 def _num_bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
-    return _num_elements(node) * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0
+    return num_elements(node) * value.dtype.itemsize if isinstance(value, torch.Tensor) else 0

@@ -31,7 +31,7 @@ def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
         parser.add_argument(
             "--exact",
             action="store_true",
-            help="only what keeps every bit: no microbatches, no chunks of the loss head",
+            help="only what keeps every bit: no microbatches, no row chunks",
         )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")

@@ -91,11 +91,12 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
                 forward_reads.append(buffer)
         label = min([ready, *(earliest_reader[b] for b in operation.mutates)])
         own = max((segment_of[facts.maker[b]] for b in forward_reads), default=-1)
-        in_reach = all(
-            segment_of[facts.maker[b]] >= ready or frontier_from[b] >= ready for b in forward_reads
+        # What the forward reads for the last time in an earlier segment is at hand up to there.
+        reach = min(
+            (max(segment_of[facts.maker[b]], frontier_from[b]) for b in forward_reads), default=top
         )
-        if forward_reads and not in_reach:
-            label = min(ready, own)
+        if reach < ready:
+            label = min(label, reach)
         if not has_gradient and forward_reads:
             label = min(ready, own)
         elif not has_gradient and operation.creates and not forward_reads:

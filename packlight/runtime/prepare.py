@@ -1,9 +1,9 @@
 """From a batch's shapes and a budget to a step that can run: which moves, which schedule.
 
-Every way to run the step (how many microbatches, the loss head in how many chunks, updates in the
-backward or after it) is captured, completed to a `WholeStep` and planned by the one planner; the
-fastest way that fits is taken. Ways that change how sums are rounded (microbatches, chunks) must be
-faster by a margin than ways that keep every bit.
+Every way to run the step (how many microbatches, loss head and layers in how many chunks, updates
+in the backward or after it) is captured, completed to a `WholeStep` and planned by the one planner;
+the fastest way that fits is taken. Ways that change how sums are rounded (microbatches, chunks)
+must be faster by a margin than ways that keep every bit.
 """
 
 from __future__ import annotations
@@ -12,17 +12,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx
-
 from packlight.capture.batch_statistics import batch_statistics
-from packlight.capture.chunk import chunked, find_heads
-from packlight.capture.embedding import with_added_rows
 from packlight.capture.joint import read_joint_graph
 from packlight.capture.loss_weight import find_denominator
 from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
+from packlight.runtime.chunks import Chunking, Chunks
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
@@ -36,15 +33,10 @@ from packlight.runtime.rehearse import (
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed_state import Slots, StreamedState
-from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Choice, Part, Request, Way
+from packlight.runtime.ways import MICROBATCH_BATCH_NORM, ROUNDING_MARGIN, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
-# How much faster a step that rounds its sums in another order must be. Times of one way and another
-# are a few percent apart by chance, and what lies between calls is in none of them.
-ROUNDING_MARGIN = 1.05
 LINK_PROBE_BYTES = 16 * 2**20
-# A chunk of the loss head gets about this share of what a schedule may allocate.
-CHUNK_SHARE = 8
 
 
 @dataclass
@@ -54,7 +46,22 @@ class _Captured:
     batch: Any
     capture: StepCapture
     loss: CapturedLoss
-    modules: dict[int, fx.GraphModule]
+    chunking: Chunking
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What tells one way to run the step from another.
+
+    Attributes:
+        num_microbatches: per update.
+        chunks: in how many chunks parts of the step run.
+        streams_state: whether optimizer state lies on a tier between updates.
+    """
+
+    num_microbatches: int
+    chunks: Chunks
+    streams_state: bool
 
 
 class Preparer:
@@ -102,7 +109,7 @@ class Preparer:
         reason = self._why_no_update_in_backward()
         if reason is not None:
             self._not_made["update-in-backward"] = reason
-        found: dict[Choice, Way] = {}
+        found: dict[_Choice, Way] = {}
         errors: list[InfeasibleBudgetError] = []
         try:
             with CallProfiler(self.request.progress) as profiler:
@@ -128,13 +135,13 @@ class Preparer:
         way = min(latest, key=lambda w: w.seconds)
         return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in found)
 
-    def _fastest(self, batch: Any, found: dict[Choice, Way], profiler: CallProfiler) -> Way:
+    def _fastest(self, batch: Any, found: dict[_Choice, Way], profiler: CallProfiler) -> Way:
         """Return the fastest of the ways found; what is measured inside the step decides.
 
         A rehearsal takes several steps, so only ways that may win are rehearsed. The others stay
         with times estimated from calls alone.
         """
-        rehearsed: set[Choice] = set()
+        rehearsed: set[_Choice] = set()
         while True:
             choice = min(found, key=lambda c: _handicapped_seconds(found[c]))
             if choice in rehearsed:
@@ -173,58 +180,47 @@ class Preparer:
         num_microbatches: int,
         profiler: CallProfiler,
         errors: list[InfeasibleBudgetError],
-    ) -> dict[Choice, Way]:
-        """Return ways with a number of microbatches: the loss head whole, and in chunks."""
-        found: dict[Choice, Way] = {}
+    ) -> dict[_Choice, Way]:
+        """Return ways with a number of microbatches: all whole, and parts in chunks."""
+        found: dict[_Choice, Way] = {}
         may_stream = (
             self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
             and "update-in-backward" not in self._not_made
         )
-        for num_chunks in self._chunk_counts(batch, num_microbatches, found):
+        for chunks in self._chunks(batch, num_microbatches, found):
             for streams_state in (False, True) if may_stream else (False,):
                 if streams_state and any(way.is_plain for way in found.values()):
                     break
-                choice = Choice(num_microbatches, num_chunks, streams_state)
+                choice = _Choice(num_microbatches, chunks, streams_state)
                 try:
                     found[choice] = self._way(batch, choice, profiler)
                 except InfeasibleBudgetError as error:
                     errors.append(error)
         return found
 
-    def _chunk_counts(
-        self, batch: Any, num_microbatches: int, found: Mapping[Choice, Way]
-    ) -> Iterator[int]:
-        yield 1
+    def _chunks(
+        self, batch: Any, num_microbatches: int, found: Mapping[_Choice, Way]
+    ) -> Iterator[Chunks]:
+        """Yield what to run in chunks, as long as that may improve on what was found."""
         if "chunk" not in self.request.moves:
             self._not_made["chunk"] = "not among the moves"
+            yield Chunks()
             return
-        if any(way.is_plain for way in found.values()):
-            return
-        captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
-        regions = find_heads(captured.loss.joint, captured.loss.num_forward_outputs)
-        if not regions:
-            self._not_made["chunk"] = "no loss head found that could run in chunks"
-            return
-        budget_bytes = self.request.budget_bytes
-        assert budget_bytes is not None, "without a budget the plain step fits"
-        memory = self.costs.memory(batch, captured.loss, num_microbatches)
-        left = budget_bytes - memory.resident_bytes
-        count = 2
-        while count < regions[0].rows and regions[0].bytes * CHUNK_SHARE > left * count > 0:
-            count *= 2
-        yield min(count, regions[0].rows)
-        if not found and count < regions[0].rows:
-            yield min(4 * count, regions[0].rows)
+        piece = split(batch, num_microbatches)[0] if num_microbatches > 1 else batch
+        chunking = self._capture(piece, batch, num_microbatches).chunking
+        yield from chunking.counts(found.values())
+        if chunking.why_not:
+            self._not_made["chunk"] = chunking.why_not
 
     def _way(
         self,
         batch: Any,
-        choice: Choice,
+        choice: _Choice,
         profiler: CallProfiler,
         *,
         rehearses: bool = False,
     ) -> Way:
-        num_microbatches, num_chunks = choice.num_microbatches, choice.num_chunks
+        num_microbatches = choice.num_microbatches
         if num_microbatches > 1:
             how = Consumption.ACCUMULATE
         elif "update-in-backward" in self._not_made:
@@ -234,15 +230,17 @@ class Preparer:
         pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
         sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
         parts: list[Part] = []
+        layers: dict[str, int] = {}
         memory: StepMemory | None = None
         for size in dict.fromkeys(sizes):
-            captured = self._capture(pieces[sizes.index(size)], num_microbatches)
+            captured = self._capture(pieces[sizes.index(size)], batch, num_microbatches)
             trained = self.costs.parameters(captured.loss.arguments)
             slots = self.costs.state_slots() if choice.streams_state else {}
             memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
             step, plan = self._planned(
-                captured, how, num_chunks, slots, memory, profiler, rehearses
+                captured, how, choice.chunks, slots, memory, profiler, rehearses
             )
+            layers = layers or captured.chunking.layers(choice.chunks)
             parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
@@ -253,25 +251,29 @@ class Preparer:
                 finish_seconds = sum(self.costs.update(p, None, profiler).seconds for p in updated)
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
-            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots,
-            self._linked,
+            tuple(parts), counts, memory, how, finish_seconds, choice.chunks.head,
+            choice.chunks.layers, layers, loss_weight, slots, self._linked,
         )
 
     # -- captures
 
-    def _capture(self, piece: Any, num_microbatches: int) -> _Captured:
+    def _capture(self, piece: Any, batch: Any, num_microbatches: int) -> _Captured:
         size = None if num_microbatches == 1 else num_rows(piece)
         if size not in self._captured:
             capture = StepCapture(self.request.loss_fn, self.request.model)
             loss = capture.capture(piece)
-            self._captured[size] = _Captured(piece, capture, loss, {1: loss.joint})
+            left_bytes = self.request.budget_bytes
+            if left_bytes is not None:
+                memory = self.costs.memory(batch, loss, num_microbatches)
+                left_bytes -= memory.resident_bytes
+            self._captured[size] = _Captured(piece, capture, loss, Chunking(loss, left_bytes))
         return self._captured[size]
 
     def _planned(
         self,
         captured: _Captured,
         how: Consumption,
-        num_chunks: int,
+        chunks: Chunks,
         slots: Slots,
         memory: StepMemory,
         profiler: CallProfiler,
@@ -282,13 +284,8 @@ class Preparer:
         Where calls were never seen inside a step, it is rehearsed, or their times are estimated.
         """
         loss = captured.loss
-        if num_chunks not in captured.modules:
-            region = find_heads(loss.joint, loss.num_forward_outputs)[0]
-            in_chunks = chunked(loss.joint, region, min(num_chunks, region.rows))
-            captured.modules[num_chunks] = with_added_rows(in_chunks)
-        joint = read_joint_graph(
-            captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
-        )
+        module = captured.chunking.module(chunks)
+        joint = read_joint_graph(module, loss.num_forward_outputs, profiler.measure)
         step = self.costs.completed(joint, loss, how, slots, profiler)
         if not all(f is None or f.in_step_seconds is not None for f in joint.facts):
             if rehearses or not profiler.has_seen_steps:
