@@ -26,6 +26,7 @@ from packlight.planner import plan_whole_step
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
+from packlight.runtime.precision import naming_missing_kernels
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
@@ -259,13 +260,15 @@ class Preparer:
             region = find_heads(loss.joint, loss.num_forward_outputs)[0]
             in_chunks = chunked(loss.joint, region, min(num_chunks, region.rows))
             captured.modules[num_chunks] = with_added_rows(in_chunks)
-        joint = read_joint_graph(
-            captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
-        )
+        measure, precision = profiler.measure, self.request.precision
+        if precision is not None:
+            measure = naming_missing_kernels(measure, precision)
+        joint = read_joint_graph(captured.modules[num_chunks], loss.num_forward_outputs, measure)
         step = self.costs.completed(joint, loss, how, slots, profiler)
         step = self._rehearsed(step, memory, loss, profiler)
         budget_bytes = self.request.budget_bytes
-        return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
+        plan = plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
+        return step, replace(plan, allowed=tuple(sorted(self.request.allow)))
 
     def _rehearsed(
         self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler
