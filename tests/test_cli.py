@@ -62,6 +62,7 @@ class EagerStep:
     optimizer: torch.optim.Optimizer
     budget_bytes: int | None
     num_steps: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
     def __call__(self, batch: Any) -> torch.Tensor:
         loss = self.loss_fn(self.model, batch)

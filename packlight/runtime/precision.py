@@ -126,13 +126,15 @@ def refuse_collapsed_scale(
     raise LossScaleError(num_steps, scale, broken)
 
 
-def naming_missing_kernels(measure: Measure, name: str) -> Measure:
+def naming_missing_kernels(measure: Measure, name: str | None) -> Measure:
     """Return a function that measures calls, and tells which of them a precision has no kernel for.
 
     Args:
         measure: as `CallProfiler.measure`.
-        name: one of `PRECISIONS`.
+        name: one of `PRECISIONS`, None to tell nothing.
     """
+    if name is None:
+        return measure
     dtype = PRECISIONS[name]
 
     def lowered(leaf: Any) -> bool:
@@ -164,7 +166,8 @@ def evaluated(
 
     Args:
         loss_fn: from `under_autocast` where a precision is asked for, else any.
-        model, batch: its arguments.
+        model: its first argument.
+        batch: its second.
         name: the precision, if any.
 
     Raises:

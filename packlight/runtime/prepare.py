@@ -260,9 +260,7 @@ class Preparer:
             region = find_heads(loss.joint, loss.num_forward_outputs)[0]
             in_chunks = chunked(loss.joint, region, min(num_chunks, region.rows))
             captured.modules[num_chunks] = with_added_rows(in_chunks)
-        measure, precision = profiler.measure, self.request.precision
-        if precision is not None:
-            measure = naming_missing_kernels(measure, precision)
+        measure = naming_missing_kernels(profiler.measure, self.request.precision)
         joint = read_joint_graph(captured.modules[num_chunks], loss.num_forward_outputs, measure)
         step = self.costs.completed(joint, loss, how, slots, profiler)
         step = self._rehearsed(step, memory, loss, profiler)

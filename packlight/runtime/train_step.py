@@ -180,7 +180,8 @@ class TrainStep:
         """The captured step and its memory outside of the schedule."""
         graph = self.way.parts[0].step.joint.graph
         return StepProfile(
-            graph, self.way.memory, device_name(self._preparer.device), torch.__version__
+            graph, self.way.memory, device_name(self._preparer.device), torch.__version__,
+            self.way.device,
         )
 
     @property
