@@ -31,7 +31,6 @@ def run(arguments: argparse.Namespace) -> int:
     budget_bytes = options.parsed_budget(arguments)
     directory = options.offload_directory(arguments)
     from packlight.cli import breakdown
-    from packlight.planner import pareto
 
     console = Console()
     step = planned(
@@ -42,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in summary(profile, plan, budget_bytes):
         console.print(line, highlight=False)
     console.print(step.describe(), highlight=False, markup=False)
-    plans = pareto(profile.graph, device=profile.device)
+    plans = other_plans(profile)
     console.print(pareto_table(profile, plans))
     if report is not None:
         from packlight.report import write_report
@@ -50,6 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
         page = write_report(report, profile, plans, plan, arguments.file)
         console.print(f"report: {page}")
     return 0
+
+
+def other_plans(profile: StepProfile) -> list[Plan]:
+    """Return plans for other budgets: fewer where each of them is searched with transfers."""
+    from packlight.planner import pareto
+
+    has_link = profile.device is not None and profile.device.links
+    return pareto(profile.graph, 4 if has_link else 8, profile.device)
 
 
 def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[str]:

@@ -95,10 +95,10 @@ def run(arguments: argparse.Namespace) -> int:
         _restore_scaler(found, step.scaler)
     console.print(step.describe(), highlight=False, markup=False)
     if report is not None:
-        from packlight.planner import pareto
+        from packlight.cli.plan import other_plans
         from packlight.report import write_report
 
-        plans = pareto(step.profile.graph, device=step.profile.device)
+        plans = other_plans(step.profile)
         page = write_report(report, step.profile, plans, step.plan, arguments.file)
         console.print(f"report: {page}")
     # Capturing and planning may have drawn numbers; the run's own start here.

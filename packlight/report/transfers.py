@@ -1,4 +1,4 @@
-"""What a plan transfers, as numbers and as a picture: operations and link, side by side."""
+"""What a plan transfers, as numbers and as a picture: compute lane and link, side by side."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from packlight.step import Action, Device, Schedule, StepGraph, Timeline, simula
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Gaps narrower than this share of a step are not drawn.
+# Gaps narrower than this share of a step are not drawn, and nothing is drawn narrower.
 _NARROW = 1 / 3000
 
 
@@ -87,8 +87,8 @@ def busy(
         for index, i in enumerate(schedule.instructions)
         if i.action is Action.COMPUTE
     ]
-    lanes = {"operations": runs}
-    for name, action in (("link, out", Action.OFFLOAD), ("link, in", Action.FETCH)):
+    lanes = {"compute": runs}
+    for name, action in (("write", Action.OFFLOAD), ("read", Action.FETCH)):
         lanes[name] = [
             (t.start_seconds, t.end_seconds) for t in timeline.transfers if t.action is action
         ]
@@ -111,7 +111,8 @@ def link_lane(graph: StepGraph, schedule: Schedule, device: Device) -> Figure:
         for row, (intervals, colour) in enumerate(
             zip(lanes.values(), ("planned", "allocated", "bound"), strict=True)
         ):
-            drawn = [(a, b - a) for a, b in merged(sorted(intervals), end * _NARROW)]
+            joined = merged(sorted(intervals), end * _NARROW)
+            drawn = [(a, max(b - a, end * _NARROW)) for a, b in joined]
             axes.broken_barh(drawn, (row - 0.36, 0.72), color=LIGHT[colour], linewidth=0)
         axes.set_yticks(range(len(lanes)), list(lanes), color=LIGHT["ink"])
         axes.set_ylim(len(lanes) - 0.5, -0.5)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +27,7 @@ from packlight.errors import (
 )
 from packlight.runtime.step_capture import LossFunction
 
+Result = TypeVar("Result")
 Measure = Callable[[Any, Any, Any], CallFacts]
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,29 +51,38 @@ def chosen_precision(allow: Iterable[str]) -> str | None:
     return names[0] if names else None
 
 
-def under_autocast(loss_fn: LossFunction, name: str, device: torch.device) -> LossFunction:
-    """Return a loss function that runs as if the user had put it into an autocast block.
+@dataclass(frozen=True)
+class LossUnderAutocast:
+    """A loss function that runs as if the user had put it into an autocast block.
 
     Blocks inside of it mean what they mean in eager PyTorch: the innermost one decides.
 
-    Args:
+    Attributes:
         loss_fn: the user's.
         name: one of `PRECISIONS`.
-        device: of the model.
+        device_type: of the model.
+    """
+
+    loss_fn: LossFunction
+    name: str
+    device_type: str
+
+    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Return the loss."""
+        with torch.autocast(self.device_type, PRECISIONS[self.name]):
+            return self.loss_fn(model, batch)
+
+
+def under_autocast(loss_fn: LossFunction, name: str, device: torch.device) -> LossUnderAutocast:
+    """Return a loss function under autocast.
 
     Raises:
         OptionError: the device has no autocast to that dtype.
     """
-    device_type, dtype = device.type, PRECISIONS[name]
-    if not _has_autocast(device_type, dtype):
-        raise OptionError(f"allow={{{name!r}}}: {device_type} has no autocast to {dtype}")
-
-    def loss_under_autocast(model: nn.Module, batch: Any) -> torch.Tensor:
-        with torch.autocast(device_type, dtype):
-            return loss_fn(model, batch)
-
-    loss_under_autocast.__wrapped__ = loss_fn  # type: ignore[attr-defined]
-    return loss_under_autocast
+    dtype = PRECISIONS[name]
+    if not _has_autocast(device.type, dtype):
+        raise OptionError(f"allow={{{name!r}}}: {device.type} has no autocast to {dtype}")
+    return LossUnderAutocast(loss_fn, name, device.type)
 
 
 def _has_autocast(device_type: str, dtype: torch.dtype) -> bool:
@@ -159,28 +170,26 @@ def naming_missing_kernels(measure: Measure, name: str | None) -> Measure:
     return measure_or_name
 
 
-def evaluated(
-    loss_fn: LossFunction, model: nn.Module, batch: Any, name: str | None
-) -> torch.Tensor:
-    """Return a loss computed eagerly.
+def blaming_precision(
+    what: str, loss_fn: LossFunction, run: Callable[[LossFunction], Result]
+) -> Result:
+    """Return what is made of a loss function.
 
     Args:
-        loss_fn: from `under_autocast` where a precision is asked for, else any.
-        model: its first argument.
-        batch: its second.
-        name: the precision, if any.
+        what: is made, for the error.
+        loss_fn: under autocast or not.
+        run: makes it; if that fails under autocast, it is asked for the plain loss, too.
 
     Raises:
-        PrecisionError: it fails, and does not fail in float32. (Eager PyTorch calls kernels that a
-            traced step does not, such as whole recurrent layers.)
+        PrecisionError: it fails under autocast, and only there.
     """
     try:
-        return loss_fn(model, batch)
+        return run(loss_fn)
     except RuntimeError as error:
-        if name is None:
+        if not isinstance(loss_fn, LossUnderAutocast) or isinstance(error, PacklightError):
             raise
         try:
-            device = loss_fn.__wrapped__(model, batch).device  # type: ignore[attr-defined]
+            run(loss_fn.loss_fn)
         except RuntimeError:
             raise error from None
-        raise PrecisionError("the eager forward", name, device.type, str(error)) from error
+        raise PrecisionError(what, loss_fn.name, loss_fn.device_type, str(error)) from error

@@ -26,10 +26,10 @@ from packlight.planner import plan_whole_step
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
-from packlight.runtime.precision import naming_missing_kernels
+from packlight.runtime.precision import blaming_precision, naming_missing_kernels
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
-from packlight.runtime.step_capture import CapturedLoss, StepCapture
+from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed_state import Slots, StreamedState
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
@@ -240,8 +240,11 @@ class Preparer:
     def _capture(self, piece: Any, num_microbatches: int) -> _Captured:
         size = None if num_microbatches == 1 else num_rows(piece)
         if size not in self._captured:
-            capture = StepCapture(self.request.loss_fn, self.request.model)
-            loss = capture.capture(piece)
+            def captured(loss_fn: LossFunction) -> tuple[StepCapture, CapturedLoss]:
+                capture = StepCapture(loss_fn, self.request.model)
+                return capture, capture.capture(piece)
+
+            capture, loss = blaming_precision("the loss", self.request.loss_fn, captured)
             self._captured[size] = _Captured(piece, capture, loss, {1: loss.joint})
         return self._captured[size]
 

@@ -20,8 +20,8 @@ from packlight.runtime.accounting import batch_bytes, batch_leaves, tensors_byte
 from packlight.runtime.backend import check_allowed
 from packlight.runtime.gradients import Clipping
 from packlight.runtime.precision import (
+    blaming_precision,
     chosen_precision,
-    evaluated,
     loss_scaler,
     under_autocast,
 )
@@ -129,13 +129,14 @@ class TrainStep:
 
         It is computed in the precision of the training step, by eager PyTorch.
         """
-        request = self.request
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
-                loss = evaluated(request.loss_fn, self.model, batch, request.precision)
-                return loss.detach()
+                # Eager PyTorch may call kernels that a traced step does not.
+                return blaming_precision(
+                    "the eager forward", self.request.loss_fn, lambda f: f(self.model, batch)
+                ).detach()
         finally:
             for module, was_training in modes:
                 module.training = was_training
