@@ -264,7 +264,7 @@ def test_microbatches_run_under_autocast_too() -> None:
     """Up to bf16's rounding: sums are made in another order."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 4))
-    batch = torch.randn(8, 16), torch.randint(0, 4, (8,))
+    batch = torch.randn(4, 64, 16), torch.randint(0, 4, (4, 64))
     eager = Training(copy.deepcopy(model), None, autocast(classify, "bf16"))
     eager.optimizer = sgd(eager.model)
     mine = Training(model, sgd(model), classify)
