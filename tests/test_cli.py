@@ -576,6 +576,20 @@ def test_fp16_resumes_with_its_loss_scale_to_the_bit(
     assert_same(ours, theirs)
 
 
+def test_a_loss_scale_collapses_in_the_same_step_when_its_run_is_resumed(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A square root of zero: a finite loss whose gradient is not; 40 updates are skipped."""
+    zero = "return (model(x) - y).square().mean() + ((model(x) - model(x)) * x.sum()).sqrt().mean()"
+    example.write_text(EXAMPLE.replace("return (model(x) - y).square().mean()", zero).replace(
+        "nn.Dropout(0.2)", "nn.Identity()"
+    ))
+    words = ("train", example, "--allow", "fp16", "--steps", 60, "--save-every", 30, "--checkpoint")
+    for _ in range(2):  # from the start, then from step 30
+        code = run(*words, tmp_path / "run")
+        assert_error(capsys, code, "loss scale collapsed", "in step 41", "step-00000030", "bf16")
+
+
 def test_reports_are_written(
     example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from packlight.cli import options
-from packlight.errors import NonFiniteLossError, OptionError, PacklightError
+from packlight.errors import LossScaleError, NonFiniteLossError, OptionError, PacklightError
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class _Trainer:
             while True:
                 try:
                     loss = self._one_step(batch, is_measured=self._is_measured(first))
-                except NonFiniteLossError as error:
+                except (NonFiniteLossError, LossScaleError) as error:
                     raise self._with_checkpoint(error) from None
                 self.num_done += 1
                 if self.example.tokens_per_batch is not None:
@@ -192,12 +192,15 @@ class _Trainer:
         every = max(1, self.arguments.steps // NUM_LINES)
         return self.num_done % every == 0 or self.num_done in (first + 1, self.arguments.steps)
 
-    def _with_checkpoint(self, error: NonFiniteLossError) -> PacklightError:
+    def _with_checkpoint(self, error: NonFiniteLossError | LossScaleError) -> PacklightError:
         """Return the error with the name of the checkpoint to go back to."""
         from packlight.runtime.checkpoint import newest_checkpoint
 
         # The training step counts its own steps, not those before a resumption.
-        error = NonFiniteLossError(self.num_done, error.loss)
+        if isinstance(error, NonFiniteLossError):
+            error = NonFiniteLossError(self.num_done, error.loss)
+        else:
+            error = LossScaleError(self.num_done, error.scale, error.parameters)
         directory = self.arguments.checkpoint
         found = newest_checkpoint(directory) if directory else None
         if found is None:
