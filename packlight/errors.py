@@ -149,6 +149,51 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
         )
 
 
+class PrecisionError(PacklightError, RuntimeError):
+    """Something that runs in float32 cannot run in the precision that was asked for.
+
+    Attributes:
+        operation: what cannot.
+        precision: "bf16" or "fp16".
+        device_type: where.
+    """
+
+    def __init__(self, operation: str, precision: str, device_type: str, reason: str) -> None:
+        self.operation = operation
+        self.precision = precision
+        self.device_type = device_type
+        first_line = reason.partition("\n")[0]
+        other = "allow={'bf16'}, or " if precision == "fp16" else ""
+        super().__init__(
+            f"{operation} does not run in {precision} on {device_type}: {first_line}\n"
+            f"hint: {other}put that part of the model into torch.autocast({device_type!r}, "
+            "enabled=False) and give it float32 inputs"
+        )
+
+
+class LossScaleError(PacklightError, ArithmeticError):
+    """Gradients overflowed again and again until the loss scale was too small for any of them.
+
+    Attributes:
+        step_index: how many steps had been trained before, skipped ones included.
+        scale: the loss scale now.
+        parameters: names of those whose gradients are not finite.
+    """
+
+    def __init__(self, step_index: int, scale: float, parameters: list[str]) -> None:
+        self.step_index = step_index
+        self.scale = scale
+        self.parameters = parameters
+        more = f" and {len(parameters) - 1} more" if len(parameters) > 1 else ""
+        which = f" of {parameters[0]!r}{more}" if parameters else ""
+        super().__init__(
+            f"the loss scale collapsed to {scale:g} in step {step_index + 1}: the gradients{which} "
+            "are still not finite; parameters and optimizer are as before the skipped updates\n"
+            "hint: no scale mends NaNs of the backward (a square root or a division at zero); "
+            "allow={'bf16'} needs no loss scale"
+        )
+
+
 class BatchError(PacklightError, ValueError):
     """A batch that cannot be cut into rows.
 

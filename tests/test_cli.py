@@ -7,6 +7,7 @@ import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class EagerStep:
     optimizer: torch.optim.Optimizer
     budget_bytes: int | None
     num_steps: int = 0
+    scaler: torch.amp.GradScaler | None = None
 
     def __call__(self, batch: Any) -> torch.Tensor:
         loss = self.loss_fn(self.model, batch)
@@ -396,7 +398,7 @@ def test_a_bad_number_of_steps_is_a_usage_error(
     assert "--steps" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--report", "--checkpoint"])
+@pytest.mark.parametrize("option", ["--report", "--checkpoint", "--offload-directory"])
 def test_an_unwritable_directory_is_found_before_the_long_work(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -484,6 +486,108 @@ def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(
     assert run(*tight, "--steps", 4) == 0
     free = read_checkpoint(tmp_path / "free" / "step-00000004.safetensors")
     assert_same(free, read_checkpoint(tmp_path / "tight" / "step-00000004.safetensors"))
+
+
+@pytest.fixture
+def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return a directory to offload to, which may lie in memory here."""
+    from packlight.runtime import prepare, run_step
+    from packlight.runtime.offload.disk import DiskTier
+    from packlight.step import Link
+
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("a disk", 2e8, 1e-4))
+    return tmp_path / "tier"
+
+
+def test_offloading_needs_less_memory_and_changes_no_bit(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tier_anywhere: Path
+) -> None:
+    deeper = "nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 1)"
+    example.write_text(EXAMPLE.replace("nn.Linear(32, 1)", deeper))
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        plan_within(example, 1, packlight.EXACT_MOVES)
+    # Below what is possible while all of AdamW's state is in memory.
+    budget = caught.value.smallest_bytes - 1024
+    common = ("train", example, "--exact", "--steps", 3, "--checkpoint")
+    assert run(*common, tmp_path / "free") == 0
+    assert_error(capsys, run("plan", example, "--exact", "--budget", budget), "smallest feasible")
+    tight = ("--budget", budget, "--offload-directory", tier_anywhere)
+    assert run("plan", example, "--exact", *tight, "--report", tmp_path / "page") == 0
+    output = capsys.readouterr().out
+    assert "offloaded; the link is busy" in output and "offloaded between updates" in output
+    assert ">Transfers</h2>" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
+    assert run(*common, tmp_path / "tight", *tight) == 0
+    free = read_checkpoint(tmp_path / "free" / "step-00000003.safetensors")
+    assert_same(free, read_checkpoint(tmp_path / "tight" / "step-00000003.safetensors"))
+
+
+@pytest.mark.usefixtures("eager_fit")
+def test_the_command_that_resumes_offloads_to_the_same_directory_and_allows_the_same(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    example.write_text(EXAMPLE.replace(
+        "yield", "signal.raise_signal(signal.SIGINT) if count == 2 else None; yield"
+    ))
+    words = ("--offload-directory", "a tier", "--allow", "bf16")
+    assert run("train", example, "--steps", 5, *words) == 130
+    (command,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("resume: ")]
+    typed = shlex.split(command.removeprefix("resume: "))
+    assert typed[typed.index("--offload-directory") + 1] == "a tier"
+    assert typed[typed.index("--allow") + 1] == "bf16"
+
+
+# Mixed precision.
+
+
+def test_profile_and_plan_see_the_precision(
+    example: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("profile", example, "--allow", "bf16") == 0
+    assert "whole step" in capsys.readouterr().out
+    assert run("plan", example, "--allow", "bf16") == 0
+    assert "bf16 under autocast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["profile", "plan", "train"])
+def test_two_precisions_are_an_error(
+    command: str, example: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = run(command, example, "--allow", "bf16", "--allow", "fp16")
+    assert_error(capsys, code, "'bf16' and 'fp16'", "hint: ")
+
+
+def test_fp16_resumes_with_its_loss_scale_to_the_bit(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss of 2**10 times its size overflows at first: the scale has to be remembered."""
+    example.write_text(EXAMPLE.replace(".mean()", ".mean() * 2.0**10"))
+    words = ("train", example, "--allow", "fp16", "--save-every", 2, "--checkpoint")
+    assert run(*words, tmp_path / "whole", "--steps", 12) == 0
+    assert run(*words, tmp_path / "parts", "--steps", 4) == 0
+    assert run(*words, tmp_path / "parts", "--steps", 12) == 0
+    assert "loss scale 65536" in capsys.readouterr().out
+    ours, theirs = newest_checkpoint(tmp_path / "whole"), newest_checkpoint(tmp_path / "parts")
+    assert ours is not None and theirs is not None
+    assert ours.extra["scaler"]["scale"] < 2.0**16
+    assert_same(ours, theirs)
+
+
+def test_a_loss_scale_collapses_in_the_same_step_when_its_run_is_resumed(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A square root of zero: a finite loss whose gradient is not; 40 updates are skipped."""
+    zero = "return (model(x) - y).square().mean() + ((model(x) - model(x)) * x.sum()).sqrt().mean()"
+    example.write_text(EXAMPLE.replace("return (model(x) - y).square().mean()", zero).replace(
+        "nn.Dropout(0.2)", "nn.Identity()"
+    ))
+    words = ("train", example, "--allow", "fp16", "--steps", 60, "--save-every", 30, "--checkpoint")
+    for _ in range(2):  # from the start, then from step 30
+        code = run(*words, tmp_path / "run")
+        assert_error(capsys, code, "loss scale collapsed", "in step 41", "step-00000030", "bf16")
 
 
 def test_reports_are_written(

@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,15 @@ from packlight.report.accounts import (
     peak_by_layer,
     whole_step_bytes,
 )
-from packlight.report.figures import memory_over_time, three_kinds
+from packlight.report.figures import memory_over_time, peak_breakdown, three_kinds
+from packlight.report.transfers import buffer_transfers, busy
 from packlight.step import (
+    Action,
+    Device,
+    GraphBuilder,
+    Instruction,
+    Link,
+    Phase,
     Plan,
     PlanStatus,
     Schedule,
@@ -34,7 +44,7 @@ from packlight.step import (
     simulate,
 )
 from packlight.step.profile import StepProfile
-from packlight.units import format_bytes
+from packlight.units import format_bytes, format_seconds
 from tests.oracles.gpt import gpt_profile, gpt_step
 from tests.oracles.liveness import recount_peak_bytes, schedule_from_order
 
@@ -270,3 +280,154 @@ def test_figures_stand_alone(profile: StepProfile, plans: list[Plan], tmp_path: 
     assert any(text.startswith("planned") and "peak" in text for text in texts)
     assert any(text.startswith("budget") for text in texts)
     three_kinds(profile.memory, plans[0].peak_bytes, None).savefig(tmp_path / "kinds.svg")
+
+
+# Plans with transfers.
+
+
+def there_and_back() -> tuple[StepGraph, Schedule, Device]:
+    """Return a step that sends its first buffer (4 MiB, 4 s each way) away and fetches it.
+
+    f ends at 1; the write takes until 5, while g runs until 2: the FREE waits for 3 s. The fetch is
+    over at 9, in the middle of h, which runs from 5 to 25.
+    """
+    mib = 2**20
+    build = GraphBuilder()
+    a = build.operation("f", [], [4 * mib], seconds=1.0, layer="first")[0]
+    b = build.operation("g", [a], [2 * mib], seconds=1.0, layer="second")[0]
+    c = build.operation("h", [b], [2 * mib], seconds=20.0, layer="third")[0]
+    d = build.operation("f'", [c, a], [mib], seconds=1.0, phase=Phase.BACKWARD, layer="first")[0]
+    steps = (
+        (Action.COMPUTE, 0), (Action.OFFLOAD, a), (Action.COMPUTE, 1), (Action.FREE, a),
+        (Action.FETCH, a), (Action.COMPUTE, 2), (Action.FREE, b), (Action.COMPUTE, 3),
+        (Action.FREE, a),
+    )
+    schedule = Schedule(tuple(Instruction(*step) for step in steps), 7)
+    return build.finish(3, [c], [c, d]), schedule, Device("d", 0, links=(Link("disk", mib),))
+
+
+def test_curve_and_lanes_of_a_schedule_with_transfers_by_hand() -> None:
+    graph, schedule, device = there_and_back()
+    mib = 2**20
+    drawn = curve(graph, schedule, device)
+    corners = [(s, b // mib) for s, b in zip(drawn.seconds, drawn.bytes, strict=True)]
+    assert corners == [
+        (0, 4), (1, 4), (1, 6), (2, 6), (2, 6), (5, 6), (5, 6), (5, 6), (5, 8), (25, 8),
+        (25, 7), (26, 7), (26, 3), (26, 3),
+    ]
+    assert (drawn.peak_seconds, drawn.peak_name) == (15.0, "third (h)")
+    assert drawn.forward_seconds == 25.0
+    timeline = simulate(graph, schedule, device)
+    assert busy(graph, schedule, timeline) == {
+        "compute": [(0, 1), (1, 2), (5, 25), (25, 26)], "write": [(1, 5)], "read": [(5, 9)],
+    }
+    (entry,) = buffer_transfers(graph, schedule, timeline)
+    assert (entry.buffer, entry.num_writes, entry.num_reads) == (0, 1, 1)
+    assert (entry.link_seconds, entry.gone_seconds) == (8.0, 0.0)  # freed and fetched at once
+
+
+@pytest.fixture(scope="module")
+def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepProfile, Plan]]:
+    """A real step in its smallest budget: activations and optimizer state leave memory."""
+    import torch
+
+    import packlight
+    from packlight.errors import InfeasibleBudgetError
+    from packlight.runtime import prepare, run_step
+    from packlight.runtime.offload.disk import DiskTier
+
+    link = Link("a disk", 2e8, 1e-4)
+    directory = tmp_path_factory.mktemp("tier")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PACKLIGHT_CACHE", str(directory / "cache"))
+        patch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
+        patch.setattr(prepare, "measure_link", lambda *_: link)
+        layers = [torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)]
+        model, batch = torch.nn.Sequential(*layers), torch.randn(64, 64)
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        def loss_fn(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            return model(batch).square().mean()
+
+        options: dict[str, Any] = dict(
+            moves=packlight.EXACT_MOVES, offload_directory=directory, progress=False
+        )
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            packlight.fit(model, loss_fn, optimizer, batch, 1, **options)
+        smallest = caught.value.smallest_bytes
+        step = packlight.fit(model, loss_fn, optimizer, batch, smallest, **options)
+        yield step.profile, step.plan
+
+
+def test_the_curve_of_a_real_plan_with_transfers_is_the_simulated_one(
+    offloading: tuple[StepProfile, Plan],
+) -> None:
+    profile, plan = offloading
+    graph = profile.graph
+    assert graph.stored and plan.link_seconds > 0
+    drawn = curve(graph, plan.schedule, profile.device)
+    assert max(drawn.bytes) == drawn.peak_bytes == plan.peak_bytes
+    assert drawn.total_seconds == pytest.approx(plan.seconds)
+    assert list(drawn.seconds) == sorted(drawn.seconds)
+    timeline = simulate(graph, plan.schedule, profile.device)
+    by_kind = peak_by_kind(graph, timeline)
+    by_layer = peak_by_layer(graph, timeline, layer_groups(graph, 30))
+    assert sum(by_kind.values()) == plan.peak_bytes
+    assert sum(by_layer.values()) + timeline.peak_workspace_bytes == plan.peak_bytes
+    # On a link one thing happens at a time, and nothing is invisible.
+    lanes = busy(graph, plan.schedule, timeline)
+    transfers = sorted(lanes["write"] + lanes["read"])
+    assert all(end <= start for (_, end), (start, _) in zip(transfers, transfers[1:], strict=False))
+    assert sum(end - start for start, end in transfers) == pytest.approx(plan.link_seconds)
+    computing = sum(end - start for start, end in lanes["compute"])
+    tail = timeline.seconds - timeline.done_seconds[-1]
+    waits_inside = plan.wait_seconds - tail
+    assert computing + waits_inside == pytest.approx(timeline.done_seconds[-1])
+
+
+def test_a_page_with_transfers_draws_the_link_and_lists_what_it_carries(
+    offloading: tuple[StepProfile, Plan], tmp_path: Path
+) -> None:
+    profile, plan = offloading
+    graph = profile.graph
+    text = write_report(tmp_path, profile, [plan], plan, "with transfers").read_text()
+    outline = Outline(text)
+    assert outline.open == [] and len(outline.ids) == len(set(outline.ids))
+    assert len(re.findall("<svg", text)) == 5
+    timeline = simulate(graph, plan.schedule, profile.device)
+    read_bytes = sum(graph.buffers[t.buffer].bytes for t in timeline.transfers
+                     if t.action is Action.FETCH)
+    caption = f"{format_bytes(plan.offloaded_bytes)} out and {format_bytes(read_bytes)} in"
+    assert caption in text and format_seconds(timeline.wait_seconds) in text
+    for entry in buffer_transfers(graph, plan.schedule, timeline)[:200]:
+        assert escape(graph.buffers[entry.buffer].name) in text
+    # The plain step has all of the optimizer's state in memory.
+    stored_bytes = sum(graph.buffers[b].bytes for b in graph.stored)
+    plain = simulate(replace(graph, stored=()), plain_schedule(replace(graph, stored=())))
+    plain_bytes = profile.memory.peak_bytes(plain.peak_bytes) + stored_bytes
+    assert f"<b>{format_bytes(plain_bytes)}</b>" in text
+    accounts = layer_accounts(graph, plain_schedule(replace(graph, stored=())), plan)
+    assert sum(a.written_bytes for a in accounts) == plan.offloaded_bytes
+
+
+def test_a_peak_at_a_fetch_is_named_by_the_operation_that_follows() -> None:
+    """The fetched buffer (4) and what is there (3) are more than any operation holds."""
+    build = GraphBuilder()
+    a = build.operation("f", [], [4], layer="first", seconds=1.0)[0]
+    b = build.operation("g", [a], [1], layer="second", seconds=1.0)[0]
+    c = build.operation("h", [b], [2], layer="third", seconds=1.0)[0]
+    build.operation("f'", [a, c], [], phase=Phase.BACKWARD, layer="first", seconds=1.0)
+    steps = (
+        (Action.COMPUTE, 0), (Action.OFFLOAD, a), (Action.COMPUTE, 1), (Action.FREE, a),
+        (Action.COMPUTE, 2), (Action.FETCH, a), (Action.FREE, b), (Action.COMPUTE, 3),
+        (Action.FREE, a),
+    )
+    schedule = Schedule(tuple(Instruction(*step) for step in steps), 5)
+    device = Device("d", 0, links=(Link("disk", 1.0),))
+    graph = build.finish(3, [c], [c])
+    drawn = curve(graph, schedule, device)
+    assert drawn.peak_bytes == 7 == max(drawn.bytes)
+    assert drawn.peak_name == "a fetch before first backward (f')"
+    plan = replace(plan_of(graph, plain_schedule(graph), None), schedule=schedule)
+    memory_over_time(graph, plan, device=device)
+    peak_breakdown(graph, plan, device=device)

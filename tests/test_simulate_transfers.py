@@ -17,6 +17,7 @@ from packlight.step import (
     Phase,
     Schedule,
     StepGraph,
+    Transfer,
     live_after_forward,
     simulate,
 )
@@ -66,6 +67,10 @@ def test_transfers_run_beside_operations() -> None:
     assert timeline.seconds == 26.0
     assert (timeline.link_seconds, timeline.wait_seconds) == (8.0, 3.0)
     assert (timeline.peak_bytes, timeline.peak_index) == (8, 5)
+    assert timeline.transfers == (
+        Transfer(Action.OFFLOAD, a, 1.0, 5.0), Transfer(Action.FETCH, a, 5.0, 9.0),
+    )
+    assert timeline.done_seconds == (1.0, 1.0, 2.0, 5.0, 5.0, 25.0, 25.0, 26.0, 26.0)
 
 
 def test_a_free_that_comes_late_enough_does_not_wait() -> None:

@@ -12,7 +12,7 @@ from packlight.units import parse_bytes
 
 
 def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
-    """Add FILE, --device, --seed and --report, and where wanted --budget and --allow."""
+    """Add FILE, --allow, --device, --seed and --report, and where wanted what fits a budget."""
     parser.add_argument("file", metavar="FILE", help="Python file with model(), loss(), ...")
     if with_budget:
         parser.add_argument(
@@ -22,17 +22,23 @@ def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
             "and workspace together (default: no limit)",
         )
         parser.add_argument(
-            "--allow",
-            metavar="NAME",
-            action="append",
-            default=[],
-            help="allow an approximate technique by name; may be given several times",
-        )
-        parser.add_argument(
             "--exact",
             action="store_true",
             help="only what keeps every bit: no microbatches, no row chunks",
         )
+        parser.add_argument(
+            "--offload-directory",
+            metavar="DIR",
+            help="let activations and optimizer state lie in a file in DIR while nobody needs them",
+        )
+    parser.add_argument(
+        "--allow",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="allow an approximate technique by name, such as bf16 or fp16 (the loss under "
+        "autocast); may be given several times",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--report", metavar="DIR", help="write an HTML page with pictures to DIR")
@@ -52,6 +58,31 @@ def moves(arguments: argparse.Namespace) -> tuple[str, ...]:
     from packlight.runtime.ways import EXACT_MOVES, MOVES
 
     return EXACT_MOVES if arguments.exact else MOVES
+
+
+def offload_directory(arguments: argparse.Namespace) -> Path | None:
+    """Return the directory to offload to, created if needed, or None.
+
+    Raises:
+        OptionError: it cannot be created or written to.
+    """
+    directory = arguments.offload_directory
+    return None if directory is None else writable_directory(directory, "--offload-directory")
+
+
+def allowed(arguments: argparse.Namespace) -> tuple[str, ...]:
+    """Return the names of approximate techniques that are allowed.
+
+    Raises:
+        OptionError: one is unknown, or two exclude each other.
+    """
+    from packlight.runtime.backend import check_allowed
+    from packlight.runtime.precision import chosen_precision
+    from packlight.runtime.ways import TECHNIQUES
+
+    allow = check_allowed(arguments.allow, TECHNIQUES)
+    chosen_precision(allow)
+    return allow
 
 
 def positive_int(text: str) -> int:

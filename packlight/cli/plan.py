@@ -29,20 +29,19 @@ def run(arguments: argparse.Namespace) -> int:
     """Capture the step of the example, plan it and print the plan."""
     report = options.check_report(arguments.report)
     budget_bytes = options.parsed_budget(arguments)
+    directory = options.offload_directory(arguments)
     from packlight.cli import breakdown
-    from packlight.planner import pareto
-    from packlight.runtime.backend import check_allowed
-    from packlight.runtime.ways import TECHNIQUES
 
-    allow = check_allowed(arguments.allow, TECHNIQUES)
     console = Console()
-    step = planned(arguments, budget_bytes, moves=options.moves(arguments), allow=allow)
+    step = planned(
+        arguments, budget_bytes, moves=options.moves(arguments), offload_directory=directory
+    )
     profile, plan = step.profile, step.plan
     console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
     for line in summary(profile, plan, budget_bytes):
         console.print(line, highlight=False)
     console.print(step.describe(), highlight=False, markup=False)
-    plans = pareto(profile.graph)
+    plans = other_plans(profile)
     console.print(pareto_table(profile, plans))
     if report is not None:
         from packlight.report import write_report
@@ -52,18 +51,34 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def other_plans(profile: StepProfile) -> list[Plan]:
+    """Return plans for other budgets: fewer where each of them is searched with transfers."""
+    from packlight.planner import pareto
+
+    has_link = profile.device is not None and profile.device.links
+    return pareto(profile.graph, 4 if has_link else 8, profile.device)
+
+
 def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[str]:
     """Return the lines that say what the plan promises."""
     from packlight.cli.breakdown import headline
 
     budget = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+    transfers = []
+    if plan.link_seconds:
+        transfers.append(
+            f"transfers        {format_bytes(plan.offloaded_bytes)} offloaded; the link is busy "
+            f"for {format_seconds(plan.link_seconds)}, operations wait for it for "
+            f"{format_seconds(plan.wait_seconds)}"
+        )
     return [
         f"budget           {budget}, for the whole step",
         f"predicted peak   {headline(profile.memory, plan.peak_bytes)}",
         f"plain step       {headline(profile.memory, plan.plain_peak_bytes)}",
         f"predicted time   {format_seconds(plan.seconds)}, {plan.slowdown:.3f} x the plain step's "
         f"{format_seconds(plan.plain_seconds)} per run of the schedule",
+        *transfers,
         f"lower bound      {bound:.3f} x: no schedule within this budget is faster",
         f"status           {plan.status.value}",
     ]

@@ -51,16 +51,17 @@ def capture(arguments: argparse.Namespace) -> tuple[StepProfile, dict[str, int]]
 
 
 def planned(
-    arguments: argparse.Namespace, budget_bytes: int | None, **options: Any
+    arguments: argparse.Namespace, budget_bytes: int | None, **how: Any
 ) -> TrainStep:
     """Return the example's step, captured and planned."""
     from packlight.cli.example import BatchStream, build, load_example
     from packlight.runtime.train_step import planned_step
 
+    allow = options.allowed(arguments)
     example = load_example(arguments.file)
     model, optimizer = build(example, arguments.device, arguments.seed)
     batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
-    return planned_step(model, example.loss, batch, budget_bytes, optimizer, **options)
+    return planned_step(model, example.loss, batch, budget_bytes, optimizer, allow=allow, **how)
 
 
 def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:

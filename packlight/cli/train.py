@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from packlight.cli import options
-from packlight.errors import NonFiniteLossError, OptionError, PacklightError
+from packlight.errors import LossScaleError, NonFiniteLossError, OptionError, PacklightError
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -65,13 +65,12 @@ def run(arguments: argparse.Namespace) -> int:
     budget_bytes = options.parsed_budget(arguments)
     if arguments.checkpoint is not None:
         options.writable_directory(arguments.checkpoint, "--checkpoint")
+    directory = options.offload_directory(arguments)
     import packlight
     from packlight.cli.example import BatchStream, build, load_example, seed_everything
-    from packlight.runtime.backend import check_allowed
     from packlight.runtime.checkpoint import newest_checkpoint
-    from packlight.runtime.ways import TECHNIQUES
 
-    allow = check_allowed(arguments.allow, TECHNIQUES)
+    allow = options.allowed(arguments)
     console = Console()
     example = load_example(arguments.file)
     found = newest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
@@ -90,14 +89,16 @@ def run(arguments: argparse.Namespace) -> int:
     batch = next(stream)
     step = packlight.fit(
         model, example.loss, optimizer, batch, budget=budget_bytes,
-        moves=options.moves(arguments), allow=allow,
+        moves=options.moves(arguments), allow=allow, offload_directory=directory,
     )
+    if found is not None and step.scaler is not None:
+        _restore_scaler(found, step.scaler)
     console.print(step.describe(), highlight=False, markup=False)
     if report is not None:
-        from packlight.planner import pareto
+        from packlight.cli.plan import other_plans
         from packlight.report import write_report
 
-        plans = pareto(step.profile.graph)
+        plans = other_plans(step.profile)
         page = write_report(report, step.profile, plans, step.plan, arguments.file)
         console.print(f"report: {page}")
     # Capturing and planning may have drawn numbers; the run's own start here.
@@ -116,6 +117,13 @@ def _check_same_run(found: Checkpoint, arguments: argparse.Namespace) -> None:
                 f"{found.path} is of a run with {name} {saved!r}, not {value!r}\n"
                 "hint: give the run a --checkpoint directory of its own"
             )
+
+
+def _restore_scaler(found: Checkpoint, scaler: torch.amp.GradScaler) -> None:
+    """Go on with the loss scale of a run that had one."""
+    state = found.extra.get("scaler")
+    if state is not None:
+        scaler.load_state_dict(state)
 
 
 def _identity(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -146,7 +154,7 @@ class _Trainer:
             while True:
                 try:
                     loss = self._one_step(batch, is_measured=self._is_measured(first))
-                except NonFiniteLossError as error:
+                except (NonFiniteLossError, LossScaleError) as error:
                     raise self._with_checkpoint(error) from None
                 self.num_done += 1
                 if self.example.tokens_per_batch is not None:
@@ -184,12 +192,15 @@ class _Trainer:
         every = max(1, self.arguments.steps // NUM_LINES)
         return self.num_done % every == 0 or self.num_done in (first + 1, self.arguments.steps)
 
-    def _with_checkpoint(self, error: NonFiniteLossError) -> PacklightError:
+    def _with_checkpoint(self, error: NonFiniteLossError | LossScaleError) -> PacklightError:
         """Return the error with the name of the checkpoint to go back to."""
         from packlight.runtime.checkpoint import newest_checkpoint
 
         # The training step counts its own steps, not those before a resumption.
-        error = NonFiniteLossError(self.num_done, error.loss)
+        if isinstance(error, NonFiniteLossError):
+            error = NonFiniteLossError(self.num_done, error.loss)
+        else:
+            error = LossScaleError(self.num_done, error.scale, error.parameters)
         directory = self.arguments.checkpoint
         found = newest_checkpoint(directory) if directory else None
         if found is None:
@@ -199,12 +210,11 @@ class _Trainer:
     def _save(self, directory: Path) -> Path:
         from packlight.runtime.checkpoint import save_checkpoint
 
+        extra = _identity(self.arguments) | {"num_batches": self.num_done}
+        if self.step.scaler is not None:
+            extra["scaler"] = self.step.scaler.state_dict()
         return save_checkpoint(
-            directory,
-            self.model,
-            self.optimizer,
-            step=self.num_done,
-            extra=_identity(self.arguments) | {"num_batches": self.num_done},
+            directory, self.model, self.optimizer, step=self.num_done, extra=extra
         )
 
     def _interrupted(self) -> int:
@@ -310,6 +320,8 @@ def _resume_command(arguments: argparse.Namespace, directory: str) -> str:
     words += ["--save-every", str(arguments.save_every)]
     for name in arguments.allow:
         words += ["--allow", name]
+    if arguments.offload_directory is not None:
+        words += ["--offload-directory", arguments.offload_directory]
     if arguments.exact:
         words.append("--exact")
     return shlex.join(words)

@@ -6,12 +6,15 @@ Bytes come from `simulate`; this module only groups and names them. No torch, no
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from packlight.planner.explain import operation_at
+from packlight.planner.plain import plain_schedule
 from packlight.step import (
     Action,
     BufferKind,
+    Device,
     Operation,
     Phase,
     Plan,
@@ -30,14 +33,41 @@ _MAX_CURVE_POINTS = 4000
 
 
 @dataclass(frozen=True)
+class PlainStep:
+    """A step without recomputation and without transfers, to compare a plan with.
+
+    Attributes:
+        graph: nothing of it is stored on a far tier.
+        schedule: every operation once.
+        stored_bytes: what is in memory throughout, and in the planned step only at times.
+    """
+
+    graph: StepGraph
+    schedule: Schedule
+    stored_bytes: int
+
+    @property
+    def timeline(self) -> Timeline:
+        """What it costs."""
+        return simulate(self.graph, self.schedule)
+
+
+def plain_step(graph: StepGraph) -> PlainStep:
+    """Return the plain step behind a graph; ids of operations and buffers are the same."""
+    stored_bytes = sum(graph.buffers[b].bytes for b in graph.stored)
+    resident = replace(graph, stored=()) if graph.stored else graph
+    return PlainStep(resident, plain_schedule(resident), stored_bytes)
+
+
+@dataclass(frozen=True)
 class Curve:
     """Memory over one step.
 
     Attributes:
-        seconds: of the corners of the curve; two corners per operation.
+        seconds: of the corners of the curve, in order.
         bytes: at those corners, without resident bytes.
         forward_seconds: when the forward ends.
-        peak_seconds: the middle of the operation at which the peak is.
+        peak_seconds: the middle of the operation at which the peak is, or of a wait there.
         peak_bytes: the peak, without resident bytes.
         peak_name: that operation and its layer.
     """
@@ -55,26 +85,39 @@ class Curve:
         return self.seconds[-1] if self.seconds else 0.0
 
 
-def curve(graph: StepGraph, schedule: Schedule) -> Curve:
-    """Return a schedule's memory over time; an operation holds its workspace while it runs."""
-    timeline = simulate(graph, schedule)
-    now = 0.0
+def curve(graph: StepGraph, schedule: Schedule, device: Device | None = None) -> Curve:
+    """Return a schedule's memory over time; an operation holds its workspace while it runs.
+
+    Args:
+        graph: the step.
+        schedule: any of its schedules.
+        device: where it runs, if it has transfers.
+    """
+    timeline = simulate(graph, schedule, device)
     corners: list[tuple[float, int]] = []
+    now, held = 0.0, 0
     forward_seconds, peak_seconds, peak_name = 0.0, 0.0, ""
     for index, instruction in enumerate(schedule.instructions):
-        if instruction.action is not Action.COMPUTE:
-            continue
-        operation = graph.operations[instruction.target]
-        during = timeline.live_bytes[index] + operation.workspace_bytes
-        end = now + operation.seconds
-        corners += [(now, during), (end, during)]
+        done, after = timeline.done_seconds[index], timeline.live_bytes[index]
+        start, during = done, after
+        if instruction.action is Action.COMPUTE:
+            operation = graph.operations[instruction.target]
+            start = done - operation.seconds
+            during = max(held, after + operation.workspace_bytes)
+        if start > now:  # it waits for the link, with what is there before
+            corners += [(now, held), (start, held)]
+        if instruction.action in (Action.COMPUTE, Action.FETCH):
+            corners += [(start, during), (done, during)]
         if index == timeline.peak_index:
-            peak_seconds, peak_name = (now + end) / 2, place_name(operation)
-        now = end
+            at = operation_at(graph, schedule, index)
+            peak_seconds, peak_name = (start + done) / 2, place_name(at)
+            if instruction.action is Action.FETCH:
+                peak_name = f"a fetch before {peak_name}"
+        now, held = done, after
         if index < schedule.num_forward:
             forward_seconds = now
     if timeline.live_bytes:
-        corners.append((now, timeline.live_bytes[-1]))
+        corners += [(now, held), (timeline.seconds, held)]
     corners = _thin(corners)
     return Curve(
         seconds=tuple(seconds for seconds, _ in corners),
@@ -123,6 +166,8 @@ def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
         "activations": 0,
         "activation gradients": 0,
         "parameter gradients": 0,
+        "streamed parameters": 0,
+        "streamed optimizer state": 0,
         "outputs": 0,
         "workspace": timeline.peak_workspace_bytes,
     }
@@ -133,6 +178,10 @@ def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
         elif buffer.kind is BufferKind.GRADIENT:
             is_final = b in parameter_gradients
             group = "parameter gradients" if is_final else "activation gradients"
+        elif buffer.kind is BufferKind.PARAMETER:
+            group = "streamed parameters"
+        elif buffer.kind is BufferKind.STATE:
+            group = "streamed optimizer state"
         else:
             group = "activations"
         groups[group] += buffer.bytes
@@ -140,18 +189,27 @@ def peak_by_kind(graph: StepGraph, timeline: Timeline) -> dict[str, int]:
 
 
 def peak_by_layer(graph: StepGraph, timeline: Timeline, groups: dict[str, str]) -> dict[str, int]:
-    """Return the bytes live at the peak by the layer that made them, workspace with its operation.
+    """Return the bytes live at the peak by the layer that made them, without workspace.
 
     Args:
         graph: the step.
         timeline: of the schedule in question.
         groups: the name to show for each layer, see `layer_groups`.
     """
-    creator = {b: operation for operation in graph.operations for b in operation.creates}
+    layer_of = home_layers(graph)
     found: dict[str, int] = defaultdict(int)
     for b in timeline.peak_buffers:
-        found[groups[creator[b].layer]] += graph.buffers[b].bytes
+        found[groups[layer_of[b]]] += graph.buffers[b].bytes
     return dict(found)
+
+
+def home_layers(graph: StepGraph) -> dict[int, str]:
+    """Return the layer of each buffer: where it is made, or first used if it is there before."""
+    layers: dict[int, str] = {}
+    for operation in graph.operations:
+        for b in (*operation.creates, *operation.touches):
+            layers.setdefault(b, operation.layer)
+    return layers
 
 
 def layer_groups(graph: StepGraph, max_groups: int) -> dict[str, str]:
@@ -173,6 +231,7 @@ class LayerAccount:
         layer: its path.
         plain_bytes: made by its forward and in memory when the plain forward ends.
         kept_bytes: the same when the planned forward ends.
+        written_bytes: of it and of its optimizer state, sent to the far tier in one step.
         num_reruns: how many more operations run than in the plain step.
         rerun_seconds: what they cost.
         reruns: how often each operation runs again, by name.
@@ -181,6 +240,7 @@ class LayerAccount:
     layer: str
     plain_bytes: int = 0
     kept_bytes: int = 0
+    written_bytes: int = 0
     num_reruns: int = 0
     rerun_seconds: float = 0.0
     reruns: dict[str, int] | None = None
@@ -189,19 +249,22 @@ class LayerAccount:
 def layer_accounts(
     graph: StepGraph, plain: Schedule, plan: Plan | None, max_layers: int = 48
 ) -> list[LayerAccount]:
-    """Return what the plan keeps and recomputes in each layer, in the order of the forward."""
+    """Return what the plan keeps, offloads and recomputes in each layer, in the forward's order."""
     groups = layer_groups(graph, max_layers)
     accounts: dict[str, LayerAccount] = {}
-    creator: dict[int, str] = {}
     for operation in graph.operations:
         name = groups[operation.layer]
         accounts.setdefault(name, LayerAccount(name, reruns={}))
-        creator.update(dict.fromkeys(operation.creates, name))
+    account_of = {b: accounts[groups[layer]] for b, layer in home_layers(graph).items()}
     for b in live_after_forward(graph, plain):
-        accounts[creator[b]].plain_bytes += graph.buffers[b].bytes
+        account_of[b].plain_bytes += graph.buffers[b].bytes
     if plan is not None:
         for b in live_after_forward(graph, plan.schedule):
-            accounts[creator[b]].kept_bytes += graph.buffers[b].bytes
+            account_of[b].kept_bytes += graph.buffers[b].bytes
+        for instruction in plan.schedule.instructions:
+            if instruction.action is Action.OFFLOAD:
+                written = instruction.target
+                account_of[written].written_bytes += graph.buffers[written].bytes
         for op, runs in plan.schedule.compute_counts().items():
             operation = graph.operations[op]
             account = accounts[groups[operation.layer]]

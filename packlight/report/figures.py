@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from packlight.planner import plain_schedule
+from packlight.planner.explain import operation_at
 from packlight.report.accounts import (
     Curve,
+    PlainStep,
     curve,
     layer_groups,
     peak_by_kind,
     peak_by_layer,
+    plain_step,
     whole_step_bytes,
 )
 from packlight.report.style import LIGHT, drawing
-from packlight.step import Plan, Schedule, StepGraph, simulate
+from packlight.step import Device, Plan, StepGraph, simulate
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -30,15 +32,16 @@ if TYPE_CHECKING:
     from packlight.step.profile import StepMemory
 
 _MAX_BARS = 8
-_WIDTH_INCHES = 10.2
+WIDTH_INCHES = 10.2
 
 
 def memory_over_time(
     graph: StepGraph,
     plan: Plan | None,
     *,
-    plain: Schedule | None = None,
+    plain: PlainStep | None = None,
     memory: StepMemory | None = None,
+    device: Device | None = None,
     height_inches: float = 4.3,
 ) -> Figure:
     """Return the picture of memory over one step, planned against plain.
@@ -46,26 +49,31 @@ def memory_over_time(
     Args:
         graph: the step.
         plan: the plan; None draws the plain step alone.
-        plain: the schedule of the plain step, made here if not given.
+        plain: the plain step, made here if not given.
         memory: what is in memory besides what the step allocates; None leaves it out.
+        device: where the plan runs, if it has transfers.
         height_inches: of the figure; its width is fixed.
     """
     base = 0 if memory is None else memory.resident_bytes
-    plain_curve = curve(graph, plain or plain_schedule(graph))
-    plan_curve = None if plan is None else curve(graph, plan.schedule)
+    plain = plain or plain_step(graph)
+    plain_base = base + plain.stored_bytes
+    plain_curve = curve(plain.graph, plain.schedule)
+    plan_curve = None if plan is None else curve(graph, plan.schedule, device)
     curves = [c for c in (plain_curve, plan_curve) if c is not None]
     budget = None if plan is None or plan.budget_bytes is None else base + plan.budget_bytes
-    top = max([base + c.peak_bytes for c in curves] + [budget or 0, 1])
+    top = max(plain_base + plain_curve.peak_bytes, budget or 0, 1)
+    if plan_curve is not None:
+        top = max(top, base + plan_curve.peak_bytes)
     end = max([c.total_seconds for c in curves] + [1e-9])
     with drawing() as matplotlib:
-        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height_inches))
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, height_inches))
         axes = figure.add_axes((0.075, 0.12, 0.905, 0.70))
         if base:
             axes.fill_between(
                 [0, end], [base, base], color=LIGHT["resident"], linewidth=0,
                 label=f"resident: parameters, optimizer state, batch, {format_bytes(base)}",
             )
-        _draw_curve(axes, plain_curve, base, "plain", "plain step", alpha=0.35)
+        _draw_curve(axes, plain_curve, plain_base, "plain", "plain step", alpha=0.35)
         if plan_curve is not None and plan is not None:
             label = f"planned, {plan.slowdown:.2f}x the time"
             _draw_curve(axes, plan_curve, base, "planned", label, alpha=0.40)
@@ -78,11 +86,11 @@ def memory_over_time(
         axes.set_ylim(0, top * 1.17)
         shown = plan_curve or plain_curve
         _mark_boundary(axes, shown, end, planned=plan_curve is not None)
-        _mark_peak(axes, plain_curve, base, "plain", end)
+        _mark_peak(axes, plain_curve, plain_base, "plain", end)
         if plan_curve is not None:
             _mark_peak(axes, plan_curve, base, "planned", end, budget)
         _byte_axis(axes.yaxis, top)
-        _second_axis(axes.xaxis, end)
+        second_axis(axes.xaxis, end)
         axes.set_xlabel("seconds into the step" if end >= 1 else "milliseconds into the step")
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("resident"))
@@ -140,19 +148,27 @@ def _mark_peak(
 
 
 def peak_breakdown(
-    graph: StepGraph, plan: Plan | None, *, plain: Schedule | None = None
+    graph: StepGraph,
+    plan: Plan | None,
+    *,
+    plain: PlainStep | None = None,
+    device: Device | None = None,
 ) -> Figure:
-    """Return two bar charts: what is live at the peak, by kind and by layer, plain and planned."""
-    schedules = {"plain": plain or plain_schedule(graph)}
+    """Return two bar charts: what is live at the peak, by kind and by layer, plain and planned.
+
+    Args: as `memory_over_time`.
+    """
+    plain = plain or plain_step(graph)
+    timelines = {"plain": plain.timeline}
+    schedules = {"plain": plain.schedule}
     if plan is not None:
+        timelines["planned"] = simulate(graph, plan.schedule, device)
         schedules["planned"] = plan.schedule
-    timelines = {name: simulate(graph, schedule) for name, schedule in schedules.items()}
     groups = layer_groups(graph, 30)
     by_kind = {name: peak_by_kind(graph, timeline) for name, timeline in timelines.items()}
     by_layer = {name: peak_by_layer(graph, found, groups) for name, found in timelines.items()}
     for name, timeline in timelines.items():
-        operation = graph.operations[schedules[name].instructions[timeline.peak_index].target]
-        layer = groups[operation.layer]
+        layer = groups[operation_at(graph, schedules[name], timeline.peak_index).layer]
         by_layer[name][layer] = by_layer[name].get(layer, 0) + timeline.peak_workspace_bytes
     kinds = [k for k in next(iter(by_kind.values())) if any(v[k] for v in by_kind.values())]
     # The layers in question are those at the peak of what is asked about: the plan if there is one.
@@ -168,7 +184,7 @@ def peak_breakdown(
     row_inches = 0.46 if plan is not None else 0.30
     with drawing() as matplotlib:
         height = 1.0 + row_inches * rows
-        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, height))
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, height))
         bottom, span = 0.12 / height, 1 - 0.75 / height
         panels = []
         for edge, names, values in ((0.145, kinds, by_kind), (0.63, layers, by_layer)):
@@ -231,7 +247,7 @@ def pareto_curve(
     low, high = min(peaks + [b for b, _ in bounds]), max([*peaks, plain_bytes])
     margin = 0.06 * (high - low) or 0.1 * high
     with drawing() as matplotlib:
-        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES, 4.0))
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, 4.0))
         axes = figure.add_axes((0.075, 0.13, 0.905, 0.75))
         axes.plot(peaks, slowdowns, color=LIGHT["planned"], linewidth=1.5, marker="o",
                   markersize=5.5, label="plans")
@@ -259,22 +275,27 @@ def pareto_curve(
     return figure
 
 
-def three_kinds(memory: StepMemory, plain_peak_bytes: int, plan: Plan | None) -> Figure:
+def three_kinds(
+    memory: StepMemory,
+    plain_peak_bytes: int,
+    plan: Plan | None,
+    plain_memory: StepMemory | None = None,
+) -> Figure:
     """Return pies of parameters, optimizer state, and what the step allocates; areas compare.
 
     Args:
         memory: the resident kinds.
         plain_peak_bytes: peak of what the plain step allocates.
         plan: draws a second pie for the plan's peak.
+        plain_memory: the resident kinds of the plain step, where the plan streams some of them.
     """
-    peaks = {"plain step": plain_peak_bytes}
+    kinds = {"plain step": memory_kinds(plain_memory or memory, plain_peak_bytes)}
     if plan is not None:
-        peaks["planned"] = plan.peak_bytes
-    kinds = {name: memory_kinds(memory, peak) for name, peak in peaks.items()}
+        kinds["planned"] = memory_kinds(memory, plan.peak_bytes)
     largest = max(sum(parts.values()) for parts in kinds.values()) or 1
     colours = [LIGHT[name] for name in ("parameters", "optimizer", "allocated", "batch")]
     with drawing() as matplotlib:
-        figure: Figure = matplotlib.figure.Figure(figsize=(_WIDTH_INCHES * 0.62, 3.2))
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES * 0.62, 3.2))
         for column, (name, parts) in enumerate(kinds.items()):
             total = sum(parts.values())
             radius = math.sqrt(total / largest) if total else 0.1
@@ -315,7 +336,8 @@ def _byte_axis(axis: Axis, top: float) -> None:
     axis.set_major_formatter(lambda value, _: f"{value / unit:g} {names[unit]}")
 
 
-def _second_axis(axis: Axis, end: float) -> None:
+def second_axis(axis: Axis, end: float) -> None:
+    """Put ticks at round numbers of seconds, or of milliseconds in a short step."""
     from matplotlib.ticker import MultipleLocator
 
     scale = 1.0 if end >= 1 else 1e-3

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packlight.planner import plain_schedule
-from packlight.report.accounts import curve, layer_accounts, whole_step_bytes
+from packlight.report.accounts import (
+    PlainStep,
+    curve,
+    home_layers,
+    layer_accounts,
+    plain_step,
+    whole_step_bytes,
+)
 from packlight.report.style import css_variables, drawing, to_svg
 from packlight.report.template import CSS, PAGE, SCRIPT
+from packlight.report.transfers import buffer_transfers, link_lane
 from packlight.step import Plan, simulate
 from packlight.units import format_bytes, format_seconds
 
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
     from packlight.step.profile import StepProfile
 
 _MAX_OPERATIONS = 200
+_MAX_TRANSFERS = 200
 
 
 def write_report(
@@ -58,22 +66,26 @@ def render_report(
     """Return the page as text; see `write_report`."""
     with drawing():
         from packlight.report import figures
-    graph, memory = profile.graph, profile.memory
-    plain = plain_schedule(graph)
-    plain_timeline = simulate(graph, plain)
-    plain_curve = curve(graph, plain)
-    shown = plain_curve if plan is None else curve(graph, plan.schedule)
-    sections = [_tiles(profile, plan, plain_timeline.peak_bytes)]
+    graph, memory, device = profile.graph, profile.memory, profile.device
+    plain = plain_step(graph)
+    plain_memory = replace(memory, optimizer_bytes=memory.optimizer_bytes + plain.stored_bytes)
+    plain_peak_bytes = plain.timeline.peak_bytes
+    plain_curve = curve(plain.graph, plain.schedule)
+    shown = plain_curve if plan is None else curve(graph, plan.schedule, device)
+    plain_bytes = whole_step_bytes(plain_memory, plain_peak_bytes)
+    sections = [_tiles(profile, plan, plain_bytes)]
     base = memory.resident_bytes
 
-    description = f"Plain step: {figures.describe_curve(plain_curve, base)}."
+    description = f"Plain step: {figures.describe_curve(plain_curve, base + plain.stored_bytes)}."
     if plan is not None:
         description += f" Planned: {figures.describe_curve(shown, base)}."
     sections.append(
         _figure(
             "Memory over the step",
             to_svg(
-                figures.memory_over_time(graph, plan, plain=plain, memory=memory),
+                figures.memory_over_time(
+                    graph, plan, plain=plain, memory=memory, device=device
+                ),
                 "memory-over-time", escape(description),
             ),
             "Everything in memory while one step runs, before the optimizer's update. Each "
@@ -84,18 +96,21 @@ def render_report(
         _figure(
             "Where the peak is",
             to_svg(
-                figures.peak_breakdown(graph, plan, plain=plain), "peak-breakdown",
+                figures.peak_breakdown(graph, plan, plain=plain, device=device), "peak-breakdown",
                 escape("Bytes in memory at the peak, by kind and by layer."),
             ),
             f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
             "</b>. Parameters, optimizer state and batch come on top.",
         )
     )
+    if plan is not None and plan.link_seconds:
+        sections.insert(2, _transfer_section(profile, plan))
     pies = to_svg(
-        figures.three_kinds(memory, plain_timeline.peak_bytes, plan), "three-kinds",
+        figures.three_kinds(memory, plain_peak_bytes, plan, plain_memory), "three-kinds",
         escape("Shares of parameters, optimizer state and what the step allocates."),
     )
-    sections.append(_kinds_section(profile, plan, plain_timeline.peak_bytes, pies))
+    kinds = figures.memory_kinds(plain_memory, plain_peak_bytes)
+    sections.append(_kinds_section(profile, plan, kinds, pies))
     if plans:
         sections.append(
             _figure(
@@ -109,7 +124,7 @@ def render_report(
                 _pareto_table(profile, plans, plan),
             )
         )
-    sections.append(_layer_section(profile, plan))
+    sections.append(_layer_section(profile, plan, plain))
     if plan is not None:
         sections.append(_operation_section(profile, plan))
     facts = f"{escape(profile.device_name)}, torch {escape(profile.torch_version)}, "
@@ -177,9 +192,8 @@ def _figure(title: str, svg: str, caption: str, table: str = "") -> str:
     )
 
 
-def _tiles(profile: StepProfile, plan: Plan | None, plain_peak_bytes: int) -> str:
+def _tiles(profile: StepProfile, plan: Plan | None, plain_bytes: int) -> str:
     memory = profile.memory
-    plain_bytes = whole_step_bytes(memory, plain_peak_bytes)
     tiles = [("plain step", format_bytes(plain_bytes), format_seconds(profile.graph.seconds))]
     if plan is not None:
         peak_bytes = whole_step_bytes(memory, plan.peak_bytes)
@@ -201,11 +215,10 @@ def _tiles(profile: StepProfile, plan: Plan | None, plain_peak_bytes: int) -> st
 
 
 def _kinds_section(
-    profile: StepProfile, plan: Plan | None, plain_peak_bytes: int, pies: str
+    profile: StepProfile, plan: Plan | None, plain_kinds: dict[str, int], pies: str
 ) -> str:
     from packlight.report.figures import memory_kinds
 
-    plain_kinds = memory_kinds(profile.memory, plain_peak_bytes)
     plan_kinds = None if plan is None else memory_kinds(profile.memory, plan.peak_bytes)
     colours = ("parameters", "optimizer", "allocated", "batch")
     heads = ["kind", "plain step", *(["planned"] if plan_kinds else [])]
@@ -247,10 +260,50 @@ def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None
     return _table(heads, rows, marked=marked)
 
 
-def _layer_section(profile: StepProfile, plan: Plan | None) -> str:
+def _transfer_section(profile: StepProfile, plan: Plan) -> str:
+    """Return what the link does and when."""
+    graph, device = profile.graph, profile.device
+    assert device is not None, "a plan with transfers was made for a device"
+    timeline = simulate(graph, plan.schedule, device)
+    layer_of = home_layers(graph)
+    transferred = buffer_transfers(graph, plan.schedule, timeline)
+    rows = []
+    for entry in transferred[:_MAX_TRANSFERS]:
+        buffer = graph.buffers[entry.buffer]
+        rows.append([
+            _Cell(f"<code>{escape(buffer.name)}</code>"),
+            _Cell(f"<code>{escape(layer_of[entry.buffer])}</code>"),
+            _Cell(buffer.kind.value),
+            _bytes(buffer.bytes),
+            _number(entry.num_writes, str(entry.num_writes or "–")),
+            _number(entry.num_reads, str(entry.num_reads or "–")),
+            _seconds(entry.link_seconds),
+            _seconds(entry.gone_seconds),
+        ])
+    read_bytes = sum(graph.buffers[e.buffer].bytes * e.num_reads for e in transferred)
+    link = device.links[0]
+    more = ""
+    if len(transferred) > _MAX_TRANSFERS:
+        more = f" The {_MAX_TRANSFERS} with most bytes of {len(transferred)}."
+    caption = (
+        f"{escape(link.name)}: {format_bytes(plan.offloaded_bytes)} out and "
+        f"{format_bytes(read_bytes)} in, in {len(timeline.transfers)} transfers. The link is busy "
+        f"for {format_seconds(timeline.link_seconds)}; where the first row is empty, operations "
+        f"wait for it, {format_seconds(timeline.wait_seconds)} in all.{more}"
+    )
+    svg = to_svg(
+        link_lane(graph, plan.schedule, device), "link-lane",
+        escape("When operations run, and when the link writes and reads."),
+    )
+    heads = ("buffer", "layer", "kind", "bytes", "out", "in", "on the link", "not in memory")
+    return _figure("Transfers", svg, caption, _table(heads, rows))
+
+
+def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) -> str:
     graph = profile.graph
     rows = []
-    accounts = layer_accounts(graph, plain_schedule(graph), plan)
+    accounts = layer_accounts(graph, plain.schedule, plan)
+    has_transfers = any(account.written_bytes for account in accounts)
     for position, account in enumerate(accounts):
         # Sorts by place in the forward, not by name.
         layer = _Cell(f"<code>{escape(account.layer)}</code>", position, is_text=True)
@@ -262,6 +315,7 @@ def _layer_section(profile: StepProfile, plan: Plan | None) -> str:
             )
             row += [
                 _bytes(account.kept_bytes),
+                *([_bytes(account.written_bytes)] if has_transfers else []),
                 _number(account.num_reruns, str(account.num_reruns or "–")),
                 _seconds(account.rerun_seconds),
                 _Cell(f"<span class=ops>{escape(names)}</span>"),
@@ -270,7 +324,8 @@ def _layer_section(profile: StepProfile, plan: Plan | None) -> str:
     title = "Kept, by layer" if plan is None else "Kept and recomputed, by layer"
     heads = ["layer", "kept by plain step"]
     if plan is not None:
-        heads += ["kept by plan", "reruns", "cost", "run again"]
+        heads += ["kept by plan", *(["offloaded"] if has_transfers else [])]
+        heads += ["reruns", "cost", "run again"]
     return (
         f"<section><h2>{title}</h2><p class=note>Kept: made by the forward and still in memory "
         "when the backward begins. Click a heading to sort.</p>"

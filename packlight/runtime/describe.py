@@ -5,14 +5,14 @@ from __future__ import annotations
 from packlight.capture.whole_step import Consumption
 from packlight.planner.explain import operation_at
 from packlight.report.accounts import peak_by_kind
-from packlight.runtime.ways import Way
+from packlight.runtime.ways import Request, Way
 from packlight.step import simulate
 from packlight.units import format_bytes, format_seconds
 
 
-def describe_way(way: Way, budget_bytes: int | None) -> str:
+def describe_way(way: Way, request: Request) -> str:
     """Return a few lines: what is in memory at the peak and where that is, moves, price."""
-    memory = way.memory
+    memory, budget_bytes = way.memory, request.budget_bytes
     part = max(way.parts, key=lambda p: p.plan.peak_bytes)
     graph, plan = part.step.joint.graph, part.plan
     timeline = simulate(graph, plan.schedule, way.device)
@@ -31,6 +31,10 @@ def describe_way(way: Way, budget_bytes: int | None) -> str:
         f"{'whole step':<22}{format_bytes(way.peak_bytes):>12}  of {limit}; the peak is in the "
         f"{operation.phase}, {where}"
     )
+    if request.precision is not None:
+        scaler = request.scaler
+        scale = "" if scaler is None else f"; loss scale {scaler.get_scale():g}"
+        lines.append(f"{'precision':<22}{request.precision} under autocast{scale}")
     lines.append(f"{'moves':<22}{', '.join(moves_of(way)) or 'none'}")
     lines += [f"{'':<22}without {name}: {reason}" for name, reason in way.not_made.items()]
     what = "microbatch" if way.num_microbatches > 1 else "step"

@@ -23,6 +23,7 @@ from packlight.runtime.chunks import Chunking, Chunks
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
+from packlight.runtime.precision import blaming_precision, naming_missing_kernels
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import (
     fits,
@@ -30,7 +31,7 @@ from packlight.runtime.rehearse import (
     typical_seconds,
     with_estimated_seconds,
 )
-from packlight.runtime.step_capture import CapturedLoss, StepCapture
+from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed_state import Slots, StreamedState
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, ROUNDING_MARGIN, Part, Request, Way
@@ -260,8 +261,11 @@ class Preparer:
     def _capture(self, piece: Any, batch: Any, num_microbatches: int) -> _Captured:
         size = None if num_microbatches == 1 else num_rows(piece)
         if size not in self._captured:
-            capture = StepCapture(self.request.loss_fn, self.request.model)
-            loss = capture.capture(piece)
+            def captured(loss_fn: LossFunction) -> tuple[StepCapture, CapturedLoss]:
+                capture = StepCapture(loss_fn, self.request.model)
+                return capture, capture.capture(piece)
+
+            capture, loss = blaming_precision("the loss", self.request.loss_fn, captured)
             left_bytes = self.request.budget_bytes
             if left_bytes is not None:
                 memory = self.costs.memory(batch, loss, num_microbatches)
@@ -285,7 +289,8 @@ class Preparer:
         """
         loss = captured.loss
         module = captured.chunking.module(chunks)
-        joint = read_joint_graph(module, loss.num_forward_outputs, profiler.measure)
+        measure = naming_missing_kernels(profiler.measure, self.request.precision)
+        joint = read_joint_graph(module, loss.num_forward_outputs, measure)
         step = self.costs.completed(joint, loss, how, slots, profiler)
         if not all(f is None or f.in_step_seconds is not None for f in joint.facts):
             if rehearses or not profiler.has_seen_steps:
@@ -293,7 +298,8 @@ class Preparer:
             else:
                 step = replace(step, joint=with_estimated_seconds(step.joint, profiler))
         budget_bytes = self.request.budget_bytes
-        return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
+        plan = plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
+        return step, replace(plan, allowed=tuple(sorted(self.request.allow)))
 
     def _rehearsed(
         self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler

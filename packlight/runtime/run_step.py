@@ -12,6 +12,7 @@ from packlight.runtime.gradients import GradientFate, update_all
 from packlight.runtime.microbatch import loss_weights, num_rows, split
 from packlight.runtime.offload.disk import DiskTier
 from packlight.runtime.offload.tier import SlotSpec, Tier
+from packlight.runtime.precision import refuse_collapsed_scale
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.program import emit_program
 from packlight.runtime.streamed_state import StateOfPrimals, StreamedState
@@ -63,6 +64,7 @@ class StepRunner:
 
         Raises:
             NonFiniteLossError: nothing is changed.
+            LossScaleError: no parameter is changed, nor is optimizer state.
             CapturedAgainError: the model changed since it was captured; nothing is changed.
         """
         request, optimizer = self._request, self._request.optimizer
@@ -83,7 +85,12 @@ class StepRunner:
                 loss = self._run_microbatches(batch, num_steps)
             if self.way.consumption is not Consumption.UPDATE:
                 trained, scaler = self._trained, request.scaler
+                scale = 1.0 if scaler is None else scaler.get_scale()
                 update_all(optimizer, trained, request.clipping, scaler, self._updates)
+                if scaler is not None:
+                    names = self._preparer.costs.name_of
+                    gradients = ((names[id(p)], p.grad) for p in trained)
+                    refuse_collapsed_scale(scaler, scale, gradients, num_steps)
             if self._updates is not None:
                 self._updates.end_step()
         except BaseException:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from packlight.capture.casts import merge_casts
 from packlight.errors import UnsupportedModelError
 from packlight.runtime.aot import written_back
 from packlight.runtime.dynamo import plain_errors, prepare_dynamo, refuse_graph_break, specialize
@@ -105,6 +106,7 @@ class StepCapture:
         arguments, self._entry.arguments = self._entry.arguments, []
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
+        merge_casts(joint, primals)
         mutated = written_back(joint, num_forward_outputs)
         loss_index = _check_results(joint, num_forward_outputs, mutated)
         _check_arguments(primals, arguments, len(placeholders))

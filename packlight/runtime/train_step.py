@@ -19,6 +19,12 @@ from packlight.errors import OptionError, UnsupportedModelError
 from packlight.runtime.accounting import batch_bytes, batch_leaves, tensors_bytes
 from packlight.runtime.backend import check_allowed
 from packlight.runtime.gradients import Clipping
+from packlight.runtime.precision import (
+    blaming_precision,
+    chosen_precision,
+    loss_scaler,
+    under_autocast,
+)
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.run_step import StepRunner
 from packlight.runtime.step_capture import CapturedAgainError, LossFunction
@@ -53,12 +59,13 @@ class TrainStep:
     Attributes:
         budget_bytes: whole-step budget or None.
         way: how the latest captured shape runs: moves, schedules, memory.
+        scaler: of the loss, None if it is not scaled; its state belongs into a checkpoint.
     """
 
     def __init__(self, request: Request) -> None:
         self.request = request
         self.model, self.optimizer = request.model, request.optimizer
-        self.budget_bytes = request.budget_bytes
+        self.budget_bytes, self.scaler = request.budget_bytes, request.scaler
         self._trained: Any = None
         self._look_at_parameters()
         # One plan per batch signature: dynamo would give up after a few.
@@ -88,6 +95,7 @@ class TrainStep:
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and optimizer are untouched.
+            LossScaleError: gradients keep overflowing; parameters and optimizer are untouched.
             InfeasibleBudgetError: the batch has a new shape that does not fit in the budget.
         """
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
@@ -117,12 +125,18 @@ class TrainStep:
         return MeasuredStep(peak.result, before + peak.peak_bytes)
 
     def evaluate(self, batch: Any) -> torch.Tensor:
-        """Return the loss of a batch in eval mode, without gradients; modes are restored."""
+        """Return the loss of a batch in eval mode, without gradients; modes are restored.
+
+        It is computed in the precision of the training step, by eager PyTorch.
+        """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
-                return self.request.loss_fn(self.model, batch).detach()
+                # Eager PyTorch may call kernels that a traced step does not.
+                return blaming_precision(
+                    "the eager forward", self.request.loss_fn, lambda f: f(self.model, batch)
+                ).detach()
         finally:
             for module, was_training in modes:
                 module.training = was_training
@@ -167,7 +181,8 @@ class TrainStep:
         """The captured step and its memory outside of the schedule."""
         graph = self.way.parts[0].step.joint.graph
         return StepProfile(
-            graph, self.way.memory, device_name(self._preparer.device), torch.__version__
+            graph, self.way.memory, device_name(self._preparer.device), torch.__version__,
+            self.way.device,
         )
 
     @property
@@ -179,7 +194,7 @@ class TrainStep:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
         from packlight.runtime.describe import describe_way
 
-        return describe_way(self.way, self.budget_bytes)
+        return describe_way(self.way, self.request)
 
 
 def _signature(batch: Any) -> tuple[Any, ...]:
@@ -219,10 +234,13 @@ def fit(
         budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,
             optimizer state, activations and workspace together. None for no limit.
         moves: what may be done to fit beside recomputation; all of `MOVES` if None.
-        allow: names of approximate techniques.
+        allow: names of approximate techniques. "bf16" or "fp16" run the loss under
+            `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
+            keep their dtype.
         clip_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does.
         clip_grad_value: clip every element of the gradients, as `clip_grad_value_` does.
-        scaler: for losses in half precision, as in a loop with `torch.amp.GradScaler`.
+        scaler: scales the loss as in a loop with `torch.amp.GradScaler`. With "fp16" one is made
+            if None; it is the result's `scaler`.
         loss_weight: how much a microbatch counts: a function of a batch that returns a number, or
             "sum" for losses that are sums. Found in the captured loss if None.
         offload_directory: where activations and optimizer state may lie while nobody needs them; a
@@ -232,6 +250,7 @@ def fit(
     Raises:
         InfeasibleBudgetError: with the smallest budget for which a schedule was found.
         OffloadError: the directory cannot hold what is offloaded.
+        PrecisionError: an operation does not run in the precision that is allowed.
         GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
 
     >>> import torch, packlight
@@ -260,6 +279,7 @@ def profile(
     batch: Any,
     optimizer: torch.optim.Optimizer | None = None,
     *,
+    allow: Any = (),
     progress: bool = True,
 ) -> StepProfile:
     """Return the plain training step as data (all gradients, then the update); trains nothing.
@@ -267,7 +287,7 @@ def profile(
     Args and errors: as `fit`; without an optimizer its state counts as nothing.
     """
     return planned_step(
-        model, loss_fn, batch, None, optimizer, moves=(), progress=progress
+        model, loss_fn, batch, None, optimizer, moves=(), allow=allow, progress=progress
     ).profile
 
 
@@ -322,9 +342,14 @@ def _request(
         raise OptionError(
             f"unknown move {strange[0]!r}\nhint: known moves are {', '.join(map(repr, MOVES))}"
         )
+    allowed = frozenset(check_allowed(allow, TECHNIQUES))
+    precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
+    if precision is not None:
+        loss_fn = under_autocast(loss_fn, precision, device)
+        scaler = loss_scaler(model, precision, device, scaler)
     return Request(
         model, loss_fn, optimizer, None if budget is None else parse_bytes(budget), names,
-        frozenset(check_allowed(allow, TECHNIQUES)), clipping or Clipping(), scaler, loss_weight,
+        allowed, clipping or Clipping(), scaler, loss_weight,
         None if offload_directory is None else Path(offload_directory), progress,
     )
 

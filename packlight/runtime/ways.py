@@ -11,6 +11,7 @@ from torch import nn
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.runtime.gradients import Clipping
 from packlight.runtime.microbatch import LossWeight
+from packlight.runtime.precision import PRECISIONS, chosen_precision
 from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.runtime.streamed_state import Slots
 from packlight.step import Action, Device, Plan, StepMemory
@@ -19,7 +20,7 @@ MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
 # Those that change no bit of losses, gradients and parameters.
 EXACT_MOVES = ("update-in-backward", "offload")
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
-TECHNIQUES = (MICROBATCH_BATCH_NORM,)
+TECHNIQUES = (MICROBATCH_BATCH_NORM, *PRECISIONS)
 # How much faster a step that rounds its sums in another order must be. Times of one way and another
 # are a few percent apart by chance, and what lies between calls is in none of them.
 ROUNDING_MARGIN = 1.05
@@ -30,12 +31,13 @@ class Request:
     """What `fit` was asked for.
 
     Attributes:
-        model, loss_fn, optimizer: the user's; no optimizer where nothing is to be trained.
+        model, optimizer: the user's; no optimizer where nothing is to be trained.
+        loss_fn: the user's, under autocast if a precision is allowed.
         budget_bytes: for the whole step, None for no limit.
         moves: names out of `MOVES` that may be used.
-        allow: names of approximate techniques.
+        allow: names out of `TECHNIQUES`.
         clipping: of gradients.
-        scaler: scales the loss.
+        scaler: scales the loss: the user's, or made for fp16.
         loss_weight: what the user says a microbatch's loss is divided by, if anything.
         offload_directory: where buffers may be offloaded to.
         progress: show what profiling does.
@@ -52,6 +54,11 @@ class Request:
     loss_weight: LossWeight | None
     offload_directory: Path | None
     progress: bool
+
+    @property
+    def precision(self) -> str | None:
+        """What the loss runs in under autocast, one of `PRECISIONS`."""
+        return chosen_precision(self.allow)
 
 
 @dataclass(frozen=True)

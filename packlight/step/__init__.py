@@ -18,6 +18,7 @@ from packlight.step.types import (
     Schedule,
     StepGraph,
     Timeline,
+    Transfer,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "StepMemory",
     "StepProfile",
     "Timeline",
+    "Transfer",
     "live_after_forward",
     "simulate",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from packlight.step.types import StepGraph
+from packlight.step.types import Device, StepGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,11 @@ class StepProfile:
         memory: everything else.
         device_name: where times were measured.
         torch_version: with which torch.
+        device: with the link that transfers take, if there is one.
     """
 
     graph: StepGraph
     memory: StepMemory
     device_name: str
     torch_version: str
+    device: Device | None = None

@@ -8,7 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from packlight.errors import ScheduleError
-from packlight.step.types import Action, Device, Instruction, Link, Schedule, StepGraph, Timeline
+from packlight.step.types import (
+    Action,
+    Device,
+    Instruction,
+    Link,
+    Schedule,
+    StepGraph,
+    Timeline,
+    Transfer,
+)
 
 
 def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None) -> Timeline:
@@ -54,6 +63,7 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
     lanes = _Lanes(device.links[0] if device is not None and device.links else None, stored)
     live_bytes = 0
     timeline: list[int] = []
+    done_seconds: list[float] = []
     peak_bytes, peak_index, peak_workspace = 0, 0, 0
     peak_live: tuple[int, ...] = ()
     ran: set[int] = set()
@@ -130,6 +140,7 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
         else:
             raise ScheduleError(index, f"{instruction.action} is not simulated")
         timeline.append(live_bytes)
+        done_seconds.append(lanes.now)
     end = len(timeline)
     if schedule.num_forward >= end:
         _require_live(graph.forward_outputs, live, end, "the forward ends without")
@@ -151,6 +162,8 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
         peak_workspace_bytes=peak_workspace,
         link_seconds=lanes.link_seconds,
         wait_seconds=lanes.wait_seconds,
+        done_seconds=tuple(done_seconds),
+        transfers=tuple(lanes.transfers),
     )
 
 
@@ -162,6 +175,7 @@ class _Lanes:
         now: when the compute lane has done what was issued so far.
         link_free: when the link has.
         link_seconds, wait_seconds: how long the link worked, how long the compute lane waited.
+        transfers: what the link worked on.
     """
 
     def __init__(self, link: Link | None, stored: Iterable[int]) -> None:
@@ -169,6 +183,7 @@ class _Lanes:
         self.far = set(stored)
         self.now = self.link_free = 0.0
         self.link_seconds = self.wait_seconds = 0.0
+        self.transfers: list[Transfer] = []
         self._written_at: dict[int, float] = {}
         self._ready_at: dict[int, float] = {}
 
@@ -177,21 +192,25 @@ class _Lanes:
             raise ScheduleError(index, f"buffer {buffer} is offloaded but on the far tier already")
         self.far.add(buffer)
         link = self._link_for(Action.OFFLOAD, index)
-        self._written_at[buffer] = self._run(link.write_seconds(num_bytes))
+        self._written_at[buffer] = self._run(
+            Action.OFFLOAD, buffer, link.write_seconds(num_bytes)
+        )
 
     def fetch(self, num_bytes: int, buffer: int, index: int) -> None:
         link = self._link_for(Action.FETCH, index)
         if buffer not in self.far:
             raise ScheduleError(index, f"buffer {buffer} is fetched but not on the far tier")
-        self._ready_at[buffer] = self._run(link.read_seconds(num_bytes))
+        self._ready_at[buffer] = self._run(Action.FETCH, buffer, link.read_seconds(num_bytes))
 
     def _link_for(self, action: Action, index: int) -> Link:
         if self.link is None:
             raise ScheduleError(index, f"{action} is not simulated without a device with a link")
         return self.link
 
-    def _run(self, seconds: float) -> float:
-        self.link_free = max(self.link_free, self.now) + seconds
+    def _run(self, action: Action, buffer: int, seconds: float) -> float:
+        start = max(self.link_free, self.now)
+        self.link_free = start + seconds
+        self.transfers.append(Transfer(action, buffer, start, self.link_free))
         self.link_seconds += seconds
         return self.link_free
 

@@ -270,6 +270,22 @@ class Schedule:
         return counts
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """One transfer on a link.
+
+    Attributes:
+        action: OFFLOAD or FETCH.
+        buffer: what is transferred.
+        start_seconds, end_seconds: when, from the start of the step.
+    """
+
+    action: Action
+    buffer: int
+    start_seconds: float
+    end_seconds: float
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What a schedule costs, instruction by instruction.
@@ -283,6 +299,8 @@ class Timeline:
         peak_workspace_bytes: the part of the peak that is workspace.
         link_seconds: how long the link is busy.
         wait_seconds: the part of `seconds` in which operations wait for the link.
+        done_seconds: when the compute lane is done with each instruction.
+        transfers: what the link does, in order.
     """
 
     live_bytes: tuple[int, ...]
@@ -293,6 +311,8 @@ class Timeline:
     peak_workspace_bytes: int
     link_seconds: float = 0.0
     wait_seconds: float = 0.0
+    done_seconds: tuple[float, ...] = ()
+    transfers: tuple[Transfer, ...] = ()
 
 
 @dataclass(frozen=True)
