@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import packlight
 from packlight.capture.joint import read_joint_graph
 from packlight.capture.pack import pack_bits, unpack_bits, with_packed_buffers
 from packlight.capture.profiler import CallProfiler
+from packlight.errors import InfeasibleBudgetError
 from packlight.planner.plain import plain_schedule
+from packlight.runtime.rewriting import Rewriter
+from packlight.runtime.ways import Rewriting
 from packlight.step import StepGraph, simulate
 from tests.oracles.joint import Joint, joint_graph
 
@@ -116,3 +121,54 @@ def test_not_a_number_passes_a_packed_relu_as_it_passes_relu() -> None:
     for plain, mine in zip(joint.run(), joint.run(packed), strict=True):
         if plain is not None:
             torch.testing.assert_close(mine, plain, rtol=0, atol=0, equal_nan=True)
+
+
+def dropout_net() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    layers = [
+        nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Dropout(0.2), nn.Linear(256, 64))
+        for _ in range(6)
+    ]
+    return nn.Sequential(*layers), torch.randn(256, 64)
+
+
+@pytest.mark.parametrize("share", [0.95, 0.6])
+def test_a_packed_step_keeps_to_its_budget_and_to_every_bit(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whether packing is faster than drawing masks again is the machine's business.
+    only_packed = Rewriting(packs=True)
+    monkeypatch.setattr(Rewriter, "candidates", lambda self, found: iter([only_packed]))
+    model, batch = dropout_net()
+    twin = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    options = {"moves": packlight.EXACT_MOVES, "progress": False}
+    plain = packlight.fit(model, loss_fn, optimizers[0], batch, budget="1GiB", **options)
+    budget = int(share * plain.way.peak_bytes)
+    step = packlight.fit(model, loss_fn, optimizers[0], batch, budget=budget, **options)
+    resident_bytes = batch.nbytes + sum(p.nbytes for p in model.parameters())
+    assert "masks and indices packed" in step.describe()
+    for seed in range(2):
+        torch.manual_seed(seed)
+        measured = packlight.measure_peak(lambda: step(batch))
+        assert measured.peak_bytes + resident_bytes <= budget
+        torch.manual_seed(seed)
+        optimizers[1].zero_grad()
+        loss_fn(twin, batch).backward()
+        optimizers[1].step()
+    for mine, eager in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, eager)
+
+
+def test_moves_say_whether_anything_may_be_packed() -> None:
+    model, batch = dropout_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(InfeasibleBudgetError, match="without pack: not among the moves"):
+        packlight.fit(
+            model, lambda m, b: m(b).square().mean(), optimizer, batch, budget=1,
+            moves=("update-in-backward",), progress=False,
+        )

@@ -164,7 +164,8 @@ class Bench:
             record.fit_seconds = time.perf_counter() - begin
             way = step.way
             record.moves = moves_of(way)
-            record.num_microbatches, record.num_chunks = way.num_microbatches, way.num_chunks
+            record.num_microbatches = way.num_microbatches
+            record.num_chunks = way.rewriting.head_chunks
             record.predicted_peak_bytes = step.peak_bytes
             record.predicted_seconds = way.seconds
             record.way_digest = _digest(way)
@@ -216,5 +217,5 @@ class Bench:
 def _digest(way: Way) -> str:
     """Return what is equal where two ways run the same schedules."""
     parts = [(part.num_rows, part.plan.schedule) for part in way.parts]
-    text = repr((parts, way.counts, way.num_chunks, way.num_layer_chunks, way.consumption.name))
+    text = repr((parts, way.counts, way.rewriting, way.consumption.name))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -59,11 +59,13 @@ def moves_of(way: Way) -> list[str]:
             for part, count in zip(way.parts, way.counts, strict=True)
         )
         moves.append(f"{way.num_microbatches} microbatches ({sizes})")
-    if way.num_chunks > 1:
-        moves.append(f"loss head in {way.num_chunks} chunks")
+    if way.rewriting.packs:
+        moves.append("masks and indices packed")
+    if way.rewriting.head_chunks > 1:
+        moves.append(f"loss head in {way.rewriting.head_chunks} chunks")
     for kind, count in way.layers_in_chunks.items():
         layers = f"{count} {kind}s" if count > 1 else f"1 {kind}"
-        moves.append(f"{layers} in {way.num_layer_chunks} chunks")
+        moves.append(f"{layers} in {way.rewriting.layer_chunks} chunks")
     num_states = sum(1 for named in way.state_slots.values() if named)
     if num_states:
         moves.append(f"optimizer state of {num_states} parameters offloaded between updates")

@@ -8,7 +8,7 @@ must be faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.planner import plan_whole_step
-from packlight.runtime.chunks import Chunking, Chunks
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
 from packlight.runtime.offload.link import measure_link
@@ -31,10 +30,18 @@ from packlight.runtime.rehearse import (
     typical_seconds,
     with_estimated_seconds,
 )
+from packlight.runtime.rewriting import Rewriter
 from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed_state import Slots, StreamedState
-from packlight.runtime.ways import MICROBATCH_BATCH_NORM, ROUNDING_MARGIN, Part, Request, Way
+from packlight.runtime.ways import (
+    MICROBATCH_BATCH_NORM,
+    ROUNDING_MARGIN,
+    Part,
+    Request,
+    Rewriting,
+    Way,
+)
 from packlight.step import Device, Plan, StepMemory
 
 LINK_PROBE_BYTES = 16 * 2**20
@@ -47,7 +54,7 @@ class _Captured:
     batch: Any
     capture: StepCapture
     loss: CapturedLoss
-    chunking: Chunking
+    rewriter: Rewriter
 
 
 @dataclass(frozen=True)
@@ -56,12 +63,12 @@ class _Choice:
 
     Attributes:
         num_microbatches: per update.
-        chunks: in how many chunks parts of the step run.
+        rewriting: of the captured graph.
         streams_state: whether optimizer state lies on a tier between updates.
     """
 
     num_microbatches: int
-    chunks: Chunks
+    rewriting: Rewriting
     streams_state: bool
 
 
@@ -188,30 +195,19 @@ class Preparer:
             self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
             and "update-in-backward" not in self._not_made
         )
-        for chunks in self._chunks(batch, num_microbatches, found):
+        rewriter = self._capture_first(batch, num_microbatches).rewriter
+        rewritten: dict[Rewriting, Way] = {}
+        for rewriting in rewriter.candidates(rewritten):
             for streams_state in (False, True) if may_stream else (False,):
                 if streams_state and any(way.is_plain for way in found.values()):
                     break
-                choice = _Choice(num_microbatches, chunks, streams_state)
+                choice = _Choice(num_microbatches, rewriting, streams_state)
                 try:
-                    found[choice] = self._way(batch, choice, profiler)
+                    found[choice] = rewritten[rewriting] = self._way(batch, choice, profiler)
                 except InfeasibleBudgetError as error:
                     errors.append(error)
+        self._not_made.update(rewriter.why_not)
         return found
-
-    def _chunks(
-        self, batch: Any, num_microbatches: int, found: Mapping[_Choice, Way]
-    ) -> Iterator[Chunks]:
-        """Yield what to run in chunks, as long as that may improve on what was found."""
-        if "chunk" not in self.request.moves:
-            self._not_made["chunk"] = "not among the moves"
-            yield Chunks()
-            return
-        piece = split(batch, num_microbatches)[0] if num_microbatches > 1 else batch
-        chunking = self._capture(piece, batch, num_microbatches).chunking
-        yield from chunking.counts(found.values())
-        if chunking.why_not:
-            self._not_made["chunk"] = chunking.why_not
 
     def _way(
         self,
@@ -239,9 +235,9 @@ class Preparer:
             slots = self.costs.state_slots() if choice.streams_state else {}
             memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
             step, plan = self._planned(
-                captured, how, choice.chunks, slots, memory, profiler, rehearses
+                captured, how, choice.rewriting, slots, memory, profiler, rehearses
             )
-            layers = layers or captured.chunking.layers(choice.chunks)
+            layers = layers or captured.rewriter.layers(choice.rewriting)
             parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
@@ -252,11 +248,15 @@ class Preparer:
                 finish_seconds = sum(self.costs.update(p, None, profiler).seconds for p in updated)
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
-            tuple(parts), counts, memory, how, finish_seconds, choice.chunks.head,
-            choice.chunks.layers, layers, loss_weight, slots, self._linked,
+            tuple(parts), counts, memory, how, finish_seconds, choice.rewriting, layers,
+            loss_weight, slots, self._linked,
         )
 
     # -- captures
+
+    def _capture_first(self, batch: Any, num_microbatches: int) -> _Captured:
+        piece = batch if num_microbatches == 1 else split(batch, num_microbatches)[0]
+        return self._capture(piece, batch, num_microbatches)
 
     def _capture(self, piece: Any, batch: Any, num_microbatches: int) -> _Captured:
         size = None if num_microbatches == 1 else num_rows(piece)
@@ -270,14 +270,15 @@ class Preparer:
             if left_bytes is not None:
                 memory = self.costs.memory(batch, loss, num_microbatches)
                 left_bytes -= memory.resident_bytes
-            self._captured[size] = _Captured(piece, capture, loss, Chunking(loss, left_bytes))
+            rewriter = Rewriter(loss, left_bytes, self.request.moves)
+            self._captured[size] = _Captured(piece, capture, loss, rewriter)
         return self._captured[size]
 
     def _planned(
         self,
         captured: _Captured,
         how: Consumption,
-        chunks: Chunks,
+        rewriting: Rewriting,
         slots: Slots,
         memory: StepMemory,
         profiler: CallProfiler,
@@ -288,7 +289,7 @@ class Preparer:
         Where calls were never seen inside a step, it is rehearsed, or their times are estimated.
         """
         loss = captured.loss
-        module = captured.chunking.module(chunks)
+        module = captured.rewriter.module(rewriting)
         measure = naming_missing_kernels(profiler.measure, self.request.precision)
         joint = read_joint_graph(module, loss.num_forward_outputs, measure)
         step = self.costs.completed(joint, loss, how, slots, profiler)

@@ -16,9 +16,9 @@ from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCaptu
 from packlight.runtime.streamed_state import Slots
 from packlight.step import Action, Device, Plan, StepMemory
 
-MOVES = ("update-in-backward", "microbatch", "chunk", "offload")
+MOVES = ("update-in-backward", "microbatch", "pack", "chunk", "offload")
 # Those that change no bit of losses, gradients and parameters.
-EXACT_MOVES = ("update-in-backward", "offload")
+EXACT_MOVES = ("update-in-backward", "pack", "offload")
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 TECHNIQUES = (MICROBATCH_BATCH_NORM, *PRECISIONS)
 # How much faster a step that rounds its sums in another order must be. Times of one way and another
@@ -62,6 +62,26 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Rewriting:
+    """How a captured graph is rewritten before it is planned.
+
+    Attributes:
+        packs: masks are kept as bits, pooling indices as small integers.
+        head_chunks: row chunks of the loss head, 1 where it runs whole.
+        layer_chunks: of MLPs and other layers with much in memory, 1 where they run whole.
+    """
+
+    packs: bool = False
+    head_chunks: int = 1
+    layer_chunks: int = 1
+
+    @property
+    def keeps_order(self) -> bool:
+        """Whether sums are rounded in the captured order."""
+        return self.head_chunks == self.layer_chunks == 1
+
+
+@dataclass(frozen=True)
 class Part:
     """One captured size of microbatch, and how it runs.
 
@@ -92,9 +112,8 @@ class Way:
         memory: bytes outside of the schedule.
         consumption: what happens to gradients.
         finish_seconds: of the update after the last schedule.
-        num_chunks: of the loss head, 1 where it runs whole.
-        num_layer_chunks: of MLPs and other layers with much in memory, 1 where they run whole.
-        layers_in_chunks: how many of them there are, by kind.
+        rewriting: of every part's graph.
+        layers_in_chunks: how many layers of each kind run in chunks.
         loss_weight: of microbatches.
         state_slots: what of which parameter's optimizer state lies on the tier between updates.
         device: with the link that transfers take, if there is one.
@@ -106,8 +125,7 @@ class Way:
     memory: StepMemory
     consumption: Consumption
     finish_seconds: float = 0.0
-    num_chunks: int = 1
-    num_layer_chunks: int = 1
+    rewriting: Rewriting = Rewriting()
     layers_in_chunks: dict[str, int] = field(default_factory=dict)
     loss_weight: LossWeight | None = None
     state_slots: Slots = field(default_factory=dict)
@@ -133,7 +151,12 @@ class Way:
     @property
     def is_bit_exact(self) -> bool:
         """Whether sums are rounded in the plain step's order."""
-        return self.num_microbatches == self.num_chunks == self.num_layer_chunks == 1
+        return self.num_microbatches == 1 and self.rewriting.keeps_order
+
+    @property
+    def slowdown(self) -> float:
+        """Predicted duration over that of the same calls without recomputation or transfers."""
+        return max(part.plan.slowdown for part in self.parts)
 
     @property
     def num_transfers(self) -> int:
