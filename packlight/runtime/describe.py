@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from packlight.capture.whole_step import Consumption
 from packlight.planner.explain import operation_at
 from packlight.report.accounts import peak_by_kind
@@ -57,10 +59,17 @@ def moves_of(way: Way) -> list[str]:
         moves.append(f"{way.num_microbatches} microbatches ({sizes})")
     if way.num_chunks > 1:
         moves.append(f"loss head in {way.num_chunks} chunks")
-    num_states = sum(1 for named in way.state_slots.values() if named)
+    num_states = sum(1 for named in way.streaming.states.values() if named)
     if num_states:
         moves.append(f"optimizer state of {num_states} parameters offloaded between updates")
-    num_offloaded = way.num_transfers - num_states
+    if way.streaming.parameters:
+        num_streamed = sum(isinstance(t, nn.Parameter) for t in way.streaming.parameters)
+        moves.append(
+            f"parameters streamed: {num_streamed} of {way.num_parameters}, "
+            f"{format_bytes(way.streaming.parameter_bytes)}"
+        )
+    stored = set(way.parts[0].step.joint.graph.stored)
+    num_offloaded = sum(buffer not in stored for buffer in way.written_buffers)
     if num_offloaded:
         moves.append(f"{num_offloaded} activations offloaded")
     if num_again:

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx
+import torch
+from torch import fx, nn
 
 from packlight.capture.batch_statistics import batch_statistics
 from packlight.capture.chunk import chunked, find_heads
@@ -29,8 +30,8 @@ from packlight.runtime.offload.link import measure_link
 from packlight.runtime.program import emit_program
 from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
-from packlight.runtime.step_costs import StepCosts
-from packlight.runtime.streamed_state import Slots, StreamedState
+from packlight.runtime.step_costs import StepCosts, streamed_primals
+from packlight.runtime.streamed import StreamedTensors, Streaming
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
@@ -38,6 +39,8 @@ from packlight.step import Device, Plan, StepMemory
 # are a few percent apart by chance, and what lies between calls is in none of them.
 ROUNDING_MARGIN = 1.05
 LINK_PROBE_BYTES = 16 * 2**20
+# Parameters are streamed where all else takes this many times as long as the plain step.
+MUCH_SLOWER = 2.0
 # A chunk of the loss head gets about this share of what a schedule may allocate.
 CHUNK_SHARE = 8
 
@@ -62,12 +65,16 @@ class Preparer:
         self._captured: dict[int | None, _Captured] = {}
         self._not_made: dict[str, str] = {}
         self._settled: LossWeight | None = None
-        self.streamed: StreamedState | None = None
+        self.streamed: StreamedTensors | None = None
         self._linked: Device | None = None
         directory = request.offload_directory
         if directory is not None and "offload" in request.moves:
             link = measure_link(directory, LINK_PROBE_BYTES)
             self._linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
+
+    def is_on_disk(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is a file's."""
+        return self.streamed is not None and self.streamed.is_on_disk(tensor)
 
     def _why_no_update_in_backward(self) -> str | None:
         request = self.request
@@ -155,21 +162,45 @@ class Preparer:
     ) -> list[Way]:
         """Return ways with a number of microbatches: the loss head whole, and in chunks."""
         found: list[Way] = []
-        may_stream = (
-            self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
-            and "update-in-backward" not in self._not_made
-        )
         for num_chunks in self._chunk_counts(batch, num_microbatches, found):
-            for streams_state in (False, True) if may_stream else (False,):
-                if streams_state and any(way.is_plain for way in found):
-                    break
+            for streaming in self._streamings(batch, num_microbatches, found):
                 try:
                     found.append(
-                        self._way(batch, num_microbatches, num_chunks, streams_state, profiler)
+                        self._way(batch, num_microbatches, num_chunks, streaming, profiler)
                     )
                 except InfeasibleBudgetError as error:
                     errors.append(error)
         return found
+
+    def _streamings(
+        self, batch: Any, num_microbatches: int, found: Sequence[Way]
+    ) -> Iterator[Streaming]:
+        """Yield what could lie on the disk: nothing, optimizer state, parameters as well."""
+        yield Streaming()
+        if self._linked is None or any(way.is_plain for way in found):
+            return
+        if num_microbatches > 1 and found:
+            return
+        how = self._consumption(num_microbatches)
+        captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
+        is_one_by_one = how is Consumption.UPDATE or (
+            how is Consumption.ACCUMULATE and self.costs.steps_alone
+        )
+        states = self.costs.state_slots() if is_one_by_one else {}
+        if any(states.values()):
+            yield Streaming(states)
+        if any(way.slowdown < MUCH_SLOWER for way in found):
+            return
+        parameters = self.costs.parameter_slots(captured.loss, how)
+        if parameters:
+            yield Streaming(states if any(states.values()) else {}, parameters)
+
+    def _consumption(self, num_microbatches: int) -> Consumption:
+        if num_microbatches > 1:
+            return Consumption.ACCUMULATE
+        if "update-in-backward" in self._not_made:
+            return Consumption.TOGETHER
+        return Consumption.UPDATE
 
     def _chunk_counts(
         self, batch: Any, num_microbatches: int, found: Sequence[Way]
@@ -201,15 +232,10 @@ class Preparer:
         batch: Any,
         num_microbatches: int,
         num_chunks: int,
-        streams_state: bool,
+        streaming: Streaming,
         profiler: CallProfiler,
     ) -> Way:
-        if num_microbatches > 1:
-            how = Consumption.ACCUMULATE
-        elif "update-in-backward" in self._not_made:
-            how = Consumption.TOGETHER
-        else:
-            how = Consumption.UPDATE
+        how = self._consumption(num_microbatches)
         pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
         sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
         parts: list[Part] = []
@@ -217,22 +243,36 @@ class Preparer:
         for size in dict.fromkeys(sizes):
             captured = self._capture(pieces[sizes.index(size)], num_microbatches)
             trained = self.costs.parameters(captured.loss.arguments)
-            slots = self.costs.state_slots() if streams_state else {}
-            memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
-            step, plan = self._planned(captured, how, num_chunks, slots, memory, profiler)
-            parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
+            memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, streaming)
+            step, plan = self._planned(captured, how, num_chunks, streaming, memory, profiler)
+            streamed = streamed_primals(captured.loss, streaming)
+            parts.append(
+                Part(size, captured.capture, captured.loss, step, plan, trained, streamed)
+            )
         assert memory is not None
         finish_seconds, loss_weight = 0.0, None
         if num_microbatches > 1:
             loss_weight = self._settled
             if self.costs.steps_alone:
                 updated = parts[0].parameter_of.values()
-                finish_seconds = sum(self.costs.update(p, None, profiler).seconds for p in updated)
+                finish_seconds = sum(
+                    self.costs.update(p, None, profiler).seconds + self._moved_seconds(p, streaming)
+                    for p in updated
+                )
         counts = tuple(sizes.count(part.num_rows) for part in parts)
         return Way(
-            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, slots,
-            self._linked,
+            tuple(parts), counts, memory, how, finish_seconds, num_chunks, loss_weight, streaming,
+            self._linked, len(list(self.request.model.parameters())),
         )
+
+    def _moved_seconds(self, parameter: nn.Parameter, streaming: Streaming) -> float:
+        """Return how long an update after the last schedule waits for its parameter and state."""
+        if not streaming:
+            return 0.0
+        assert self._linked is not None
+        link = self._linked.links[0]
+        sizes = [spec.num_bytes for spec in streaming.of_update(parameter)]
+        return sum(link.read_seconds(size) + link.write_seconds(size) for size in sizes)
 
     # -- captures
 
@@ -249,7 +289,7 @@ class Preparer:
         captured: _Captured,
         how: Consumption,
         num_chunks: int,
-        slots: Slots,
+        streaming: Streaming,
         memory: StepMemory,
         profiler: CallProfiler,
     ) -> tuple[WholeStep, Plan]:
@@ -262,7 +302,7 @@ class Preparer:
         joint = read_joint_graph(
             captured.modules[num_chunks], loss.num_forward_outputs, profiler.measure
         )
-        step = self.costs.completed(joint, loss, how, slots, profiler)
+        step = self.costs.completed(joint, loss, how, streaming, profiler)
         step = self._rehearsed(step, memory, loss, profiler)
         budget_bytes = self.request.budget_bytes
         return step, plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
