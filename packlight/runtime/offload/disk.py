@@ -46,8 +46,8 @@ from packlight.runtime.offload.scratch import (
 from packlight.runtime.offload.tier import (
     PIECE_BYTES,
     SlotSpec,
-    Tier,
     SlotState,
+    Tier,
     slot_name,
     storage_bytes,
 )
