@@ -27,6 +27,8 @@ def describe_way(way: Way, budget_bytes: int | None) -> str:
         "accumulated gradients": memory.accumulated_bytes,
         **peak_by_kind(graph, timeline),
     }
+    stored = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in graph.stored)
+    kinds |= {"activations": kinds["activations"] - stored, "fetched from disk": stored}
     lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]
     limit = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     lines.append(

@@ -32,6 +32,7 @@ from packlight.runtime.rehearse import fits, rehearse_program, typical_seconds
 from packlight.runtime.step_capture import CapturedLoss, StepCapture
 from packlight.runtime.step_costs import StepCosts, streamed_primals
 from packlight.runtime.streamed import StreamedTensors, Streaming
+from packlight.runtime.streamed_parameters import why_not_all
 from packlight.runtime.ways import MICROBATCH_BATCH_NORM, Part, Request, Way
 from packlight.step import Device, Plan, StepMemory
 
@@ -58,14 +59,14 @@ class _Captured:
 class Preparer:
     """Finds the fastest way to run a step within the budget, for one batch signature at a time."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, streamed: StreamedTensors | None = None) -> None:
         self.request = request
+        self.streamed = streamed
         self.costs = StepCosts(request)
         self.device = self.costs.device
         self._captured: dict[int | None, _Captured] = {}
         self._not_made: dict[str, str] = {}
         self._settled: LossWeight | None = None
-        self.streamed: StreamedTensors | None = None
         self._linked: Device | None = None
         directory = request.offload_directory
         if directory is not None and "offload" in request.moves:
@@ -192,6 +193,9 @@ class Preparer:
         if any(way.slowdown < MUCH_SLOWER for way in found):
             return
         parameters = self.costs.parameter_slots(captured.loss, how)
+        reason = why_not_all(self.request.model, parameters)
+        if reason is not None:
+            self._not_made["streaming all parameters"] = reason
         if parameters:
             yield Streaming(states if any(states.values()) else {}, parameters)
 

@@ -189,8 +189,8 @@ class StreamedTensors:
         for place in self._places[key]:
             if place.is_resting:
                 fetched = self._tier.fetch(place.slot)
+                place.is_fetched = True  # before anything half read can be seen
                 place.holder.set(fetched)
-                place.is_fetched = True
         return fetched
 
     def wait_fetched(self, key: Key) -> None:

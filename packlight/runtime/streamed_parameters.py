@@ -43,18 +43,38 @@ def parameter_slots(model: nn.Module) -> ParameterSlots:
     Left out are small ones, integers, tensors of other classes, and those that share their memory
     with anything else: a part of themselves, another parameter, a view that somebody has taken.
     """
-    alone = _num_viewers(nn.Parameter(torch.empty(1)))
-    named = dict([*model.named_parameters(), *model.named_buffers()])
     return {
         tensor: SlotSpec.of(tensor.data, name)
-        for name, tensor in named.items()
+        for name, tensor in _large(model).items()
         if type(tensor) in (nn.Parameter, torch.Tensor)
         and tensor.layout is torch.strided
         and (tensor.is_floating_point() or tensor.is_complex())
-        and tensor.nbytes >= MIN_STREAMED_BYTES
-        and fills_storage(tensor)
-        and _num_viewers(tensor) <= alone
+        and not _is_shared(tensor)
     }
+
+
+def why_not_all(model: nn.Module, slots: ParameterSlots) -> str | None:
+    """Return why large parameters share their memory and stay, in words; None if none does."""
+    names = [n for n, t in _large(model).items() if t not in slots and _is_shared(t)]
+    if not names:
+        return None
+    others = f" and that of {len(names) - 1} others" if len(names) > 1 else ""
+    return (
+        f"something else looks at the memory of {names[0]!r}{others}: a view, a state_dict that is "
+        "kept, another parameter"
+    )
+
+
+def _large(model: nn.Module) -> dict[str, torch.Tensor]:
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    return {n: t for n, t in named.items() if t.nbytes >= MIN_STREAMED_BYTES}
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    if tensor.layout is not torch.strided or type(tensor) not in (nn.Parameter, torch.Tensor):
+        return False
+    alone = _num_viewers(nn.Parameter(torch.empty(1)))
+    return not fills_storage(tensor) or _num_viewers(tensor) > alone
 
 
 def _num_viewers(tensor: torch.Tensor) -> int:

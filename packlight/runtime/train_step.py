@@ -77,7 +77,9 @@ class TrainStep:
         if trained == self._trained:
             return False
         _check_parameters(self.model, self.optimizer)
-        self._preparer = Preparer(self.request)
+        # What is on the disk stays known.
+        streamed = None if self._trained is None else self._preparer.streamed
+        self._preparer: Preparer = Preparer(self.request, streamed)
         self._trained = trained
         return True
 
