@@ -25,7 +25,7 @@ from packlight.runtime.offload.link import measure_link
 from packlight.runtime.train_step import TrainStep
 from tests.oracles.eager_loop import Training, assert_same_bits, twins
 
-WIDTH, DEPTH = 256, 20
+WIDTH, DEPTH, NUM_TOKENS = 256, 13, 64
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 
 
@@ -45,9 +45,9 @@ class Tower(nn.Module):
     def __init__(self, num_frozen: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.embed = nn.Embedding(300, WIDTH)
+        self.embed = nn.Embedding(NUM_TOKENS, WIDTH)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(DEPTH))
-        self.head = nn.Linear(WIDTH, 300, bias=False)
+        self.head = nn.Linear(WIDTH, NUM_TOKENS, bias=False)
         self.head.weight = self.embed.weight
         for layer in self.layers[:num_frozen]:
             layer.requires_grad_(False)
@@ -64,7 +64,7 @@ def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
 
 
 def batch_of(num_rows: int = 16) -> torch.Tensor:
-    return torch.arange(num_rows) % 300
+    return torch.arange(num_rows) % NUM_TOKENS
 
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
