@@ -8,8 +8,9 @@ faster by a margin than ways that keep every bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -107,13 +108,19 @@ class Preparer:
             self._not_made["update-in-backward"] = reason
         found: list[Way] = []
         errors: list[InfeasibleBudgetError] = []
+        hopeless: list[Callable[[], Way]] = []
         try:
             with CallProfiler(self.request.progress) as profiler:
                 for num_microbatches in self._counts(batch):
-                    ways = self._ways(batch, num_microbatches, profiler, errors)
+                    ways = self._ways(batch, num_microbatches, profiler, errors, hopeless)
                     found.extend(ways)
                     if ways and self._is_enough(min(ways, key=lambda w: w.seconds), found):
                         break
+                for make_way in hopeless if not found else ():
+                    try:
+                        found.append(make_way())
+                    except InfeasibleBudgetError as error:
+                        errors.append(error)
         finally:
             for captured in self._captured.values():
                 captured.loss.arguments.clear()  # they would keep the example batch in memory
@@ -160,18 +167,35 @@ class Preparer:
         num_microbatches: int,
         profiler: CallProfiler,
         errors: list[InfeasibleBudgetError],
+        hopeless: list[Callable[[], Way]],
     ) -> list[Way]:
-        """Return ways with a number of microbatches: the loss head whole, and in chunks."""
+        """Return ways with a number of microbatches: the loss head whole, and in chunks.
+
+        Those that hold more than the budget before they start are left in `hopeless`: how much more
+        takes long to find out, and matters only if nothing fits.
+        """
         found: list[Way] = []
         for num_chunks in self._chunk_counts(batch, num_microbatches, found):
             for streaming in self._streamings(batch, num_microbatches, found):
+                make_way = partial(
+                    self._way, batch, num_microbatches, num_chunks, streaming, profiler
+                )
+                if self._is_hopeless(batch, num_microbatches, streaming):
+                    hopeless.append(make_way)
+                    continue
                 try:
-                    found.append(
-                        self._way(batch, num_microbatches, num_chunks, streaming, profiler)
-                    )
+                    found.append(make_way())
                 except InfeasibleBudgetError as error:
                     errors.append(error)
         return found
+
+    def _is_hopeless(self, batch: Any, num_microbatches: int, streaming: Streaming) -> bool:
+        budget_bytes = self.request.budget_bytes
+        if budget_bytes is None:
+            return False
+        captured = self._capture_first(batch, num_microbatches)
+        memory = self.costs.memory(batch, captured.loss, num_microbatches, streaming)
+        return memory.resident_bytes >= budget_bytes
 
     def _streamings(
         self, batch: Any, num_microbatches: int, found: Sequence[Way]
@@ -183,7 +207,7 @@ class Preparer:
         if num_microbatches > 1 and found:
             return
         how = self._consumption(num_microbatches)
-        captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
+        captured = self._capture_first(batch, num_microbatches)
         is_one_by_one = how is Consumption.UPDATE or (
             how is Consumption.ACCUMULATE and self.costs.steps_alone
         )
@@ -215,7 +239,7 @@ class Preparer:
             return
         if any(way.is_plain for way in found):
             return
-        captured = self._capture(split(batch, num_microbatches)[0], num_microbatches)
+        captured = self._capture_first(batch, num_microbatches)
         regions = find_heads(captured.loss.joint, captured.loss.num_forward_outputs)
         if not regions:
             self._not_made["chunk"] = "no loss head found that could run in chunks"
@@ -279,6 +303,10 @@ class Preparer:
         return sum(link.read_seconds(size) + link.write_seconds(size) for size in sizes)
 
     # -- captures
+
+    def _capture_first(self, batch: Any, num_microbatches: int) -> _Captured:
+        piece = batch if num_microbatches == 1 else split(batch, num_microbatches)[0]
+        return self._capture(piece, num_microbatches)
 
     def _capture(self, piece: Any, num_microbatches: int) -> _Captured:
         size = None if num_microbatches == 1 else num_rows(piece)
