@@ -112,7 +112,10 @@ class Preparer:
         try:
             with CallProfiler(self.request.progress) as profiler:
                 for num_microbatches in self._counts(batch):
+                    num_errors = len(errors)
                     ways = self._ways(batch, num_microbatches, profiler, errors, hopeless)
+                    if found and not ways and len(errors) == num_errors:
+                        break  # gradients are accumulated: more microbatches hold no less
                     found.extend(ways)
                     if ways and self._is_enough(min(ways, key=lambda w: w.seconds), found):
                         break
