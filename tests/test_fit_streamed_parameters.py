@@ -297,3 +297,23 @@ def test_a_parameter_that_others_look_at_stays_and_the_error_says_so(tmp_path: P
             moves=packlight.EXACT_MOVES, offload_directory=tmp_path, progress=False,
         )
     assert view.data_ptr() == mine.model.layers[4].weight.data_ptr()
+
+
+def test_a_disk_too_small_for_the_parameters_is_an_error_of_fit_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    mine, eager = twins(Tower(), loss_fn, momentum)
+    places = [p.data_ptr() for p in mine.model.parameters()]
+    prepare.measure_link(tmp_path, prepare.LINK_PROBE_BYTES)  # remembered
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OffloadError, match="cannot reserve"):
+        packlight.fit(
+            mine.model, loss_fn, mine.optimizer, batch_of(),
+            9 * parameter_bytes(mine.model) // 10,
+            moves=packlight.EXACT_MOVES, offload_directory=tmp_path, progress=False,
+        )
+    assert [p.data_ptr() for p in mine.model.parameters()] == places
+    assert_same_bits(mine, eager)
