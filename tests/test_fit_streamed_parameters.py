@@ -240,6 +240,25 @@ def test_a_loss_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
     assert_same_bits(mine, eager)
 
 
+def test_a_way_that_streams_nothing_has_all_in_memory_but_what_others_look_at(
+    tmp_path: Path,
+) -> None:
+    """As for a smaller last batch that fits as it is."""
+    step, mine, eager = below_its_parameters(tmp_path, momentum)
+    assert torch.equal(step(batch_of()), eager.step(batch_of()))
+    view = mine.model.layers[0].weight.detach()
+    step._preparer.streamed.arrange({})
+    assert [id(p) for p in mine.model.parameters() if step._preparer.is_on_disk(p)] == [
+        id(mine.model.layers[0].weight)
+    ]
+    assert_same_bits(mine, eager)
+    assert torch.equal(mine.step(batch_of()), eager.step(batch_of()))
+    assert torch.equal(view, eager.model.layers[0].weight)
+    assert torch.equal(step(batch_of()), eager.step(batch_of()))
+    assert in_memory(step) == []
+    assert_same_bits(mine, eager)
+
+
 def test_freezing_parameters_later_and_other_batches_keep_all_values(tmp_path: Path) -> None:
     """The second batch is so small that its way has other schedules; then all is planned anew."""
     step, mine, eager = below_its_parameters(tmp_path)

@@ -36,6 +36,11 @@ class Holder(Protocol):
         """Put another tensor in its place."""
         ...
 
+    @property
+    def has_viewers(self) -> bool:
+        """Whether others look at the tensor's memory."""
+        ...
+
 
 Wanted = Mapping[Key, Sequence[tuple[Holder, SlotSpec]]]
 
@@ -121,7 +126,7 @@ class StreamedTensors:
         self._places: dict[Key, list[_Place]] = {}
 
     def arrange(self, wanted: Wanted) -> None:
-        """Before a step: have exactly what is wanted on the disk, and the rest in memory.
+        """Before a step: have what is wanted on the disk, and the rest in memory.
 
         What somebody has put in a mapping's place meanwhile (`load_state_dict` of an optimizer) is
         written.
@@ -161,7 +166,8 @@ class StreamedTensors:
             self._rest(place)
 
     def _bring_back(self, place: _Place) -> None:
-        if place.is_resting:
+        """Read a tensor, unless somebody looks at the mapping and would see no later update."""
+        if place.is_resting and not place.holder.has_viewers:
             value = self._tier.fetch(place.slot)
             self._tier.wait_fetched(place.slot)
             place.holder.set(value)

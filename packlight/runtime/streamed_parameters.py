@@ -17,7 +17,7 @@ from torch import fx, nn
 from packlight.runtime.gradients import fills_storage
 from packlight.runtime.offload.tier import SlotSpec
 from packlight.runtime.step_capture import CapturedLoss
-from packlight.runtime.streamed_state import MIN_STREAMED_BYTES
+from packlight.runtime.streamed_state import MIN_STREAMED_BYTES, has_viewers
 
 ParameterSlots = dict[torch.Tensor, SlotSpec]
 
@@ -31,6 +31,11 @@ class ParameterHolder:
     def get(self) -> torch.Tensor | None:
         """Return its values."""
         return self.tensor.data
+
+    @property
+    def has_viewers(self) -> bool:
+        """Whether others look at its memory."""
+        return has_viewers(self.tensor)
 
     def set(self, value: torch.Tensor) -> None:
         """Give it other memory."""
@@ -73,14 +78,7 @@ def _large(model: nn.Module) -> dict[str, torch.Tensor]:
 def _is_shared(tensor: torch.Tensor) -> bool:
     if tensor.layout is not torch.strided or type(tensor) not in (nn.Parameter, torch.Tensor):
         return False
-    alone = _num_viewers(nn.Parameter(torch.empty(1)))
-    return not fills_storage(tensor) or _num_viewers(tensor) > alone
-
-
-def _num_viewers(tensor: torch.Tensor) -> int:
-    """Return how many tensors look at a tensor's storage, as far as comparing goes."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
+    return not fills_storage(tensor) or has_viewers(tensor)
 
 
 def without_results(slots: ParameterSlots, loss: CapturedLoss) -> ParameterSlots:

@@ -61,6 +61,22 @@ class StateHolder:
         value: torch.Tensor | None = self.optimizer.state.get(self.parameter, {}).get(self.name)
         return value
 
+    @property
+    def has_viewers(self) -> bool:
+        """Whether others look at its memory (a `state_dict` that is kept)."""
+        return has_viewers(self.optimizer.state[self.parameter][self.name])
+
     def set(self, value: torch.Tensor) -> None:
         """Put another tensor in its place."""
         self.optimizer.state[self.parameter][self.name] = value
+
+
+def has_viewers(tensor: torch.Tensor) -> bool:
+    """Whether any other tensor looks at a tensor's memory, told by its storage's reference count.
+
+    A new tensor, which nobody else looks at, shows what the count is then.
+    """
+    counts = [
+        torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (tensor, torch.empty(1))
+    ]
+    return bool(counts[0] > counts[1])
