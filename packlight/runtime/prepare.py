@@ -209,22 +209,29 @@ class Preparer:
             return
         if num_microbatches > 1 and found:
             return
+        all_of_it = self._streamable(batch, num_microbatches)
+        if all_of_it.states:
+            yield Streaming(all_of_it.states)
+        if any(way.slowdown < MUCH_SLOWER for way in found):
+            return
+        reason = why_not_all(self.request.model, all_of_it.parameters)
+        if reason is not None:
+            self._not_made["streaming all parameters"] = reason
+        if all_of_it.parameters:
+            yield all_of_it
+
+    def _streamable(self, batch: Any, num_microbatches: int) -> Streaming:
+        """Return all that could lie on the disk: what is updated together, cannot."""
+        if self._linked is None:
+            return Streaming()
         how = self._consumption(num_microbatches)
-        captured = self._capture_first(batch, num_microbatches)
         is_one_by_one = how is Consumption.UPDATE or (
             how is Consumption.ACCUMULATE and self.costs.steps_alone
         )
         states = self.costs.state_slots() if is_one_by_one else {}
-        if any(states.values()):
-            yield Streaming(states)
-        if any(way.slowdown < MUCH_SLOWER for way in found):
-            return
-        parameters = self.costs.parameter_slots(captured.loss, how)
-        reason = why_not_all(self.request.model, parameters)
-        if reason is not None:
-            self._not_made["streaming all parameters"] = reason
-        if parameters:
-            yield Streaming(states if any(states.values()) else {}, parameters)
+        loss = self._capture_first(batch, num_microbatches).loss
+        parameters = self.costs.parameter_slots(loss, how)
+        return Streaming(states if any(states.values()) else {}, parameters)
 
     def _consumption(self, num_microbatches: int) -> Consumption:
         if num_microbatches > 1:
@@ -251,6 +258,10 @@ class Preparer:
         assert budget_bytes is not None, "without a budget the plain step fits"
         memory = self.costs.memory(batch, captured.loss, num_microbatches)
         left = budget_bytes - memory.resident_bytes
+        if left <= budget_bytes // CHUNK_SHARE:  # only what streams has room for a head at all
+            streaming = self._streamable(batch, num_microbatches)
+            memory = self.costs.memory(batch, captured.loss, num_microbatches, streaming)
+            left = budget_bytes - memory.resident_bytes
         count = 2
         while count < regions[0].rows and regions[0].bytes * CHUNK_SHARE > left * count > 0:
             count *= 2
