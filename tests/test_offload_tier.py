@@ -697,3 +697,67 @@ def test_on_a_gpu_buffers_come_back_bit_for_bit_beside_computation() -> None:
         for slot in range(4):
             tier.wait_fetched(slot)
             assert torch.equal(back[slot].cpu(), expected[slot])
+
+
+def test_a_mapped_tensor_is_the_slot_it_sees_writes_and_its_writes_are_fetched(
+    tmp_path: Path,
+) -> None:
+    value = random_bytes(MANY_PIECES_BYTES).view(torch.uint8)
+    weight = torch.arange(12.0).reshape(3, 4).t()
+    with disk_tier(tmp_path, [SlotSpec.of(value)]) as tier:
+        first = tier.mapped(0)
+        tier.extend([SlotSpec.of(weight)])
+        for slot, tensor in enumerate((value, weight)):
+            tier.offload(slot, tensor)
+            tier.wait_written(slot)
+        mapped, peak_bytes, _ = allocator_peak(lambda: tier.mapped(1), CPU)
+        assert peak_bytes == 0
+        assert torch.equal(first, value)
+        assert torch.equal(mapped, weight) and mapped.stride() == weight.stride()
+        mapped.mul_(2)
+        first[-1] = 7
+        tier.forget_pages()
+        assert torch.equal(mapped, 2 * weight)
+        fetched = [tier.fetch(slot) for slot in range(2)]
+        tier.wait_all()
+        assert torch.equal(fetched[1], 2 * weight)
+        assert fetched[0][-1] == 7 and torch.equal(fetched[0][:-1], value[:-1])
+
+
+def test_a_mapped_tensor_outlives_its_tier_and_keeps_only_the_mapping_open(
+    tmp_path: Path,
+) -> None:
+    weight = torch.arange(5000.0)
+    tier = disk_tier(tmp_path, [SlotSpec.of(weight)] * 3)
+    for slot in range(3):
+        tier.offload(slot, weight)
+    tier.wait_all()
+    mapped = [tier.mapped(slot) for slot in range(3)]
+    mine = [name for name in open_files() if name.startswith(str(tmp_path))]
+    assert len(mine) == 2, "one descriptor for the tier, one for all mappings"
+    tier.close()
+    del tier
+    gc.collect()
+    mapped[1].add_(1)
+    assert [torch.equal(m, weight) for m in mapped] == [True, False, True]
+    assert torch.equal(mapped[1], weight + 1)
+
+
+def test_recover_keeps_what_was_written_in_whole_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = random_bytes(MANY_PIECES_BYTES)
+    with disk_tier(tmp_path, [SlotSpec.of(value)] * 2) as tier:
+        tier.offload(0, value)
+        tier.wait_written(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", lambda *_: 1 // 0)
+            tier.offload(1, value)
+            with pytest.raises(OffloadError):
+                tier.wait_written(1)
+        tier.recover()
+        fetched = tier.fetch(0)
+        tier.wait_fetched(0)
+        assert torch.equal(fetched, value)
+        with pytest.raises(OffloadError, match="holds nothing"):
+            tier.fetch(1)

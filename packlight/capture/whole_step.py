@@ -17,7 +17,7 @@ Results (the loss, new batch statistics) move to a storage of their own as soon 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -64,12 +64,14 @@ class WholeStep:
         consumed_by: operation -> primals whose gradients it consumes.
         kept_by: operation -> indices of the forward results that it keeps.
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
+        parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
     """
 
     joint: JointStep
     consumed_by: Mapping[int, tuple[int, ...]]
     kept_by: Mapping[int, tuple[int, ...]]
     state_buffer_of: Mapping[int, int]
+    parameter_buffer_of: Mapping[int, int] = field(default_factory=dict)
 
 
 def whole_step(

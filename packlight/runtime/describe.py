@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from packlight.capture.whole_step import Consumption
 from packlight.planner.explain import operation_at
 from packlight.report.accounts import peak_by_kind
@@ -25,6 +27,8 @@ def describe_way(way: Way, request: Request) -> str:
         "accumulated gradients": memory.accumulated_bytes,
         **peak_by_kind(graph, timeline),
     }
+    stored = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in graph.stored)
+    kinds |= {"activations": kinds["activations"] - stored, "fetched from disk": stored}
     lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]
     limit = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     lines.append(
@@ -66,10 +70,17 @@ def moves_of(way: Way) -> list[str]:
     for kind, count in way.layers_in_chunks.items():
         layers = f"{count} {kind}s" if count > 1 else f"1 {kind}"
         moves.append(f"{layers} in {way.rewriting.layer_chunks} chunks")
-    num_states = sum(1 for named in way.state_slots.values() if named)
+    num_states = sum(1 for named in way.streaming.states.values() if named)
     if num_states:
         moves.append(f"optimizer state of {num_states} parameters offloaded between updates")
-    num_offloaded = way.num_transfers - num_states
+    if way.streaming.parameters:
+        num_streamed = sum(isinstance(t, nn.Parameter) for t in way.streaming.parameters)
+        moves.append(
+            f"parameters streamed: {num_streamed} of {way.num_parameters}, "
+            f"{format_bytes(way.streaming.parameter_bytes)}"
+        )
+    stored = set(way.parts[0].step.joint.graph.stored)
+    num_offloaded = sum(buffer not in stored for buffer in way.written_buffers)
     if num_offloaded:
         moves.append(f"{num_offloaded} activations offloaded")
     if num_again:

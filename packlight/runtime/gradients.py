@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,7 @@ def update_all(
     clipping: Clipping,
     scaler: torch.amp.GradScaler | None,
     updates: ParameterUpdates | None,
+    in_memory: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> None:
     """Update all parameters from their collected gradients.
 
@@ -93,6 +95,7 @@ def update_all(
         scaler: unscales first, and skips the update where a gradient is not finite.
         updates: where given, parameters are updated one after the other, with less workspace;
             its step has begun.
+        in_memory: with `updates`, the context in which a parameter and its state are there.
     """
     gradients = [(p, p.grad) for p in parameters if p.grad is not None]
     if scaler is not None:
@@ -109,8 +112,9 @@ def update_all(
         while gradients:
             parameter, gradient = gradients.pop(0)
             parameter.grad = None
-            updates.apply(parameter, gradient)
-            del gradient
+            with in_memory(parameter):
+                updates.apply(parameter, gradient)
+                del gradient
     else:
         optimizer.step()
 

@@ -1,93 +1,86 @@
 """From a batch's shapes and a budget to a step that can run: which moves, which schedule.
 
-Every way to run the step (how many microbatches, loss head and layers in how many chunks, updates
-in the backward or after it) is captured, completed to a `WholeStep` and planned by the one planner;
-the fastest way that fits is taken. Ways that change how sums are rounded (microbatches, chunks)
-must be faster by a margin than ways that keep every bit.
+Every way to run the step (how many microbatches, masks packed or not, loss head and layers in how
+many chunks, updates in the backward or after it, what lies on the disk) is planned by the one
+planner; the fastest way that fits is taken. Ways that change how sums are rounded (microbatches,
+chunks) must be faster by a margin than ways that keep every bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
+import torch
+
 from packlight.capture.batch_statistics import batch_statistics
-from packlight.capture.joint import read_joint_graph
 from packlight.capture.loss_weight import find_denominator
 from packlight.capture.profiler import CallProfiler
-from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
-from packlight.planner import plan_whole_step
 from packlight.runtime.independence import few_rows, settle
-from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows, split
+from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows
 from packlight.runtime.offload.link import measure_link
-from packlight.runtime.precision import blaming_precision, naming_missing_kernels
-from packlight.runtime.program import emit_program
-from packlight.runtime.rehearse import (
-    fits,
-    rehearse_program,
-    typical_seconds,
-    with_estimated_seconds,
-)
-from packlight.runtime.rewriting import Rewriter
-from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
+from packlight.runtime.plan_way import Choice, WayPlanner
 from packlight.runtime.step_costs import StepCosts
-from packlight.runtime.streamed_state import Slots, StreamedState
+from packlight.runtime.streamed import StreamedTensors, Streaming
+from packlight.runtime.streamed_parameters import why_not_all
 from packlight.runtime.ways import (
     MICROBATCH_BATCH_NORM,
     ROUNDING_MARGIN,
-    Part,
     Request,
     Rewriting,
     Way,
 )
-from packlight.step import Device, Plan, StepMemory
+from packlight.step import Device
 
 LINK_PROBE_BYTES = 16 * 2**20
-
-
-@dataclass
-class _Captured:
-    """One captured size of microbatch, while ways to run it are looked at."""
-
-    batch: Any
-    capture: StepCapture
-    loss: CapturedLoss
-    rewriter: Rewriter
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What tells one way to run the step from another.
-
-    Attributes:
-        num_microbatches: per update.
-        rewriting: of the captured graph.
-        streams_state: whether optimizer state lies on a tier between updates.
-    """
-
-    num_microbatches: int
-    rewriting: Rewriting
-    streams_state: bool
+# Parameters are streamed where all else takes this many times as long as the plain step.
+MUCH_SLOWER = 2.0
 
 
 class Preparer:
-    """Finds the fastest way to run a step within the budget, for one batch signature at a time."""
+    """Finds the fastest way to run a step within the budget, for one batch signature at a time.
 
-    def __init__(self, request: Request) -> None:
+    Args:
+        request: what `fit` was asked for.
+        streamed: what an earlier one of the same step has on the disk.
+    """
+
+    def __init__(self, request: Request, streamed: StreamedTensors | None = None) -> None:
         self.request = request
+        self.streamed = streamed
         self.costs = StepCosts(request)
         self.device = self.costs.device
-        self._captured: dict[int | None, _Captured] = {}
-        self._not_made: dict[str, str] = {}
-        self._settled: LossWeight | None = None
-        self.streamed: StreamedState | None = None
         self._linked: Device | None = None
         directory = request.offload_directory
         if directory is not None and "offload" in request.moves:
             link = measure_link(directory, LINK_PROBE_BYTES)
             self._linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
+
+    def is_on_disk(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is a file's."""
+        return self.streamed is not None and self.streamed.is_on_disk(tensor)
+
+    def prepare(self, batch: Any) -> Way:
+        """Return the fastest way found to train on a batch like this within the budget.
+
+        Raises:
+            InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
+        """
+        not_made: dict[str, str] = {}
+        reason = self._why_no_update_in_backward()
+        if reason is not None:
+            not_made["update-in-backward"] = reason
+        planner = WayPlanner(self.request, self.costs, self._linked, batch, reason is None)
+        try:
+            with CallProfiler(self.request.progress) as profiler:
+                way = _Search(planner, profiler, not_made).fastest()
+        finally:
+            planner.forget()
+        if way.num_microbatches == 1:
+            not_made.setdefault("microbatch", "not needed")
+        return replace(way, not_made=not_made)
 
     def _why_no_update_in_backward(self) -> str | None:
         request = self.request
@@ -104,242 +97,155 @@ class Preparer:
             return "the loss scaler looks at all gradients before it lets the optimizer step"
         return self.costs.updates.refusal
 
-    # -- ways
 
-    def prepare(self, batch: Any) -> Way:
-        """Return the fastest way found to train on a batch like this within the budget.
+class _Search:
+    """Looks through the ways to run one batch's step.
+
+    Args:
+        planner: plans them.
+        profiler: observes calls.
+        not_made: takes reasons, move -> why it could not be made.
+    """
+
+    def __init__(
+        self, planner: WayPlanner, profiler: CallProfiler, not_made: dict[str, str]
+    ) -> None:
+        self.planner, self.profiler, self.not_made = planner, profiler, not_made
+        self.request = planner.request
+        self.found: dict[Choice, Way] = {}
+        self.errors: list[InfeasibleBudgetError] = []
+        # Ways that hold more than the budget before they start: how much more takes long to find
+        # out, and matters only if nothing fits.
+        self.hopeless: list[Choice] = []
+        self._loss_weight: LossWeight | None = None
+
+    def fastest(self) -> Way:
+        """Return the fastest way found.
 
         Raises:
-            InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
+            InfeasibleBudgetError: there is none.
         """
-        self._captured.clear()
-        self._not_made, self._settled = {}, None
-        reason = self._why_no_update_in_backward()
-        if reason is not None:
-            self._not_made["update-in-backward"] = reason
-        found: dict[_Choice, Way] = {}
-        errors: list[InfeasibleBudgetError] = []
-        try:
-            with CallProfiler(self.request.progress) as profiler:
-                for num_microbatches in self._counts(batch):
-                    ways = self._ways(batch, num_microbatches, profiler, errors)
-                    found.update(ways)
-                    if ways and self._is_enough(ways.values(), found.values()):
-                        break
-                if found:
-                    way = self._fastest(batch, found, profiler)
-        finally:
-            for captured in self._captured.values():
-                captured.loss.arguments.clear()  # they would keep the example batch in memory
-            self._captured.clear()
-        if not found:
-            raise self._with_reasons(min(errors, key=lambda error: error.smallest_bytes))
-        not_made = dict(self._not_made)
-        if way.num_microbatches == 1:
-            not_made.setdefault("microbatch", "not needed")
-        return replace(way, not_made=not_made)
-
-    def _is_enough(self, latest: Iterable[Way], found: Iterable[Way]) -> bool:
-        way = min(latest, key=lambda w: w.seconds)
-        return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in found)
-
-    def _fastest(self, batch: Any, found: dict[_Choice, Way], profiler: CallProfiler) -> Way:
-        """Return the fastest of the ways found; what is measured inside the step decides.
-
-        A rehearsal takes several steps, so only ways that may win are rehearsed. The others stay
-        with times estimated from calls alone.
-        """
-        rehearsed: set[_Choice] = set()
+        for num_microbatches in self._counts():
+            num_errors = len(self.errors)
+            ways = self._with_microbatches(num_microbatches)
+            if self.found and not ways and len(self.errors) == num_errors:
+                break  # gradients are accumulated: more microbatches hold no less
+            self.found.update(ways)
+            if ways and self._is_enough(ways.values()):
+                break
+        for choice in self.hopeless if not self.found else ():
+            self._try(choice, self.found)
+        if not self.found:
+            raise self._with_reasons(min(self.errors, key=lambda error: error.smallest_bytes))
+        rehearsed: set[Choice] = set()
         while True:
-            choice = min(found, key=lambda c: _handicapped_seconds(found[c]))
-            if choice in rehearsed:
-                return found[choice]
-            rehearsed.add(choice)
-            found[choice] = self._way(batch, choice, profiler, rehearses=True)
+            # A rehearsal takes several steps: only ways that may win are worth it. The others stay
+            # with times estimated from calls alone.
+            best = min(self.found, key=lambda c: _handicapped_seconds(self.found[c]))
+            if best in rehearsed:
+                return self.found[best]
+            rehearsed.add(best)
+            self.found[best] = self._way(best, rehearses=True)
+
+    def _way(self, choice: Choice, *, rehearses: bool = False) -> Way:
+        return self.planner.way(choice, self._loss_weight, self.profiler, rehearses=rehearses)
+
+    def _try(self, choice: Choice, found: dict[Choice, Way]) -> None:
+        try:
+            found[choice] = self._way(choice)
+        except InfeasibleBudgetError as error:
+            self.errors.append(error)
+
+    def _is_enough(self, latest: Iterable[Way]) -> bool:
+        way = min(latest, key=lambda w: w.seconds)
+        return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in self.found.values())
 
     def _with_reasons(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
-        hints = [f"without {name}: {why}" for name, why in self._not_made.items()]
+        hints = [f"without {name}: {why}" for name, why in self.not_made.items()]
         hint = "\n  ".join(filter(None, [error.hint, *hints]))
         return InfeasibleBudgetError(
             error.budget_bytes, error.smallest_bytes, error.peak_operation, error.peak_buffers, hint
         )
 
-    def _counts(self, batch: Any) -> Iterator[int]:
+    # -- what to try
+
+    def _with_microbatches(self, num_microbatches: int) -> dict[Choice, Way]:
+        """Return ways with a number of microbatches, the whole graph's first."""
+        found: dict[Choice, Way] = {}
+        fastest: dict[Rewriting, Way] = {}
+        rewriter = self.planner.captured(num_microbatches).rewriter
+        for rewriting in rewriter.candidates(fastest):
+            for streaming in self._streamings(num_microbatches, found):
+                choice = Choice(num_microbatches, rewriting, streaming)
+                if self._is_hopeless(choice):
+                    self.hopeless.append(choice)
+                    continue
+                self._try(choice, found)
+                way = found.get(choice)
+                if way and (rewriting not in fastest or way.seconds < fastest[rewriting].seconds):
+                    fastest[rewriting] = way
+        self.not_made.update(rewriter.why_not)
+        return found
+
+    def _is_hopeless(self, choice: Choice) -> bool:
+        budget_bytes = self.request.budget_bytes
+        if budget_bytes is None:
+            return False
+        resident = self.planner.resident_bytes(choice.num_microbatches, choice.streaming)
+        return resident >= budget_bytes
+
+    def _streamings(
+        self, num_microbatches: int, found: Mapping[Choice, Way]
+    ) -> Iterator[Streaming]:
+        """Yield what could lie on the disk: nothing, optimizer state, parameters as well."""
+        yield Streaming()
+        if self.planner.linked is None or any(way.is_plain for way in found.values()):
+            return
+        if num_microbatches > 1 and found:
+            return
+        all_of_it = self.planner.streamable(num_microbatches)
+        if all_of_it.states:
+            yield Streaming(all_of_it.states)
+        if any(way.slowdown < MUCH_SLOWER for way in found.values()):
+            return
+        reason = why_not_all(self.request.model, all_of_it.parameters)
+        if reason is not None:
+            self.not_made["streaming all parameters"] = reason
+        if all_of_it.parameters:
+            yield all_of_it
+
+    # -- microbatches
+
+    def _counts(self) -> Iterator[int]:
         """Yield numbers of microbatches to look at, as long as they are possible."""
         yield 1
         if "microbatch" not in self.request.moves:
-            self._not_made["microbatch"] = "not among the moves"
+            self.not_made["microbatch"] = "not among the moves"
             return
         try:
-            rows = num_rows(batch)
+            rows = num_rows(self.planner.batch)
         except BatchError as error:
-            self._not_made["microbatch"] = str(error)
+            self.not_made["microbatch"] = str(error)
             return
         count = 2
         while count < 2 * rows:
-            if not self._may_split(batch):
+            if not self._may_split():
                 return
             yield min(count, rows)
             count *= 2
 
-    def _ways(
-        self,
-        batch: Any,
-        num_microbatches: int,
-        profiler: CallProfiler,
-        errors: list[InfeasibleBudgetError],
-    ) -> dict[_Choice, Way]:
-        """Return ways with a number of microbatches: all whole, and parts in chunks."""
-        found: dict[_Choice, Way] = {}
-        may_stream = (
-            self._linked is not None and num_microbatches == 1 and self.costs.optimizer_bytes > 0
-            and "update-in-backward" not in self._not_made
-        )
-        rewriter = self._capture_first(batch, num_microbatches).rewriter
-        rewritten: dict[Rewriting, Way] = {}
-        for rewriting in rewriter.candidates(rewritten):
-            for streams_state in (False, True) if may_stream else (False,):
-                if streams_state and any(way.is_plain for way in found.values()):
-                    break
-                choice = _Choice(num_microbatches, rewriting, streams_state)
-                try:
-                    found[choice] = rewritten[rewriting] = self._way(batch, choice, profiler)
-                except InfeasibleBudgetError as error:
-                    errors.append(error)
-        self._not_made.update(rewriter.why_not)
-        return found
-
-    def _way(
-        self,
-        batch: Any,
-        choice: _Choice,
-        profiler: CallProfiler,
-        *,
-        rehearses: bool = False,
-    ) -> Way:
-        num_microbatches = choice.num_microbatches
-        if num_microbatches > 1:
-            how = Consumption.ACCUMULATE
-        elif "update-in-backward" in self._not_made:
-            how = Consumption.TOGETHER
-        else:
-            how = Consumption.UPDATE
-        pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
-        sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
-        parts: list[Part] = []
-        layers: dict[str, int] = {}
-        memory: StepMemory | None = None
-        for size in dict.fromkeys(sizes):
-            captured = self._capture(pieces[sizes.index(size)], batch, num_microbatches)
-            trained = self.costs.parameters(captured.loss.arguments)
-            slots = self.costs.state_slots() if choice.streams_state else {}
-            memory = memory or self.costs.memory(batch, captured.loss, num_microbatches, slots)
-            step, plan = self._planned(
-                captured, how, choice.rewriting, slots, memory, profiler, rehearses
-            )
-            layers = layers or captured.rewriter.layers(choice.rewriting)
-            parts.append(Part(size, captured.capture, captured.loss, step, plan, trained))
-        assert memory is not None
-        finish_seconds, loss_weight = 0.0, None
-        if num_microbatches > 1:
-            loss_weight = self._settled
-            if self.costs.steps_alone:
-                updated = parts[0].parameter_of.values()
-                finish_seconds = sum(self.costs.update(p, None, profiler).seconds for p in updated)
-        counts = tuple(sizes.count(part.num_rows) for part in parts)
-        return Way(
-            tuple(parts), counts, memory, how, finish_seconds, choice.rewriting, layers,
-            loss_weight, slots, self._linked,
-        )
-
-    # -- captures
-
-    def _capture_first(self, batch: Any, num_microbatches: int) -> _Captured:
-        piece = batch if num_microbatches == 1 else split(batch, num_microbatches)[0]
-        return self._capture(piece, batch, num_microbatches)
-
-    def _capture(self, piece: Any, batch: Any, num_microbatches: int) -> _Captured:
-        size = None if num_microbatches == 1 else num_rows(piece)
-        if size not in self._captured:
-            def captured(loss_fn: LossFunction) -> tuple[StepCapture, CapturedLoss]:
-                capture = StepCapture(loss_fn, self.request.model)
-                return capture, capture.capture(piece)
-
-            capture, loss = blaming_precision("the loss", self.request.loss_fn, captured)
-            left_bytes = self.request.budget_bytes
-            if left_bytes is not None:
-                memory = self.costs.memory(batch, loss, num_microbatches)
-                left_bytes -= memory.resident_bytes
-            rewriter = Rewriter(loss, left_bytes, self.request.moves)
-            self._captured[size] = _Captured(piece, capture, loss, rewriter)
-        return self._captured[size]
-
-    def _planned(
-        self,
-        captured: _Captured,
-        how: Consumption,
-        rewriting: Rewriting,
-        slots: Slots,
-        memory: StepMemory,
-        profiler: CallProfiler,
-        rehearses: bool,
-    ) -> tuple[WholeStep, Plan]:
-        """Return a captured size as a whole step with its plan.
-
-        Where calls were never seen inside a step, it is rehearsed, or their times are estimated.
-        """
-        loss = captured.loss
-        module = captured.rewriter.module(rewriting)
-        measure = naming_missing_kernels(profiler.measure, self.request.precision)
-        joint = read_joint_graph(module, loss.num_forward_outputs, measure)
-        step = self.costs.completed(joint, loss, how, slots, profiler)
-        if not all(f is None or f.in_step_seconds is not None for f in joint.facts):
-            if rehearses or not profiler.has_seen_steps:
-                step = self._rehearsed(step, memory, loss, profiler)
-            else:
-                step = replace(step, joint=with_estimated_seconds(step.joint, profiler))
-        budget_bytes = self.request.budget_bytes
-        plan = plan_whole_step(step.joint.graph, memory, budget_bytes, self._linked)
-        return step, replace(plan, allowed=tuple(sorted(self.request.allow)))
-
-    def _rehearsed(
-        self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler
-    ) -> WholeStep:
-        """Return a step with times measured inside it."""
-        joint = step.joint
-        graph = replace(joint.graph, stored=())
-        budget_bytes = self.request.budget_bytes
-        try:
-            plan = plan_whole_step(graph, memory, budget_bytes)
-        except InfeasibleBudgetError:
-            if self._linked is None:
-                raise
-            return step  # only with transfers, which are not rehearsed
-        if not fits(plan.peak_bytes, self.device):
-            return step
-        tangents = [n.meta["val"] for n in joint.tangents]
-        program = emit_program(step, plan.schedule)
-        seconds = rehearse_program(program, loss.arguments, tangents, self.device)
-        typical = typical_seconds(joint, seconds)
-        for index, value in typical.items():
-            profiler.note_in_step(*joint.call(index), value)
-        return replace(step, joint=joint.with_seconds(typical))
-
-    # -- microbatches
-
-    def _may_split(self, batch: Any) -> bool:
+    def _may_split(self) -> bool:
         """Whether microbatches give the whole batch's gradients; remembers why not."""
-        if self._settled is None and "microbatch" not in self._not_made:
+        if self._loss_weight is None and "microbatch" not in self.not_made:
             try:
-                self._settled = self._find_loss_weight(batch)
+                self._loss_weight = self._find_loss_weight()
             except (MicrobatchError, BatchError) as error:
-                self._not_made["microbatch"] = str(error)
-        return self._settled is not None
+                self.not_made["microbatch"] = str(error)
+        return self._loss_weight is not None
 
-    def _find_loss_weight(self, batch: Any) -> LossWeight:
-        request = self.request
-        captured = self._captured[None]
-        loss = captured.loss
+    def _find_loss_weight(self) -> LossWeight:
+        request, batch = self.request, self.planner.batch
+        loss = self.planner.captured(1).loss
         rows = num_rows(batch)
         statistics = batch_statistics(loss.joint, rows)
         if statistics and MICROBATCH_BATCH_NORM not in request.allow:
@@ -351,7 +257,7 @@ class Preparer:
         if request.loss_weight is not None:
             weight = request.loss_weight
         else:
-            leaf_of = leaves_of_primals(loss.arguments, captured.batch)
+            leaf_of = leaves_of_primals(loss.arguments, batch)
             weight = find_denominator(
                 loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments
             )

@@ -3,8 +3,8 @@
 Where `fit` owns loss and backward, nothing has to pass through autograd: the schedule's calls stand
 one after the other in one function, whose generated code drops each value after its last use.
 Beside tensors the function is given objects that decide what becomes of results and gradients
-(`StepEvents`), of buffers that leave memory (a `Tier`), and of optimizer state that does
-(`StreamedState`).
+(`StepEvents`), of buffers that leave memory (a `Tier`), and of parameters and optimizer state that
+do (`StreamedBuffers`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Program:
 
     Attributes:
         module: its `forward` takes one list, which it empties: the primals, the tangents, events,
-            tier, streamed state (the last two None where nothing is transferred). It returns the
+            tier, streamed buffers (the last two None where nothing is transferred). It returns the
             forward's results; primals that are results are returned as they are.
         slots: what the tier has to hold.
     """
@@ -92,7 +92,13 @@ class _ProgramEmitter(Emitter):
         """Write everything."""
         joint = step.joint
         self.whole = step
-        self.primal_of_state = {b: primal for primal, b in step.state_buffer_of.items()}
+        # What has a holder outside, which a rehearsal leaves in peace: it fetches nothing.
+        fetched = {i.target for i in schedule.instructions if i.action is Action.FETCH}
+        self.parameter_of = {
+            b: joint.primals[primal]
+            for primal, b in step.parameter_buffer_of.items() if b in fetched
+        }
+        self.streamed = {*self.parameter_of, *(fetched & {*step.state_buffer_of.values()})}
         operations = joint.graph.operations
         self.results_of = {operations[o].creates[0]: r for o, r in step.kept_by.items()}
         self.generator_states = frozenset(joint.rng_state_of.values())
@@ -103,10 +109,13 @@ class _ProgramEmitter(Emitter):
         for node in joint.module.graph.nodes:
             if node.op == "get_attr":
                 self.place(node, self.new.node_copy(node))
+        away = set(self.parameter_of.values())
         for placeholder in (*joint.primals, *joint.tangents):
-            self.place(placeholder, self.new.node_copy(placeholder))
+            argument = self.new.node_copy(placeholder)
+            if placeholder not in away:
+                self.place(placeholder, argument)
         self.events = self.new.placeholder("events")
-        self.tier, self.states = self.new.placeholder("tier"), self.new.placeholder("states")
+        self.tier, self.holders = self.new.placeholder("tier"), self.new.placeholder("streamed")
         self.last_read_by = _last_read_by_updates(step, schedule)
         self.run(schedule.instructions)
         results = [
@@ -130,6 +139,9 @@ class _ProgramEmitter(Emitter):
         if operation.name == KEEP:
             self._keep(instruction)
         elif operation.name == UPDATE:
+            for buffer in operation.mutates:
+                if buffer in self.streamed:
+                    self.new.call_method("updating", self._place(buffer))
             primals = self.whole.consumed_by[index]
             nodes = [self.step.backward_results[primal] for primal in primals]
             buffers = [self.step.buffer_of_node[node] for node in nodes]
@@ -161,6 +173,8 @@ class _ProgramEmitter(Emitter):
             self._wait(buffer, "wait_written", self.being_written)
         if buffer in self.being_fetched:
             self._wait(buffer, "wait_fetched", self.being_fetched)
+        if buffer in self.streamed:
+            self.new.call_method("drop", self._place(buffer))
         super().free(buffer)
 
     def transfer(self, instruction: Instruction) -> None:
@@ -171,7 +185,7 @@ class _ProgramEmitter(Emitter):
         if instruction.action is Action.OFFLOAD:
             self.being_written.add(buffer)
             arguments: tuple[Any, ...] = self._place(buffer)
-            if buffer not in self.primal_of_state:
+            if buffer not in self.streamed:
                 value = self.in_transfer[buffer, "wait_written"] = self._whole_value(buffer)
                 arguments = (*arguments, value)
             self.new.call_method("offload", arguments)
@@ -179,7 +193,9 @@ class _ProgramEmitter(Emitter):
             assert instruction.action is Action.FETCH, instruction
             self.being_fetched.add(buffer)
             fetched = self.new.call_method("fetch", self._place(buffer))
-            if buffer not in self.primal_of_state:
+            if buffer in self.parameter_of:
+                self.place(self.parameter_of[buffer], fetched)
+            elif buffer not in self.streamed:
                 self.in_transfer[buffer, "wait_fetched"] = fetched
                 self._set_whole_value(buffer, fetched)
 
@@ -192,8 +208,8 @@ class _ProgramEmitter(Emitter):
 
     def _place(self, buffer: int) -> tuple[fx.Node, int]:
         """Return the object that transfers a buffer, and what it calls that buffer."""
-        if buffer in self.primal_of_state:
-            return self.states, self.primal_of_state[buffer]
+        if buffer in self.streamed:
+            return self.holders, buffer
         if buffer not in self.slot_of:
             self.slot_of[buffer] = len(self.slots)
             self.slots.append(self._slot(buffer))

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from packlight.capture.whole_step import Consumption
 from packlight.runtime.gradients import GradientFate, update_all
 from packlight.runtime.microbatch import loss_weights, num_rows, split
 from packlight.runtime.offload.disk import DiskTier
-from packlight.runtime.offload.tier import SlotSpec, Tier
+from packlight.runtime.offload.tier import SlotSpec
 from packlight.runtime.precision import refuse_collapsed_scale
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.program import emit_program
-from packlight.runtime.streamed_state import StateOfPrimals, StreamedState
+from packlight.runtime.streamed import Key, StreamedBuffers, StreamedTensors
 from packlight.runtime.ways import Part, Way
 
 
@@ -30,11 +32,9 @@ class StepRunner:
         self.way = way
         self._preparer, self._request = preparer, preparer.request
         self._trained = preparer.costs.trained_in_order
-        if way.state_slots and preparer.streamed is None:
-            assert preparer.request.optimizer is not None
-            preparer.streamed = StreamedState(
-                preparer.request.optimizer, way.state_slots, self._make_tier
-            )
+        if way.streaming and preparer.streamed is None:
+            preparer.streamed = StreamedTensors(self._make_tier(()))
+        self._on_disk = way.streaming.places(preparer.request.optimizer)
         in_backward = way.consumption is Consumption.UPDATE
         alone = way.num_microbatches > 1 and preparer.costs.steps_alone
         self._updates = preparer.costs.updates if in_backward or alone else None
@@ -46,18 +46,32 @@ class StepRunner:
                 preparer.request.clipping,
                 self._updates if in_backward else None,
             )
-            states = None
-            if way.state_slots:
+            streamed = None
+            if way.streaming:
                 assert preparer.streamed is not None
-                states = StateOfPrimals(preparer.streamed, part.parameter_of)
-            program = _Program(part, fate, self._make_tier, states)
+                streamed = StreamedBuffers(preparer.streamed, _keys(part))
+            program = _Program(part, fate, self._make_tier, streamed)
             self._programs[part.num_rows] = program
             part.capture.install(program)
 
-    def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
+    def _make_tier(self, slots: Sequence[SlotSpec]) -> DiskTier:
         directory = self._request.offload_directory
         assert directory is not None, "transfers are planned only where there is a tier"
         return DiskTier(directory, slots)
+
+    def arrange(self) -> None:
+        """Have on the disk what this way streams, and all else in memory.
+
+        Raises:
+            OffloadError: the disk is full or broken; no value is lost.
+        """
+        streamed = self._preparer.streamed
+        if streamed is not None:  # perhaps by another batch's way
+            streamed.arrange(self._on_disk)
+
+    def _in_memory(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        streamed = self._preparer.streamed
+        return nullcontext() if streamed is None else streamed.in_memory(parameter)
 
     def run(self, batch: Any, num_steps: int) -> torch.Tensor:
         """Train one step and return the detached loss.
@@ -72,12 +86,7 @@ class StepRunner:
         if self._updates is not None:
             self._updates.begin_step()
         optimizer.zero_grad(set_to_none=True)
-        streamed = self._preparer.streamed
-        if streamed is not None:  # perhaps by another batch's way
-            if self.way.state_slots:
-                streamed.park()
-            else:
-                streamed.bring_back()
+        self.arrange()
         try:
             if self.way.num_microbatches == 1:
                 loss = self._run_whole(batch, num_steps)
@@ -86,7 +95,9 @@ class StepRunner:
             if self.way.consumption is not Consumption.UPDATE:
                 trained, scaler = self._trained, request.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
-                update_all(optimizer, trained, request.clipping, scaler, self._updates)
+                update_all(
+                    optimizer, trained, request.clipping, scaler, self._updates, self._in_memory
+                )
                 if scaler is not None:
                     names = self._preparer.costs.name_of
                     gradients = ((names[id(p)], p.grad) for p in trained)
@@ -96,6 +107,8 @@ class StepRunner:
         except BaseException:
             for program in self._programs.values():
                 program.reset()
+            if self._preparer.streamed is not None:
+                self._preparer.streamed.reset()
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
@@ -138,6 +151,17 @@ class StepRunner:
         return 1.0 if scaler is None else float(scaler.scale(one))
 
 
+def _keys(part: Part) -> dict[int, Key]:
+    """Return what the streamed buffers of a part's graph stand for."""
+    keys: dict[int, Key] = {
+        buffer: ("state", id(part.parameter_of[primal]))
+        for primal, buffer in part.step.state_buffer_of.items()
+    }
+    for primal, buffer in part.step.parameter_buffer_of.items():
+        keys[buffer] = ("parameter", id(part.streamed_of[primal]))
+    return keys
+
+
 class _Program:
     """What runs in the place of a traced loss; called with the primals."""
 
@@ -145,11 +169,11 @@ class _Program:
         self,
         part: Part,
         fate: GradientFate,
-        make_tier: Callable[[Sequence[SlotSpec]], Tier],
-        states: StateOfPrimals | None,
+        make_tier: Callable[[Sequence[SlotSpec]], DiskTier],
+        streamed: StreamedBuffers | None,
     ) -> None:
         self.program = emit_program(part.step, part.plan.schedule)
-        self.fate, self.captured, self.states = fate, part.captured, states
+        self.fate, self.captured, self.streamed = fate, part.captured, streamed
         self.tier = make_tier(self.program.slots) if self.program.slots else None
         (tangent,) = part.step.joint.tangents
         like = tangent.meta["val"]
@@ -185,7 +209,7 @@ class _Program:
         """Run the schedule, write new values of the model's buffers back, return the loss."""
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
             results = self.program.module.forward(
-                [*primals, self.weight, self.fate, self.tier, self.states]
+                [*primals, self.weight, self.fate, self.tier, self.streamed]
             )
             for result, primal in self.captured.written_back.items():
                 written = primals[primal]

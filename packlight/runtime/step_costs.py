@@ -17,6 +17,12 @@ from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole
 from packlight.runtime.accounting import batch_bytes, measure_optimizer, tensors_bytes, tensors_of
 from packlight.runtime.gradients import fills_storage
 from packlight.runtime.step_capture import CapturedLoss
+from packlight.runtime.streamed import Streaming
+from packlight.runtime.streamed_parameters import (
+    ParameterSlots,
+    parameter_slots,
+    without_results,
+)
 from packlight.runtime.streamed_state import Slots, state_slots
 from packlight.runtime.twin import kinds_of_settings
 from packlight.runtime.update import ParameterUpdates, UpdateCost
@@ -59,6 +65,7 @@ class StepCosts:
         self._additions: dict[Any, float] = {}
         self._consumers: dict[Any, Consumer] = {}
         self._slots: Slots | None = None
+        self._parameter_slots: ParameterSlots | None = None
 
     @property
     def trained_in_order(self) -> list[nn.Parameter]:
@@ -78,12 +85,27 @@ class StepCosts:
             self._slots = state_slots(self.request.optimizer, self.trained.values())
         return self._slots
 
+    def parameter_slots(self, loss: CapturedLoss, how: Consumption) -> ParameterSlots:
+        """Return which parameters (and large buffers) of the model can be streamed.
+
+        Args:
+            loss: as captured.
+            how: what happens to gradients. Where all parameters are updated together, only frozen
+                ones are streamed.
+        """
+        if self._parameter_slots is None:
+            self._parameter_slots = parameter_slots(self.request.model)
+        slots = without_results(self._parameter_slots, loss)
+        if how is Consumption.UPDATE or (how is Consumption.ACCUMULATE and self.steps_alone):
+            return slots
+        return {tensor: spec for tensor, spec in slots.items() if id(tensor) not in self.trained}
+
     def completed(
         self,
         joint: JointStep,
         loss: CapturedLoss,
         how: Consumption,
-        slots: Slots,
+        streaming: Streaming,
         profiler: CallProfiler,
     ) -> WholeStep:
         """Return a captured step in which every gradient is consumed, at its measured costs.
@@ -92,7 +114,7 @@ class StepCosts:
             joint: the captured step.
             loss: with the real inputs that it was captured with.
             how: what happens to gradients.
-            slots: what of the optimizer's state is streamed.
+            streaming: what lies on the disk between uses.
             profiler: remembers seconds.
         """
         consumers: dict[int, Consumer] = {}
@@ -100,9 +122,9 @@ class StepCosts:
         copied_bytes = _copied_bytes(joint, trained)
         for primal, parameter in trained.items():
             consumer = self._consumer(joint, primal, parameter, how, profiler)
-            if slots:  # only what is streamed has a buffer of its own
-                streamed_bytes = sum(spec.num_bytes for spec in slots[parameter].values())
-                consumer = replace(consumer, state_bytes=streamed_bytes)
+            if streaming:  # only what is streamed has a buffer of its own
+                streamed = streaming.states.get(parameter, {}).values()
+                consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
             workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
             consumers[primal] = replace(consumer, workspace_bytes=workspace)
         together = None
@@ -112,11 +134,16 @@ class StepCosts:
             workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
-        if not slots:
+        if not streaming:
             return step
-        stored = tuple(step.state_buffer_of.values())
+        buffers = {
+            primal: joint.buffer_of_node[joint.primals[primal]]
+            for primal in streamed_primals(loss, streaming)
+        }
+        stored = (*step.state_buffer_of.values(), *buffers.values())
         graph = replace(step.joint.graph, stored=stored)
-        return replace(step, joint=replace(step.joint, graph=graph))
+        joint = replace(step.joint, graph=graph)
+        return replace(step, joint=joint, parameter_buffer_of=buffers)
 
     def _consumer(
         self,
@@ -173,7 +200,7 @@ class StepCosts:
         batch: Any,
         loss: CapturedLoss,
         num_microbatches: int,
-        slots: Slots | None = None,
+        streaming: Streaming | None = None,
     ) -> StepMemory:
         """Return the bytes of a step outside of its schedule.
 
@@ -181,15 +208,13 @@ class StepCosts:
             batch: the whole one.
             loss: as captured.
             num_microbatches: with more than one, gradients are accumulated.
-            slots: what of the optimizer's state is streamed.
+            streaming: what lies on the disk between uses.
         """
-        model = self.request.model
+        model, streaming = self.request.model, streaming or Streaming()
         trained = self.parameters(loss.arguments)
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
-        streamed = [spec for named in (slots or {}).values() for spec in named.values()]
-        streamed_bytes = sum(spec.num_bytes for spec in streamed)
         accumulated_bytes = workspace_bytes = 0
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
@@ -197,20 +222,35 @@ class StepCosts:
             workspace_bytes = self.update_workspace_bytes
             if self.steps_alone:
                 assert self.updates is not None
-                costs = [self.updates.cost(p).workspace_bytes for p in trained.values()]
-                workspace_bytes = max(costs, default=0)
+                workspace_bytes = max(
+                    self.updates.cost(p).workspace_bytes
+                    + sum(spec.num_bytes for spec in streaming.of_update(p))
+                    for p in trained.values()
+                )
         # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
         outside = [*model.parameters(), *tensors_of(batch)]
-        others = [*model.buffers(), *(a for a in loss.arguments if isinstance(a, torch.Tensor))]
+        arguments = [a for a in loss.arguments if isinstance(a, torch.Tensor)]
+        others = [t for t in (*model.buffers(), *arguments) if t not in streaming.parameters]
         return StepMemory(
-            parameter_bytes=tensors_bytes(model.parameters()),
+            parameter_bytes=tensors_bytes(
+                p for p in model.parameters() if p not in streaming.parameters
+            ),
             state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside),
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes - streamed_bytes,
+            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
+
+
+def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:
+    """Return the streamed parameters and buffers among a captured call's inputs, by position."""
+    return {
+        primal: argument
+        for primal, argument in enumerate(loss.arguments)
+        if isinstance(argument, torch.Tensor) and argument in streaming.parameters
+    }
 
 
 def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:

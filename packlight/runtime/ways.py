@@ -13,7 +13,7 @@ from packlight.runtime.gradients import Clipping
 from packlight.runtime.microbatch import LossWeight
 from packlight.runtime.precision import PRECISIONS, chosen_precision
 from packlight.runtime.step_capture import CapturedLoss, LossFunction, StepCapture
-from packlight.runtime.streamed_state import Slots
+from packlight.runtime.streamed import Streaming
 from packlight.step import Action, Device, Plan, StepMemory
 
 MOVES = ("update-in-backward", "microbatch", "pack", "chunk", "offload")
@@ -92,6 +92,7 @@ class Part:
         step: the whole step behind it.
         plan: its schedule.
         parameter_of: primal -> trained parameter.
+        streamed_of: primal -> parameter or buffer of the model that is streamed.
     """
 
     num_rows: int | None
@@ -100,6 +101,7 @@ class Part:
     step: WholeStep
     plan: Plan
     parameter_of: dict[int, nn.Parameter]
+    streamed_of: dict[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ class Way:
         rewriting: of every part's graph.
         layers_in_chunks: how many layers of each kind run in chunks.
         loss_weight: of microbatches.
-        state_slots: what of which parameter's optimizer state lies on the tier between updates.
+        streaming: which parameters and what of the optimizer's state lie on the tier between uses.
         device: with the link that transfers take, if there is one.
+        num_parameters: of the model.
         not_made: move -> why it is not part of this.
     """
 
@@ -128,8 +131,9 @@ class Way:
     rewriting: Rewriting = Rewriting()
     layers_in_chunks: dict[str, int] = field(default_factory=dict)
     loss_weight: LossWeight | None = None
-    state_slots: Slots = field(default_factory=dict)
+    streaming: Streaming = field(default_factory=Streaming)
     device: Device | None = None
+    num_parameters: int = 0
     not_made: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -161,10 +165,15 @@ class Way:
     @property
     def num_transfers(self) -> int:
         """How many buffers leave memory in one run of the schedule."""
+        return len(self.written_buffers)
+
+    @property
+    def written_buffers(self) -> list[int]:
+        """The buffers that leave memory in one run of the schedule, those not written left out."""
         schedule = self.parts[0].plan.schedule
-        return sum(i.action is Action.OFFLOAD for i in schedule.instructions)
+        return [i.target for i in schedule.instructions if i.action is Action.OFFLOAD]
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing is done that costs time."""
-        return all(part.plan.slowdown <= 1.0 + 1e-9 for part in self.parts) and not self.state_slots
+        return all(part.plan.slowdown <= 1.0 + 1e-9 for part in self.parts) and not self.streaming

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -45,6 +46,7 @@ from packlight.runtime.offload.scratch import (
 from packlight.runtime.offload.tier import (
     PIECE_BYTES,
     SlotSpec,
+    SlotState,
     Tier,
     slot_name,
     storage_bytes,
@@ -90,7 +92,40 @@ class DiskTier(Tier):
             raise
         super().__init__(slots, store, worker, verify)
         self.directory = store.directory
-        self.file_bytes = store.file_bytes
+        self._file_store = store
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file."""
+        return self._file_store.file_bytes
+
+    def extend(self, slots: Sequence[SlotSpec]) -> None:
+        """Add slots behind those that are there.
+
+        Raises:
+            OffloadError: as for a new tier; nothing is added.
+        """
+        self._check()
+        self._file_store.extend(tuple(slots))
+        self.slots += tuple(slots)
+        self._states += [SlotState() for _ in slots]
+
+    def mapped(self, slot: int) -> torch.Tensor:
+        """Return a tensor as the slot declares it whose memory is the slot's part of the file.
+
+        It sees what was written last and shows what it is written to the next `fetch`. It
+        allocates nothing; its mapping is undone with the last tensor that looks at it, which may
+        be long after the tier was closed. Nobody may write to it during a transfer of the slot.
+        A process forked from this one shares it.
+        """
+        spec, _ = self._slot(slot)
+        storage = self._file_store.mapped(slot).untyped_storage()
+        empty = torch.empty(0, dtype=spec.dtype)
+        return empty.set_(storage, spec.storage_offset, spec.shape, spec.stride)
+
+    def forget_pages(self) -> None:
+        """Let the system take back memory in which it keeps what mapped tensors have looked at."""
+        self._file_store.forget_pages()
 
     def is_idle(self) -> bool:
         """Return whether the transfers asked for so far are over, without waiting."""
@@ -103,20 +138,48 @@ class _FileStore:
 
     def __init__(self, directory: Path, slots: tuple[SlotSpec, ...], allow_memory: bool) -> None:
         self.directory = directory
-        self._slots = slots
-        self._offsets = []
+        self._slots: tuple[SlotSpec, ...] = ()
+        self._offsets: list[int] = []
+        self._mappings: list[mmap.mmap] = []
+        self._mapping_of: dict[int, mmap.mmap] = {}
         self.file_bytes = 0
-        for spec in slots:
-            self._offsets.append(self.file_bytes)
-            self.file_bytes += -(-spec.num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
         _check_devices(slots)
         check_directory(directory, allow_memory)
         self._file = open_anonymous(directory)
         try:
-            reserve(self._file, directory, self.file_bytes)
+            self.extend(slots)
         except BaseException:
             self.close()
             raise
+
+    def extend(self, slots: tuple[SlotSpec, ...]) -> None:
+        """Add slots at the file's end, and reserve their space."""
+        _check_devices(slots)
+        offsets, file_bytes = [], self.file_bytes
+        for spec in slots:
+            offsets.append(file_bytes)
+            file_bytes += -(-spec.num_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        reserve(self._file, self.directory, file_bytes)
+        self._slots += slots
+        self._offsets += offsets
+        self.file_bytes = file_bytes
+
+    def mapped(self, slot: int) -> torch.Tensor:
+        """Return a slot's part of the file as a mapped uint8 tensor of its own storage."""
+        if slot not in self._mapping_of:
+            # Always the whole file: a mapping costs a descriptor, however large it is.
+            if not self._mappings or len(self._mappings[-1]) < self.file_bytes:
+                self._mappings.append(mmap.mmap(self._file, self.file_bytes))
+            self._mapping_of[slot] = self._mappings[-1]
+        size, offset = self._slots[slot].num_bytes, self._offsets[slot]
+        return torch.frombuffer(
+            self._mapping_of[slot], dtype=torch.uint8, count=size, offset=offset
+        )
+
+    def forget_pages(self) -> None:
+        """Take pages out of mappings, so that they can be dropped from the page cache."""
+        for mapping in self._mappings:
+            mapping.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Close the file, which frees its space. Only the transferring thread may, once it runs."""

@@ -81,7 +81,7 @@ class Store(Protocol):
 
 
 @dataclass(slots=True)
-class _SlotState:
+class SlotState:
     """The latest transfers of a slot, and the checksum of its value."""
 
     offload: Transfer | None = None
@@ -111,7 +111,7 @@ class Tier:
         self._store = store
         self._transfers = transfers
         self._verify = verify
-        self._states = [_SlotState() for _ in self.slots]
+        self._states = [SlotState() for _ in self.slots]
         self._open: deque[Transfer] = deque()  # not waited for yet, in order
         self._finalizer = weakref.finalize(self, transfers.stop)
 
@@ -186,13 +186,25 @@ class Tier:
         if self._finalizer.alive:
             self._transfers.reset()
         self._open.clear()
-        self._states = [_SlotState() for _ in self.slots]
+        self._states = [SlotState() for _ in self.slots]
+
+    def recover(self) -> None:
+        """Stop transfers and forget failures, as `reset`; slots written in whole keep their values.
+
+        A slot whose latest write is not complete holds nothing.
+        """
+        kept = [
+            state if state.offload is not None and state.offload.is_complete else SlotState()
+            for state in self._states
+        ]
+        self.reset()
+        self._states = kept
 
     def close(self) -> None:
         """Stop transfers and give everything back. Doing it twice is fine."""
         self._finalizer()
         self._open.clear()
-        self._states = [_SlotState() for _ in self.slots]
+        self._states = [SlotState() for _ in self.slots]
 
     def __enter__(self) -> Self:
         return self
@@ -210,7 +222,7 @@ class Tier:
             raise OffloadError("the tier is closed", hint="make a new one")
         self._transfers.check()
 
-    def _slot(self, slot: int) -> tuple[SlotSpec, _SlotState]:
+    def _slot(self, slot: int) -> tuple[SlotSpec, SlotState]:
         self._check()
         assert 0 <= slot < len(self.slots), f"slot {slot} of {len(self.slots)}"
         return self.slots[slot], self._states[slot]
