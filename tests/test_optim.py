@@ -187,6 +187,9 @@ def test_no_moment_is_off_by_more_than_half_the_gap_around_it(
         error = ((kept - value).abs() / largest)[some]
         assert (error <= bound + 1e-6).all()
         assert error.max() > 1e-3, "it is quantized"
+        # Each block's largest value keeps its bits, unless it is negative: -1 is no level.
+        is_largest = (value == largest) & (value > 0)
+        assert is_largest.any() and torch.equal(kept[is_largest].float(), value[is_largest].float())
 
 
 def test_a_second_moment_never_becomes_zero() -> None:

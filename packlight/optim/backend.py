@@ -250,11 +250,15 @@ def _threads(num_threads: int) -> ThreadPoolExecutor:
 
 
 def _step_on_cuda(update: Update) -> None:
-    raise UnsupportedParameterError(
-        update.parameter,
-        "is on CUDA, for which packlight.optim has no kernel yet",
-        "use torch.optim there, with fused=True",
-    )
+    try:
+        from packlight.optim.cuda_kernel import step_on_cuda
+    except ImportError as error:
+        raise UnsupportedParameterError(
+            update.parameter,
+            f"is on CUDA, and its kernel cannot be made: {error}",
+            "install the triton that belongs to this torch, or use torch.optim with fused=True",
+        ) from error
+    step_on_cuda(update)
 
 
 _KERNELS: dict[str, Callable[[Update], None]] = {"cpu": _step_on_cpu, "cuda": _step_on_cuda}

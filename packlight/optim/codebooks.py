@@ -20,6 +20,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# Cells begin this share of a cell early. A block's largest value times the reciprocal of itself may
+# round to less than 1, which must not cost it its level: it would shrink in every step.
+_NUDGE = 1e-4
+
 
 @dataclass(frozen=True)
 class DynamicMap:
@@ -48,7 +52,7 @@ class DynamicMap:
         first = np.cumsum((1, *self.num_cells[:-1]))  # code of a decade's first cell
         cells = list(zip(first, self.num_cells, self.edges, strict=True))
         slopes = tuple(n / (9 * edge) for _, n, edge in cells)
-        offsets = tuple(float(f - n / 9) for f, n, _ in cells)
+        offsets = tuple(float(f - n / 9) + _NUDGE for f, n, _ in cells)
         heights = tuple(9 * edge / n for _, n, edge in cells)
         shifts = tuple(float(edge - f * 9 * edge / n) for f, n, edge in cells)
         return slopes, offsets, heights, shifts

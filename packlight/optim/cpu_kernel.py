@@ -6,8 +6,8 @@ scratch or what is stored, has no calls and draws no number that its element doe
 Which stages run is decided per tile, so there is one compiled function for all rules and formats.
 It takes addresses: unpacking ten arrays would cost more than stepping a small parameter.
 
-Numba compiles this file once per machine (about 20 s) and keeps the result on disk. It must not
-import functions that are compiled, as numba's cache would not see when those change.
+Numba compiles this file once per machine (about 20 s) and keeps the result on disk, until this very
+file changes. So nothing compiled may be imported here, and imported constants are checked.
 
 Random numbers: Philox4x32-10 (Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"),
 key (seed, number of the parameter), counter (element, step, which tensor). So an element's random
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numba import carray, njit, types
@@ -57,6 +58,14 @@ MIDPOINTS_4 = tuple(f32((a + b) / 2) for a, b in pairwise(SIGNED_4BIT.magnitudes
 # The code of zero, which is also how many negative levels there are.
 ZERO_8 = i32(SIGNED_8BIT.num_negative)
 ZERO_4 = i32(SIGNED_4BIT.num_negative)
+
+CONSTANTS_CRC = 1300656830
+assert CONSTANTS_CRC == crc32(
+    repr((
+        SIGNED_8BIT, SIGNED_8BIT.lines, UNSIGNED_8BIT, UNSIGNED_8BIT.lines, SIGNED_4BIT,
+        SIGNED_4BIT.lines, STATE_FORMATS, WEIGHT_FORMATS, MOMENTUM, NESTEROV, ADAM, LION,
+    )).encode()
+), "write the new number above: that makes numba compile with the constants as they are now"
 
 # -- words
 
