@@ -284,6 +284,18 @@ def test_sparse_gradients_and_parameters_converted_later_are_refused() -> None:
         optimizer.step()
 
 
+def test_a_state_that_does_not_fit_its_parameter_is_never_read() -> None:
+    """Kernels read memory by address."""
+    parameter = started()
+    optimizer = AdamW8bit([parameter])
+    run(optimizer, parameter, gradients(1))
+    parameter.grad = None
+    parameter.data = torch.zeros(200, 200)
+    parameter.grad = torch.ones(200, 200)
+    with pytest.raises(UnsupportedParameterError, match="has a state 'exp_avg'.*5183.*40000"):
+        optimizer.step()
+
+
 def test_a_missing_compiler_is_an_error_that_names_the_extra(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

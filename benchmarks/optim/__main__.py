@@ -102,7 +102,7 @@ def report(records: list[Record]) -> list[str]:
     return [
         *table(header, rows, right_from=2),
         "",
-        f"{made['hardware']}, {records[0].num_threads} threads, "
+        f"{made['hardware']}, {records[0].num_threads} used, "
         f"one tensor of {records[0].num_elements} elements, {max(r.num_rounds for r in records)} "
         f"rounds, load {made['load_at_start']} at the start, commit {made['commit']}, "
         + ", ".join(f"{name} {number}" for name, number in versions.items())

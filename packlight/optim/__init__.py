@@ -6,8 +6,9 @@
     optimizer = LowBit(model.parameters(), adamw(lr=1e-3), states="4bit", weights="bf16-stochastic")
 
 They are `torch.optim.Optimizer`s like any other, for `packlight.fit` or for a loop of your own, and
-know nothing of planning. A factored second moment (0.08 bytes per parameter) is not among them:
-`torch.optim.Adafactor` has it, and `fit` steps that, too.
+know nothing of planning. A factored second moment is not among them, since `torch.optim.Adafactor`
+has one, and `fit` steps that, too. Its state takes next to nothing (a row and a column of each
+matrix), but its step holds four bytes per parameter for a moment, which those here do not.
 """
 
 from packlight.optim.formats import STATE_FORMATS, WEIGHT_FORMATS

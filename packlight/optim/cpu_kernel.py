@@ -23,6 +23,7 @@ from typing import Any
 from zlib import crc32
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -91,7 +92,6 @@ _pointer = _cast(types.int64, types.voidptr, "inttoptr")
 @intrinsic
 def _half(context: Any, value: Any) -> Any:
     """Round to float16, returned as its bits."""
-    from llvmlite import ir
 
     def generate(compiler: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.fptrunc(arguments[0], ir.HalfType()), ir.IntType(16))
@@ -102,7 +102,6 @@ def _half(context: Any, value: Any) -> Any:
 @intrinsic
 def _from_half(context: Any, value: Any) -> Any:
     """Return a float16, given as its bits, as float32."""
-    from llvmlite import ir
 
     def generate(compiler: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -146,10 +145,10 @@ def _draw(tile, step, tensor, seed, number, out):
             a, b = u32(u32(q >> u64(32)) ^ u32(b ^ k)), u32(q & u64(0xFFFFFFFF))
             c, d = u32(u32(p >> u64(32)) ^ u32(d ^ j)), u32(p & u64(0xFFFFFFFF))
             k, j = u32(k + u32(0x9E3779B9)), u32(j + u32(0xBB67AE85))
-        out[lane], out[32 + lane] = u32(a & u32(0xFFFF)), u32(a >> u32(16))
-        out[64 + lane], out[96 + lane] = u32(b & u32(0xFFFF)), u32(b >> u32(16))
-        out[128 + lane], out[160 + lane] = u32(c & u32(0xFFFF)), u32(c >> u32(16))
-        out[192 + lane], out[224 + lane] = u32(d & u32(0xFFFF)), u32(d >> u32(16))
+        out[lane], out[32 + lane] = a & u32(0xFFFF), a >> u32(16)
+        out[64 + lane], out[96 + lane] = b & u32(0xFFFF), b >> u32(16)
+        out[128 + lane], out[160 + lane] = c & u32(0xFFFF), c >> u32(16)
+        out[192 + lane], out[224 + lane] = d & u32(0xFFFF), d >> u32(16)
 
 
 # -- moments

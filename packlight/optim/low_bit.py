@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from packlight.errors import OptimizerStateError, OptionError
+from packlight.errors import OptimizerStateError, OptionError, UnsupportedParameterError
 from packlight.optim.backend import check_parameter, update_parameter
 from packlight.optim.formats import (
     MIN_QUANTIZED_ELEMENTS,
@@ -86,8 +86,8 @@ class LowBit(torch.optim.Optimizer):
     >>> round(weight[0, 0].item(), 6)
     0.9
     >>> print(optimizer.summary())
-    LowBit: 4096 elements, 8.03 KiB of state, 2.01 bytes for each
-      adamw, states 8bit, weights fp32: 1 parameters, 4096 elements, 8.03 KiB of state
+    LowBit: 4096 elements, 8.1 KiB of state, 2.03 bytes for each
+      adamw, states 8bit, weights fp32: 1 parameters, 4096 elements, 8.1 KiB of state
     """
 
     _number_of: dict[torch.Tensor, int]
@@ -184,7 +184,11 @@ class LowBit(torch.optim.Optimizer):
                     )
             pairs += zip(saved["params"], group["params"], strict=False)
             for key, parameter in zip(saved["params"], group["params"], strict=False):
-                _check_state(saved_states.get(key), saved, key, parameter)
+                misfit = _misfit(saved_states.get(key), saved, parameter)
+                if misfit is not None:
+                    name, found, expected = misfit
+                    what = f"{name!r} of parameter {key}, of shape {tuple(parameter.shape)},"
+                    raise OptimizerStateError(what, found, expected)
         # torch would convert states to the parameter's dtype; it checks the groups' lengths.
         super().load_state_dict({**state_dict, "state": {}})
         for key, parameter in pairs:
@@ -227,7 +231,14 @@ class LowBit(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(new_state(group, parameter))
-        _check_state(state, group, self._number_of.get(parameter), parameter)
+        misfit = _misfit(state, group, parameter)
+        if misfit is not None:
+            name, found, expected = misfit
+            raise UnsupportedParameterError(
+                parameter,
+                f"has a state {name!r} of (dtype, elements) {found}; now it should be {expected}",
+                "a parameter keeps its shape and formats, or del optimizer.state[parameter]",
+            )
         state["step"] += 1
         # Copies that somebody else steps, to see what happens, all have number 0.
         update_parameter(group, parameter, state, self._number_of.get(parameter, 0))
@@ -246,20 +257,16 @@ class LowBit(torch.optim.Optimizer):
         self._number_of = {parameter: number for number, parameter in enumerate(parameters)}
 
 
-def _check_state(
-    state: Mapping[str, Any] | None, group: Mapping[str, Any], number: Any, parameter: torch.Tensor
-) -> None:
-    """Refuse a state that kernels would misread."""
-    if not state:
-        return
-    for name, (dtype, num_items) in state_layout(group, parameter.numel()).items():
-        value = state.get(name)
+def _misfit(
+    state: Mapping[str, Any] | None, group: Mapping[str, Any], parameter: torch.Tensor
+) -> tuple[str, Any, Any] | None:
+    """Return (name, what it is, what it should be) of a tensor that kernels would misread."""
+    for name, expected in state_layout(group, parameter.numel()).items() if state else ():
+        value = state.get(name) if state else None
         found = (value.dtype, value.numel()) if isinstance(value, torch.Tensor) else None
-        if found != (dtype, num_items):
-            raise OptimizerStateError(
-                f"{name!r} of parameter {number}, of shape {tuple(parameter.shape)},",
-                found, (dtype, num_items),
-            )
+        if found != expected:
+            return name, found, expected
+    return None
 
 
 def _in_words(states: States) -> str:
