@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -36,6 +36,9 @@ bench-spine: $(READY) ## rerun the memory and time tables beside the peers
 bench-whole-step: $(READY) ## rerun the tables of a whole step's time against its budget
 	$(BIN)/python -m benchmarks.whole_step
 	$(BIN)/python -m benchmarks.whole_step.report
+
+bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
+	$(BIN)/python -m benchmarks.optim
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -33,6 +33,9 @@ _HOMES = {
     "profile": "packlight.runtime.train_step",
 }
 
+# Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
+_FOLDERS = ("optim",)
+
 __all__ = [
     "EXACT_MOVES",
     "MOVES",
@@ -47,6 +50,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _FOLDERS:
+        return import_module(f"packlight.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'packlight' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

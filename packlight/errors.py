@@ -233,3 +233,40 @@ class MicrobatchError(PacklightError, ValueError):
             f"this loss does not split into microbatches{where}: {problem}"
             + (f"\nhint: {hint}" if hint else "")
         )
+
+
+class UnsupportedParameterError(PacklightError, ValueError):
+    """A parameter, or its gradient, that an optimizer of `packlight.optim` does not step.
+
+    Attributes:
+        shape, dtype, device: of the parameter.
+        problem: what is in the way.
+    """
+
+    def __init__(self, parameter: Any, problem: str, hint: str = "") -> None:
+        self.shape = tuple(parameter.shape)
+        self.dtype = str(parameter.dtype).removeprefix("torch.")
+        self.device = str(parameter.device)
+        self.problem = problem
+        super().__init__(
+            f"a parameter of shape {self.shape} ({self.dtype} on {self.device}) {problem}"
+            + (f"\nhint: {hint}" if hint else "")
+        )
+
+
+class OptimizerStateError(PacklightError, ValueError):
+    """A saved optimizer state in another form than the optimizer that is to load it.
+
+    Attributes:
+        what: the setting or the tensor that differs.
+        saved, expected: what was saved, and what the optimizer has.
+    """
+
+    def __init__(self, what: str, saved: Any, expected: Any, hint: str = "") -> None:
+        self.what = what
+        self.saved = saved
+        self.expected = expected
+        super().__init__(
+            f"{what} of the saved optimizer state is {saved!r}, that of this optimizer {expected!r}"
+            "; nothing was loaded" + (f"\nhint: {hint}" if hint else "")
+        )
