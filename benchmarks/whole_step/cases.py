@@ -119,7 +119,8 @@ CASES = {
             "reference_gpt",
             "reference GPT (12 x 384, sequence 256, batch 8, vocabulary 8192), AdamW",
             "reference_gpt", adamw, _REFERENCE.sizes, _REFERENCE.quick_sizes, _REFERENCE.blocks,
-            percents=(100, 70, 50, 40, 35, 30),
+            percents=(100, 70, 50, 40, 35),
+            variants=("recompute only", "recompute + microbatch", "microbatch alone"),
         ),
         Case(
             "reference_gpt_sgd",
@@ -131,24 +132,24 @@ CASES = {
         Case(
             "gpt2", "GPT-2 (12 x 768, sequence 512, batch 4, no dropout), AdamW", "gpt2", adamw,
             {**SPINE_CASES["gpt2"].sizes, "batch_size": 4, "dropout": 0.0}, {"dropout": 0.0},
-            num_rounds=2, percents=(50, 35), variants=(),
+            num_rounds=2, percents=(100, 70, 50, 40), variants=(),
         ),
         Case(
             "t5", "T5 small (6 + 6 x 512, sequences 128 and 64, batch 8, no dropout), AdamW", "t5",
             adamw,
             {"layers": 6, "width": 512, "heads": 8, "mlp_width": 2048, "vocabulary": 32128,
              "batch_size": 8, "length": 128, "target_length": 64, "dropout": 0.0},
-            {"dropout": 0.0}, percents=(100, 90, 80, 70, 60, 50), variant_percents=(80, 70, 60),
+            {"dropout": 0.0}, percents=(100, 80, 60, 50, 40), variants=(),
         ),
         Case(
             "resnet50", "ResNet-50 (224 x 224, batch 16), SGD with momentum", "resnet50",
             momentum_sgd, {"batch_size": 16, "side": 224}, {"batch_size": 2, "side": 64}, "blocks",
-            variants=("recompute only",), microbatches_by_hand=1,
+            percents=(100, 80, 60, 40, 30, 20), variants=(), microbatches_by_hand=1,
         ),
         Case(
             "char_gpt", "examples/char_gpt.py (6 x 128, sequence 64, batch 48, dropout 0.1), AdamW",
             "char_gpt", _char_gpt_optimizer, blocks="blocks",
-            percents=(100, 80, 60, 50, 40, 30, 20, 10), num_trained_steps=200,
+            percents=(100, 60, 40, 20), variants=(), num_trained_steps=200,
             trained_settings=("50%", "smallest"),
         ),
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,12 @@ from benchmarks.whole_step.records import (
 )
 from benchmarks.whole_step.steps import Workbench
 from packlight.errors import InfeasibleBudgetError
+from packlight.planner import plan_whole_step
+from packlight.runtime import plan_way
 from packlight.runtime.accounting import tensors_bytes
 from packlight.runtime.describe import moves_of
 from packlight.runtime.ways import MOVES, Way
+from packlight.step import Plan, StepGraph
 
 # What `fit` may do beside recomputation, which is never forbidden.
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -37,8 +42,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "recompute + update-in-backward": ("update-in-backward",),
     "recompute + microbatch": ("microbatch",),
     "recompute + chunk": ("chunk",),
+    # Where "alone" is said, recomputation is forbidden, too.
+    "microbatch alone": ("microbatch",),
 }
 OFFLOAD_VARIANTS: dict[str, tuple[str, ...]] = {
+    "offload alone": ("offload",),
     f"{JOINT} + offload": MOVES,
     "recompute + offload": ("offload",),
     "recompute only": (),
@@ -159,6 +167,9 @@ class Bench:
             begin = time.perf_counter()
             if setting == SMALLEST:
                 step = self._fitted_smallest(record, moves)
+            elif variant.endswith(" alone"):
+                with without_recomputation():
+                    step = self._fitted(budget_bytes, moves)
             else:
                 step = self._fitted(budget_bytes, moves)
             record.fit_seconds = time.perf_counter() - begin
@@ -212,6 +223,21 @@ class Bench:
 
     def _say(self, what: str) -> None:
         self.progress.update(self.task, description=f"{self.case.name}: {what.strip()}")
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Have everything planned in here with each operation running exactly once."""
+
+    def plan_once(graph: StepGraph, *arguments: Any) -> Plan:
+        operations = tuple(dataclasses.replace(o, can_recompute=False) for o in graph.operations)
+        return plan_whole_step(dataclasses.replace(graph, operations=operations), *arguments)
+
+    plan_way.plan_whole_step = plan_once
+    try:
+        yield
+    finally:
+        plan_way.plan_whole_step = plan_whole_step
 
 
 def _digest(way: Way) -> str:
