@@ -677,6 +677,7 @@ def test_a_link_is_measured_once_per_directory(
     assert link.bytes_per_second > 0 and (link.write_bytes_per_second or 0) > 0
     assert 0 < link.latency_seconds < link.read_seconds(2**30)
     assert link.write_seconds(0) == link.latency_seconds
+    assert 0 <= link.compute_share <= 1
     monkeypatch.setattr(os, "pwritev", None)
     assert measure_link(tmp_path / ".", 2**20, allow_memory=True) is link
 

@@ -97,6 +97,19 @@ def test_each_way_has_its_bandwidth_and_each_transfer_its_latency() -> None:
     assert timeline.seconds == 6.0
 
 
+def test_what_copies_cannot_compute() -> None:
+    graph, a, b, _ = there_and_back(20.0)
+    device = Device("busy", 1000, links=(Link("disk", 1.0, compute_share=0.25),))
+    instructions = (
+        run(0), offload(a), run(1), free(a), fetch(a), run(2), free(b), run(3), free(a),
+    )
+    timeline = simulate(graph, Schedule(instructions, 7), device)
+    # As above, but g ends at 3 (one second is lost to the write, which takes until 5), and the
+    # fetch takes another one from h, which so ends at 5 + 1 + 20.
+    assert (timeline.link_seconds, timeline.wait_seconds) == (8.0, 2.0)
+    assert timeline.seconds == 27.0
+
+
 def test_transfers_queue_in_the_order_in_which_they_are_issued() -> None:
     build = GraphBuilder()
     a, b = build.operation("f", [], [4, 3], seconds=1.0)
@@ -362,12 +375,14 @@ def with_transfers(graph: StepGraph, schedule: Schedule, seed: int) -> Schedule:
 def test_random_transfers_cost_what_a_recount_says(name: str) -> None:
     graph = graphs()[name]
     for seed in range(6):
-        link = Link("disk", 2e6 * (1 + seed % 3), 1e-4 * (seed % 2), write_bytes_per_second=3e6)
+        share = 0.2 * (seed % 4)
+        link = Link("disk", 2e6 * (1 + seed % 3), 1e-4 * (seed % 2), 3e6, share)
         device = Device("some", 1 << 30, links=(link,))
         schedule = with_transfers(graph, plain_order(graph), seed)
         timeline = simulate(graph, schedule, device)
         assert timeline.peak_bytes == recount_peak_bytes(graph, schedule.instructions)
         assert timeline.seconds == pytest.approx(recount_seconds(graph, schedule, device))
-        assert timeline.wait_seconds == pytest.approx(timeline.seconds - graph.seconds)
+        copying = share * timeline.link_seconds
+        assert timeline.wait_seconds == pytest.approx(timeline.seconds - graph.seconds - copying)
         moved = [i for i in schedule.instructions if i.action in (Action.OFFLOAD, Action.FETCH)]
         assert (timeline.link_seconds > 0) == bool(moved)

@@ -194,6 +194,10 @@ class OffloadSearch:
         """Return how long the link is busy for one absence of a buffer."""
         return link_seconds(self.link, self.graph.buffers[buffer].bytes, buffer in self.stored)
 
+    def _price(self, of_waiting: float) -> float:
+        """Return the price of a second of the link: what it takes from computing, and waiting."""
+        return self.link.compute_share + (1 - self.link.compute_share) * of_waiting
+
     def _worth(self, price: float, smallest_bytes: float) -> frozenset[int]:
         """Return the buffers whose fetch, at a price of the link, costs less than recomputing."""
         found = set(self.stored)
@@ -276,13 +280,13 @@ class OffloadSearch:
         plain = self._plain if self._is_small else self._plain[:1]
         tried = [
             (seed, self._worth(price, smallest_bytes), price)
-            for price in (STREAMING_PRICES if self.stored else PRICES)
+            for price in map(self._price, STREAMING_PRICES if self.stored else PRICES)
             for seed in [*plain, *seeds]
         ]
         # Streamed steps wait for parameters more than they recompute.
         for seed in [] if self.stored and not self._is_small else seeds:
             sets = list(self._replacements(seed, smallest_bytes))[:: 1 if self._is_small else 2]
-            tried.extend((seed, fetched, REPLACING_PRICE) for fetched in sets)
+            tried.extend((seed, fetched, self._price(REPLACING_PRICE)) for fetched in sets)
         trials: list[Trial] = []
         ranks: list[tuple[tuple[bool, float, int], int]] = []
         for number, (seed, fetched, price) in enumerate(tried):

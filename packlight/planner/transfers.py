@@ -267,6 +267,7 @@ class _Run:
         self.instructions.append(Instruction(Action.OFFLOAD, buffer))
         seconds = self.link.write_seconds(self.graph.buffers[buffer].bytes)
         self.link_free = max(self.link_free, self.now) + seconds
+        self.now += self.link.compute_share * seconds
         self.written_at[buffer] = self.link_free
 
     def _end(self, buffer: int) -> None:
@@ -351,6 +352,7 @@ class _Run:
         self.instructions.append(Instruction(Action.FETCH, buffer))
         seconds = self.link.read_seconds(self.graph.buffers[buffer].bytes)
         self.link_free = max(self.link_free, self.now) + seconds
+        self.now += self.link.compute_share * seconds
         self.ready_at[buffer] = self.link_free
         self.held[step : residence.first] += self.at.size[buffer]
         self.in_use.add(buffer)

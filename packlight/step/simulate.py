@@ -208,10 +208,12 @@ class _Lanes:
         return self.link
 
     def _run(self, action: Action, buffer: int, seconds: float) -> float:
+        assert self.link is not None
         start = max(self.link_free, self.now)
         self.link_free = start + seconds
         self.transfers.append(Transfer(action, buffer, start, self.link_free))
         self.link_seconds += seconds
+        self.now += self.link.compute_share * seconds  # taken from what computes meanwhile
         return self.link_free
 
     def wait_until(self, time: float) -> None:

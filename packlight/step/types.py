@@ -366,12 +366,15 @@ class Link:
         bytes_per_second: from there.
         latency_seconds: before the first byte of each transfer.
         write_bytes_per_second: to there; None for the same as from there.
+        compute_share: seconds of computation lost in each second of a transfer, 0 to 1: on a CPU,
+            the cores that compute copy, too.
     """
 
     name: str
     bytes_per_second: float
     latency_seconds: float = 0.0
     write_bytes_per_second: float | None = None
+    compute_share: float = 0.0
 
     def read_seconds(self, num_bytes: int) -> float:
         """Return how long a transfer from the other memory takes."""

@@ -137,6 +137,7 @@ def recount_seconds(graph: StepGraph, schedule: Schedule, device: Device) -> flo
                 after.append(ends[previous_transfer])
             ends.append(max(after) + duration)
             previous_transfer = last_transfer_of[instruction.target] = index
+            lane += link.compute_share * duration
             continue
         fetched = {
             b for b, i in last_transfer_of.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -16,6 +17,7 @@ from packlight.step import Link
 
 _SMALL_BYTES = 4096
 _NUM_ROUNDS = 3
+_ALONE_SECONDS = 0.02
 _measured: dict[tuple[str, int, int, bool], Link] = {}
 
 
@@ -39,8 +41,8 @@ def measure_link(
         allow_memory: see `DiskTier`.
 
     Returns:
-        A link with both directions' speeds. What was measured for a directory is remembered until
-        the process ends.
+        A link with both directions' speeds and what transfers take from computing. What was
+        measured for a directory is remembered until the process ends.
 
     Raises:
         OffloadError: see `DiskTier`.
@@ -56,7 +58,8 @@ def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: boo
     large = torch.zeros(num_bytes, dtype=torch.uint8)
     small = torch.zeros(_SMALL_BYTES, dtype=torch.uint8)
     slots = [SlotSpec.of(large), SlotSpec.of(large), SlotSpec.of(small)]
-    writes, reads, latencies = [], [], []
+    writes, reads, latencies, shares = [], [], [], []
+    products_per_second = _products_per_second() if while_computing else math.inf
     with DiskTier(path, slots, allow_memory=allow_memory) as tier:
 
         def write_large() -> None:
@@ -66,27 +69,50 @@ def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: boo
         def read_large() -> list[torch.Tensor]:
             return [tier.fetch(0), tier.fetch(1)]
 
+        def timed(start: Callable[[], object]) -> float:
+            seconds, num_products = _run(tier, start, while_computing)
+            shares.append(1 - num_products / (products_per_second * seconds))
+            return seconds
+
         for _ in range(1 + _NUM_ROUNDS):
-            writes.append(_seconds(tier, write_large, while_computing))
-            reads.append(_seconds(tier, read_large, while_computing))
-            latencies.append(_seconds(tier, lambda: tier.offload(2, small), while_computing))
-            latencies.append(_seconds(tier, lambda: tier.fetch(2), while_computing))
+            writes.append(timed(write_large))
+            reads.append(timed(read_large))
+            latencies.append(_run(tier, lambda: tier.offload(2, small), while_computing)[0])
+            latencies.append(_run(tier, lambda: tier.fetch(2), while_computing)[0])
     latency = statistics.median(latencies[2:])
     write, read = (
         2 * num_bytes / max(statistics.median(seconds[1:]) - latency, 1e-9)
         for seconds in (writes, reads)
     )
-    return Link(path, read, latency, write_bytes_per_second=write)
+    share = min(max(statistics.median(shares[2:]), 0.0), 1.0) if while_computing else 0.0
+    return Link(path, read, latency, write_bytes_per_second=write, compute_share=share)
 
 
-def _seconds(tier: DiskTier, start: Callable[[], object], while_computing: bool) -> float:
-    """Return how long the transfers that `start` asks for take."""
+def _run(
+    tier: DiskTier, start: Callable[[], object], while_computing: bool
+) -> tuple[float, int]:
+    """Return how long the transfers that `start` asks for take, and products made meanwhile."""
     matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    num_products = 0
     begin = time.perf_counter()
     kept = start()
     while while_computing and not tier.is_idle():
         torch.mm(matrix, matrix, out=product)
+        num_products += 1
     tier.wait_all()
     seconds = time.perf_counter() - begin
     del kept
-    return seconds
+    return seconds, num_products
+
+
+def _products_per_second() -> float:
+    """Return how many products of matrices this thread makes when nothing is transferred."""
+    matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    rates = []
+    for _ in range(_NUM_ROUNDS):
+        begin, num_products = time.perf_counter(), 0
+        while time.perf_counter() - begin < _ALONE_SECONDS:
+            torch.mm(matrix, matrix, out=product)
+            num_products += 1
+        rates.append(num_products / (time.perf_counter() - begin))
+    return statistics.median(rates)
