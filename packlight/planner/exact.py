@@ -256,7 +256,7 @@ class ExactSearch:
                     live, known = child.live, largest[child.position]
                     if any(other & live == live for other in known):
                         continue
-                    if len(known) < 1000:
+                    if len(known) < 100:
                         known[:] = [other for other in known if other & live != other]
                     known.append(live)
                 rank = ahead + child.ticks if prefer_short else ahead

@@ -86,7 +86,7 @@ class Planner:
         if len(graph.operations) <= MAX_EXACT and self._transfers is None:
             self._exact = ExactSearch(graph)
         self._smallest_was_sought = False
-        self._impossible_bytes = 0
+        self._impossible_bytes = _most_touched_bytes(graph) - 1
 
     @property
     def local(self) -> LocalSearch:
@@ -269,6 +269,17 @@ class Planner:
             wait_seconds=timeline.wait_seconds,
             offloaded_bytes=sum(self.graph.buffers[b].bytes for b in written),
         )
+
+
+def _most_touched_bytes(graph: StepGraph) -> int:
+    """Return the most that one operation needs in memory: no schedule's peak is smaller."""
+    size = [0 if b.id in graph.resident else b.bytes for b in graph.buffers]
+    most = 0
+    for operation in graph.operations:
+        touched = sum(size[b] for b in {*operation.touches, *operation.creates})
+        in_place = max((size[created] for created, _ in operation.overwrites), default=0)
+        most = max(most, touched + operation.workspace_bytes - in_place)
+    return most
 
 
 _latest: list[Planner] = []

@@ -133,8 +133,10 @@ class _Search:
             self.found.update(ways)
             if ways and self._is_enough(ways.values()):
                 break
-        for choice in self.hopeless if not self.found else ():
-            self._try(choice, self.found)
+        for choice in sorted(self.hopeless, key=self._resident_bytes) if not self.found else ():
+            smallest = min((e.smallest_bytes for e in self.errors), default=None)
+            if smallest is None or self._resident_bytes(choice) < smallest:
+                self._try(choice, self.found)
         if not self.found:
             raise self._with_reasons(min(self.errors, key=lambda error: error.smallest_bytes))
         rehearsed: set[Choice] = set()
@@ -189,10 +191,10 @@ class _Search:
 
     def _is_hopeless(self, choice: Choice) -> bool:
         budget_bytes = self.request.budget_bytes
-        if budget_bytes is None:
-            return False
-        resident = self.planner.resident_bytes(choice.num_microbatches, choice.streaming)
-        return resident >= budget_bytes
+        return budget_bytes is not None and self._resident_bytes(choice) >= budget_bytes
+
+    def _resident_bytes(self, choice: Choice) -> int:
+        return self.planner.resident_bytes(choice.num_microbatches, choice.streaming)
 
     def _streamings(
         self, num_microbatches: int, found: Mapping[Choice, Way]
