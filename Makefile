@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -39,6 +39,10 @@ bench-whole-step: $(READY) ## rerun the tables of a whole step's time against it
 
 bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 	$(BIN)/python -m benchmarks.optim
+
+bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
+	$(BIN)/python -m benchmarks.sohoni
+	$(BIN)/python -m benchmarks.sohoni.report
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -105,7 +105,8 @@ class Planner:
         """
         limit = self.plain_peak_bytes if budget_bytes is None else budget_bytes
         # Without stored buffers, nothing is faster than the plain step.
-        if limit not in self._bounds and (limit < self.plain_peak_bytes or self.graph.stored):
+        is_open = limit < self.plain_peak_bytes or bool(self.graph.stored)
+        if limit not in self._bounds and limit > self._impossible_bytes and is_open:
             self._solve(limit)
         best = self._fastest_within(limit)
         if best is None:
@@ -185,8 +186,9 @@ class Planner:
 
     def best_within(self, budget_bytes: int) -> Found:
         """Return the fastest schedule found within a budget, else the one with the least peak."""
-        if budget_bytes < self.plain_peak_bytes and budget_bytes not in self._bounds:
-            self._solve(budget_bytes)
+        if self._impossible_bytes < budget_bytes < self.plain_peak_bytes:
+            if budget_bytes not in self._bounds:
+                self._solve(budget_bytes)
         return self._fastest_within(budget_bytes) or self.smallest()
 
     def _solve_exactly(self, exact: ExactSearch, budget_bytes: int) -> None:

@@ -114,9 +114,9 @@ class _Search:
         self.request = planner.request
         self.found: dict[Choice, Way] = {}
         self.errors: list[InfeasibleBudgetError] = []
-        # Ways that hold more than the budget before they start: how much more takes long to find
-        # out, and matters only if nothing fits.
-        self.hopeless: list[Choice] = []
+        # Ways that hold more than the budget before they start, the most thoroughly rewritten of
+        # each kind: how much more takes long to find out, and matters only if nothing fits.
+        self.hopeless: dict[tuple[int, bool, bool], Choice] = {}
         self._loss_weight: LossWeight | None = None
 
     def fastest(self) -> Way:
@@ -133,7 +133,8 @@ class _Search:
             self.found.update(ways)
             if ways and self._is_enough(ways.values()):
                 break
-        for choice in sorted(self.hopeless, key=self._resident_bytes) if not self.found else ():
+        hopeless = sorted(self.hopeless.values(), key=self._resident_bytes)
+        for choice in hopeless if not self.found else ():
             smallest = min((e.smallest_bytes for e in self.errors), default=None)
             if smallest is None or self._resident_bytes(choice) < smallest:
                 self._try(choice, self.found)
@@ -180,7 +181,8 @@ class _Search:
             for streaming in self._streamings(num_microbatches, found):
                 choice = Choice(num_microbatches, rewriting, streaming)
                 if self._is_hopeless(choice):
-                    self.hopeless.append(choice)
+                    kind = (num_microbatches, bool(streaming.states), bool(streaming.parameters))
+                    self.hopeless[kind] = choice
                     continue
                 self._try(choice, found)
                 way = found.get(choice)

@@ -19,6 +19,8 @@ from packlight.runtime.ways import ROUNDING_MARGIN, Rewriting, Way
 CHUNK_SHARE = 8
 # Fewer chunks leave too much of a layer in memory, and too little to choose what to keep from.
 FEWEST_LAYER_CHUNKS = 4
+# More chunks save little that is not lost to other buffers, and make each of them slower.
+MOST_HEAD_CHUNKS = 64
 # Planning 1,000 operations takes a few seconds.
 MAX_NODES = 6_000
 
@@ -78,8 +80,8 @@ class Rewriter:
         if head is not None:
             num_heads = _count(head, self.left_bytes, 2)
             yield Rewriting(packs, num_heads)
-            if not found and num_heads < head.rows:
-                num_heads = min(4 * num_heads, head.rows)
+            if not found and num_heads < min(MOST_HEAD_CHUNKS, head.rows):
+                num_heads = min(4 * num_heads, MOST_HEAD_CHUNKS, head.rows)
                 yield Rewriting(packs, num_heads)
         if found and min(way.slowdown for way in found.values()) <= ROUNDING_MARGIN:
             return
@@ -154,7 +156,9 @@ class Rewriter:
 
 def _count(region: Region, left_bytes: int, fewest: int) -> int:
     count = fewest
-    while count < region.rows and region.bytes * CHUNK_SHARE > left_bytes * count > 0:
+    # Where nothing is left, chunks should still be as small as the smallest budget wants them.
+    left_bytes = max(left_bytes, region.bytes * CHUNK_SHARE // MOST_HEAD_CHUNKS)
+    while count < region.rows and region.bytes * CHUNK_SHARE > left_bytes * count:
         count *= 2
     return min(count, region.rows)
 
