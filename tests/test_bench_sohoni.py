@@ -48,6 +48,8 @@ def test_the_papers_way_of_counting_agrees_with_its_count() -> None:
 
 
 class Tiny(nn.Module):
+    """One convolution with a batch norm, and a classifier."""
+
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())

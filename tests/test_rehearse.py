@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
+import packlight
+from packlight.capture.profiler import CallProfiler
 from packlight.planner import smallest_plan
 from packlight.runtime import backend as backend_module
+from packlight.runtime import plan_way
 from packlight.runtime.backend import PacklightBackend
 from packlight.runtime.rehearse import NUM_REHEARSALS, _Clock
 from packlight.step import Schedule
+from tests.models import make
 
 
 def test_every_run_of_an_operation_is_timed_and_nothing_else(
@@ -59,3 +64,47 @@ def test_every_run_of_an_operation_is_timed_and_nothing_else(
     assert all(torch.equal(value, states[name]) for name, value in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_way_that_fit_chooses_has_been_rehearsed_and_not_every_other_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    model, batch, loss_fn = make("gpt2", layers=3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    planned: list[tuple[Any, bool, bool]] = []
+    way = plan_way.WayPlanner.way
+
+    def noting_way(self: Any, choice: Any, weight: Any, profiler: Any, *, rehearses: bool = False):
+        had_times = profiler.has_seen_steps
+        found = way(self, choice, weight, profiler, rehearses=rehearses)
+        planned.append((found, rehearses, had_times))
+        return found
+
+    monkeypatch.setattr(plan_way.WayPlanner, "way", noting_way)
+    plain = packlight.fit(model, loss_fn, optimizer, batch, progress=False)
+    budget_bytes = int(0.5 * plain.peak_bytes)
+    planned.clear()
+    step = packlight.fit(model, loss_fn, optimizer, batch, budget_bytes, progress=False)
+    chosen = [rehearses for found, rehearses, _ in planned if found.parts == step.way.parts]
+    assert chosen[-1:] == [True]
+    estimated = [found for found, rehearses, had_times in planned if had_times and not rehearses]
+    num_rehearsed = sum(rehearses for _, rehearses, _ in planned)
+    assert 0 < num_rehearsed <= len(estimated)
+
+
+def test_times_inside_the_step_are_estimated_from_the_operators_other_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    add, exp = torch.ops.aten.add.Tensor, torch.ops.aten.exp.default
+    with FakeTensorMode():
+        value = torch.empty(1000)
+    with CallProfiler(progress=False) as profiler:
+        assert not profiler.has_seen_steps
+        alone = profiler.measure(add, (value, value), {}).seconds
+        assert profiler.estimated_in_step(add, 2.0) == 2.0  # nothing is known
+        profiler.note_in_step(add, (value, value), {}, 3 * alone)
+        assert profiler.estimated_in_step(add, 2.0) == pytest.approx(6.0)
+        # Another operator: as all calls together.
+        assert profiler.estimated_in_step(exp, 2.0) == pytest.approx(6.0)
