@@ -83,7 +83,7 @@ def in_memory(step: TrainStep) -> list[torch.Tensor]:
     """Return the large parameters and states that are not on the disk."""
     states = [v for s in step.optimizer.state.values() for v in s.values() if v.nbytes >= 4096]
     tensors = [p for p in step.model.parameters() if p.nbytes >= 4096] + states
-    return [t for t in tensors if not step._preparer.is_on_disk(t)]
+    return [t for t in tensors if not step.is_on_disk(t)]
 
 
 def values(training: Training) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -248,7 +248,7 @@ def test_a_way_that_streams_nothing_has_all_in_memory_but_what_others_look_at(
     assert torch.equal(step(batch_of()), eager.step(batch_of()))
     view = mine.model.layers[0].weight.detach()
     step._preparer.streamed.arrange({})
-    assert [id(p) for p in mine.model.parameters() if step._preparer.is_on_disk(p)] == [
+    assert [id(p) for p in mine.model.parameters() if step.is_on_disk(p)] == [
         id(mine.model.layers[0].weight)
     ]
     assert_same_bits(mine, eager)

@@ -53,6 +53,7 @@ class Case:
         quick_percents: the same for a trial run.
         variant_percents: those at which fewer moves are allowed, too.
         variants: names of `measure.VARIANTS` to run there.
+        offload_percents, offload_variants: the same with a folder to offload to.
         above_parameters_mib: further budgets: so many MiB and the parameters.
         microbatches_by_hand: into how many an eager step is cut for comparison; 1 for not at all.
         num_trained_steps: of a training run beside eager, at `trained_settings`.
@@ -71,6 +72,10 @@ class Case:
     variant_percents: tuple[int, ...] = VARIANT_PERCENTS
     variants: tuple[str, ...] = (
         "recompute only", "recompute + update-in-backward", "recompute + microbatch",
+    )
+    offload_percents: tuple[int, ...] = VARIANT_PERCENTS
+    offload_variants: tuple[str, ...] = (
+        "recompute only", "offload alone", "recompute + offload", "all moves + offload",
     )
     above_parameters_mib: tuple[int, ...] = ()
     microbatches_by_hand: int = 4
@@ -133,6 +138,8 @@ CASES = {
             "gpt2", "GPT-2 (12 x 768, sequence 512, batch 4, no dropout), AdamW", "gpt2", adamw,
             {**SPINE_CASES["gpt2"].sizes, "batch_size": 4, "dropout": 0.0}, {"dropout": 0.0},
             num_rounds=2, percents=(100, 70, 50, 40), variants=(),
+            # Parameters and optimizer state are 31% of the plain peak.
+            offload_percents=(25,), offload_variants=("all moves + offload",),
         ),
         Case(
             "t5", "T5 small (6 + 6 x 512, sequences 128 and 64, batch 8, no dropout), AdamW", "t5",
@@ -149,7 +156,7 @@ CASES = {
         Case(
             "char_gpt", "examples/char_gpt.py (6 x 128, sequence 64, batch 48, dropout 0.1), AdamW",
             "char_gpt", _char_gpt_optimizer, blocks="blocks",
-            percents=(100, 60, 40, 20), variants=(), num_trained_steps=200,
+            percents=(100, 50, 35, 20), variants=(), num_trained_steps=200,
             trained_settings=("50%", "smallest"),
         ),
     )

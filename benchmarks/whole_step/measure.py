@@ -102,11 +102,15 @@ class Bench:
             self._fit(JOINT, f"parameters + {mebibytes} MiB", budget_bytes, WITHOUT_OFFLOAD)
         percents = QUICK_VARIANT_PERCENTS if self.quick else self.case.variant_percents
         variants = {name: VARIANTS[name] for name in self.case.variants}
+        cells = [(name, moves, percent) for name, moves in variants.items() for percent in percents]
         if self.offload_directory is not None:
-            variants.update(OFFLOAD_VARIANTS)
-        for name, moves in variants.items():
-            for percent in percents:
-                self._fit(name, f"{percent}%", peak_bytes * percent // 100, moves)
+            offload_percents = QUICK_VARIANT_PERCENTS if self.quick else self.case.offload_percents
+            cells += [
+                (name, OFFLOAD_VARIANTS[name], percent)
+                for name in self.case.offload_variants for percent in offload_percents
+            ]
+        for name, moves, percent in cells:
+            self._fit(name, f"{percent}%", peak_bytes * percent // 100, moves)
         self.progress.remove_task(self.task)
         return len(self.done) - num_known
 

@@ -136,7 +136,10 @@ class Workbench:
             for value in state.values()
             if isinstance(value, torch.Tensor)
         ]
-        before = tensors_bytes([*model.parameters(), *model.buffers(), *states])
+        there = [*model.parameters(), *model.buffers(), *states]
+        if isinstance(step, packlight.TrainStep):
+            there = [t for t in there if not step.is_on_disk(t)]
+        before = tensors_bytes(there)
         before += batch_bytes(self.built.batch)
         peak = packlight.measure_peak(lambda: step(self.built.batch), self.device)
         return peak.result, before + peak.peak_bytes
