@@ -49,7 +49,7 @@ def main() -> int:
                 "--tested", str(arguments.tested), "--checkpoints", str(arguments.checkpoints),
                 "--command", " ".join([f"python -m {MODULE}", *sys.argv[1:]]),
             ]
-            options += [] if seed is None else ["--seeds", str(seed)]
+            options += [] if seed is None else ["--train-seed", str(seed)]
             has_failed |= not run_apart(MODULE, options)
     return int(has_failed)
 
@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="default: results.jsonl of this folder")
     parser.add_argument("--checkpoints", type=Path, default=CHECKPOINTS)
     parser.add_argument("--measure-one", choices=list(ROWS), help=argparse.SUPPRESS)
+    parser.add_argument("--train-seed", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--command", default="", help=argparse.SUPPRESS)
     return parser
 
@@ -74,8 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _measure_one(arguments: argparse.Namespace) -> None:
     from benchmarks.sohoni.measure import Training, measure_memory, train
 
-    is_memory = arguments.seeds == [0, 1, 2]  # no seed was passed on
-    seed = None if is_memory else arguments.seeds[0]
+    seed = arguments.train_seed
     record = Record(
         arguments.measure_one, seed, provenance=provenance(seed or 0, "cpu", arguments.command)
     )
