@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from packlight.step import StepMemory
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
+# To find out how long a cold gradient takes to be added to: enough to fill caches.
+MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
 
 
 class StepCosts:
@@ -182,12 +185,18 @@ class StepCosts:
         return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
 
     def _addition_seconds(self, parameter: nn.Parameter, profiler: CallProfiler) -> float:
-        """Return how long a gradient takes to be added to another one."""
+        """Return how long a gradient takes to be added to what has been accumulated.
+
+        That was last touched a microbatch ago: several stand in for it in turn, so that none of
+        them is found in a cache.
+        """
         key = (tuple(parameter.shape), parameter.dtype)
         if key not in self._additions:
-            one, other = parameter.new_zeros(parameter.shape), parameter.new_zeros(parameter.shape)
-            seconds = median_seconds(lambda: one.add_(other), self.device)
-            name = f"addition {key}"
+            gradient = parameter.new_zeros(parameter.shape)
+            num = max(1, min(MAX_ACCUMULATED, ACCUMULATED_BYTES // max(1, gradient.nbytes)))
+            accumulated = cycle([torch.ones_like(gradient) for _ in range(num)])
+            seconds = median_seconds(lambda: next(accumulated).add_(gradient), self.device)
+            name = f"addition {key} to one of {num}"
             self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
         return self._additions[key]
 
