@@ -86,7 +86,7 @@ class Planner:
         if len(graph.operations) <= MAX_EXACT and self._transfers is None:
             self._exact = ExactSearch(graph)
         self._smallest_was_sought = False
-        self._impossible_bytes = _most_touched_bytes(graph) - 1
+        self._impossible_bytes = least_peak_bytes(graph) - 1
 
     @property
     def local(self) -> LocalSearch:
@@ -273,7 +273,7 @@ class Planner:
         )
 
 
-def _most_touched_bytes(graph: StepGraph) -> int:
+def least_peak_bytes(graph: StepGraph) -> int:
     """Return the most that one operation needs in memory: no schedule's peak is smaller."""
     size = [0 if b.id in graph.resident else b.bytes for b in graph.buffers]
     most = 0

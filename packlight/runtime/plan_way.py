@@ -11,7 +11,7 @@ from packlight.capture.joint import read_joint_graph
 from packlight.capture.profiler import CallProfiler
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.errors import InfeasibleBudgetError
-from packlight.planner import plan_whole_step
+from packlight.planner import least_peak_bytes, plan_whole_step
 from packlight.runtime.microbatch import LossWeight, num_rows, split
 from packlight.runtime.precision import blaming_precision, naming_missing_kernels
 from packlight.runtime.program import emit_program
@@ -27,6 +27,10 @@ from packlight.runtime.step_costs import StepCosts, streamed_primals
 from packlight.runtime.streamed import Streaming
 from packlight.runtime.ways import Part, Request, Rewriting, Way
 from packlight.step import Device, Plan, StepMemory
+
+
+class HopelessError(Exception):
+    """A single operation of a way needs more than the budget: no schedule has to be looked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,6 +127,7 @@ class WayPlanner:
         profiler: CallProfiler,
         *,
         rehearses: bool = False,
+        explains: bool = False,
     ) -> Way:
         """Return a way with its plans.
 
@@ -132,9 +137,11 @@ class WayPlanner:
             profiler: observes calls.
             rehearses: measure calls inside the step that were never seen there; else their times
                 are estimated, as long as any others are known.
+            explains: look for the smallest budget of a way that is hopeless, too.
 
         Raises:
             InfeasibleBudgetError: in terms of the whole step.
+            HopelessError: the same, found out at once; not if it should be explained.
         """
         num_microbatches, streaming = choice.num_microbatches, choice.streaming
         batch = self.batch
@@ -147,7 +154,11 @@ class WayPlanner:
             captured = self._capture(pieces[sizes.index(size)], num_microbatches)
             loss = captured.loss
             memory = memory or self.costs.memory(batch, loss, num_microbatches, streaming)
-            step, plan = self._planned(captured, choice, memory, profiler, rehearses)
+            step = self._completed(captured, choice, profiler)
+            least_bytes = memory.peak_bytes(least_peak_bytes(step.joint.graph))
+            if not explains and least_bytes > (self.request.budget_bytes or least_bytes):
+                raise HopelessError
+            step, plan = self._planned(step, loss, memory, profiler, rehearses)
             layers = layers or captured.rewriter.layers(choice.rewriting)
             trained = self.costs.parameters(loss.arguments)
             streamed = streamed_primals(loss, streaming)
@@ -208,22 +219,28 @@ class WayPlanner:
             left_bytes = budget_bytes - memory.resident_bytes
         return left_bytes
 
+    def _completed(
+        self, captured: Captured, choice: Choice, profiler: CallProfiler
+    ) -> WholeStep:
+        """Return a captured size as a whole step."""
+        loss = captured.loss
+        module = captured.rewriter.module(choice.rewriting)
+        measure = naming_missing_kernels(profiler.measure, self.request.precision)
+        joint = read_joint_graph(module, loss.num_forward_outputs, measure)
+        how = self.consumption(choice.num_microbatches)
+        return self.costs.completed(joint, loss, how, choice.streaming, profiler)
+
     def _planned(
         self,
-        captured: Captured,
-        choice: Choice,
+        step: WholeStep,
+        loss: CapturedLoss,
         memory: StepMemory,
         profiler: CallProfiler,
         rehearses: bool,
     ) -> tuple[WholeStep, Plan]:
-        """Return a captured size as a whole step with its plan."""
-        loss, request = captured.loss, self.request
-        module = captured.rewriter.module(choice.rewriting)
-        measure = naming_missing_kernels(profiler.measure, request.precision)
-        joint = read_joint_graph(module, loss.num_forward_outputs, measure)
-        how = self.consumption(choice.num_microbatches)
-        step = self.costs.completed(joint, loss, how, choice.streaming, profiler)
-        if not all(f is None or f.in_step_seconds is not None for f in joint.facts):
+        """Return a step with the best times that can be had, and its plan."""
+        request = self.request
+        if not all(f is None or f.in_step_seconds is not None for f in step.joint.facts):
             if rehearses or not profiler.has_seen_steps:
                 step = self._rehearsed(step, memory, loss, profiler)
             else:

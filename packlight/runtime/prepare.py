@@ -21,7 +21,7 @@ from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows
 from packlight.runtime.offload.link import measure_link
-from packlight.runtime.plan_way import Choice, WayPlanner
+from packlight.runtime.plan_way import Choice, HopelessError, WayPlanner
 from packlight.runtime.step_costs import StepCosts
 from packlight.runtime.streamed import StreamedTensors, Streaming
 from packlight.runtime.streamed_parameters import why_not_all
@@ -114,8 +114,8 @@ class _Search:
         self.request = planner.request
         self.found: dict[Choice, Way] = {}
         self.errors: list[InfeasibleBudgetError] = []
-        # Ways that hold more than the budget before they start, the most thoroughly rewritten of
-        # each kind: how much more takes long to find out, and matters only if nothing fits.
+        # Ways that cannot fit whatever the schedule, the most thoroughly rewritten of each kind:
+        # how much they would need takes long to find out, and matters only if nothing fits.
         self.hopeless: dict[tuple[int, bool, bool], Choice] = {}
         self._loss_weight: LossWeight | None = None
 
@@ -126,9 +126,8 @@ class _Search:
             InfeasibleBudgetError: there is none.
         """
         for num_microbatches in self._counts():
-            num_errors = len(self.errors)
             ways = self._with_microbatches(num_microbatches)
-            if self.found and not ways and len(self.errors) == num_errors:
+            if self.found and not ways and self._is_full_at_once(Choice(num_microbatches)):
                 break  # gradients are accumulated: more microbatches hold no less
             self.found.update(ways)
             if ways and self._is_enough(ways.values()):
@@ -137,7 +136,7 @@ class _Search:
         for choice in hopeless if not self.found else ():
             smallest = min((e.smallest_bytes for e in self.errors), default=None)
             if smallest is None or self._resident_bytes(choice) < smallest:
-                self._try(choice, self.found)
+                self._try(choice, self.found, explains=True)
         if not self.found:
             raise self._with_reasons(min(self.errors, key=lambda error: error.smallest_bytes))
         rehearsed: set[Choice] = set()
@@ -150,12 +149,22 @@ class _Search:
             rehearsed.add(best)
             self.found[best] = self._way(best, rehearses=True)
 
-    def _way(self, choice: Choice, *, rehearses: bool = False) -> Way:
-        return self.planner.way(choice, self._loss_weight, self.profiler, rehearses=rehearses)
+    def _way(self, choice: Choice, *, rehearses: bool = False, explains: bool = False) -> Way:
+        return self.planner.way(
+            choice, self._loss_weight, self.profiler, rehearses=rehearses, explains=explains
+        )
 
-    def _try(self, choice: Choice, found: dict[Choice, Way]) -> None:
+    def _try(
+        self, choice: Choice, found: dict[Choice, Way], *, explains: bool = False
+    ) -> None:
         try:
-            found[choice] = self._way(choice)
+            if self._is_full_at_once(choice) and not explains:
+                raise HopelessError
+            found[choice] = self._way(choice, explains=explains)
+        except HopelessError:
+            streaming = choice.streaming
+            kind = (choice.num_microbatches, bool(streaming.states), bool(streaming.parameters))
+            self.hopeless[kind] = choice
         except InfeasibleBudgetError as error:
             self.errors.append(error)
 
@@ -180,10 +189,6 @@ class _Search:
         for rewriting in rewriter.candidates(fastest):
             for streaming in self._streamings(num_microbatches, found):
                 choice = Choice(num_microbatches, rewriting, streaming)
-                if self._is_hopeless(choice):
-                    kind = (num_microbatches, bool(streaming.states), bool(streaming.parameters))
-                    self.hopeless[kind] = choice
-                    continue
                 self._try(choice, found)
                 way = found.get(choice)
                 if way and (rewriting not in fastest or way.seconds < fastest[rewriting].seconds):
@@ -191,7 +196,8 @@ class _Search:
         self.not_made.update(rewriter.why_not)
         return found
 
-    def _is_hopeless(self, choice: Choice) -> bool:
+    def _is_full_at_once(self, choice: Choice) -> bool:
+        """Whether a way holds as much as the budget before it starts."""
         budget_bytes = self.request.budget_bytes
         return budget_bytes is not None and self._resident_bytes(choice) >= budget_bytes
 
