@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 
 import packlight
 from packlight.capture.profiler import CallProfiler
+from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
 from packlight.runtime import backend as backend_module
 from packlight.runtime import plan_way
@@ -87,6 +88,25 @@ def test_the_way_that_fit_chooses_has_been_rehearsed_and_none_twice(
     step = packlight.fit(model, loss_fn, optimizer, batch, budget_bytes, progress=False)
     assert any(found.parts is step.way.parts for _, found in rehearsed)
     assert len({id(choice) for choice, _ in rehearsed}) == len(rehearsed)
+
+
+def test_a_way_that_is_not_found_again_with_rehearsed_times_is_taken_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(4, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    way = plan_way.WayPlanner.way
+
+    def unlucky_way(self: Any, *arguments: Any, rehearses: bool = False, **options: Any) -> Any:
+        if rehearses:
+            raise InfeasibleBudgetError(1, 2, "anywhere", [])
+        return way(self, *arguments, **options)
+
+    monkeypatch.setattr(plan_way.WayPlanner, "way", unlucky_way)
+    step = packlight.fit(
+        model, lambda m, b: m(b).square().mean(), optimizer, batch, "1MiB", progress=False
+    )
+    assert step.measured(batch).peak_bytes <= 2**20
 
 
 def test_times_inside_the_step_are_estimated_from_the_operators_other_calls(

@@ -147,7 +147,10 @@ class _Search:
             if best in rehearsed:
                 return self.found[best]
             rehearsed.add(best)
-            self.found[best] = self._way(best, rehearses=True)
+            try:
+                self.found[best] = self._way(best, rehearses=True)
+            except InfeasibleBudgetError:
+                pass  # other times led the search elsewhere: what was found before still fits
 
     def _way(self, choice: Choice, *, rehearses: bool = False, explains: bool = False) -> Way:
         return self.planner.way(
