@@ -13,6 +13,7 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError
+from packlight.step import Action, BufferKind
 from tests import models
 from tests.oracles.eager_loop import (
     MakeOptimizer,
@@ -123,6 +124,32 @@ def test_training_is_eagers_to_the_bit_within_any_budget(family: str) -> None:
     step = trained(smallest_bytes)
     assert "update-in-backward" in step.describe()
     assert max(step.plan.schedule.compute_counts().values()) > 1, "something is recomputed"
+
+
+def test_with_batch_norm_no_gradient_waits_for_the_end_of_the_backward() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()) for _ in range(5)]
+    model = nn.Sequential(*layers, nn.Linear(128, 10))
+    batch = torch.randn(256, 128), torch.randint(0, 10, (256,))
+    smallest_bytes = smallest_budget(model, models.classify, sgd, batch)
+    step = packlight.fit(
+        model, models.classify, sgd(model), batch, smallest_bytes, moves=IN_BACKWARD,
+        progress=False,
+    )
+    graph = step.profile.graph
+    gradients = {
+        b for o in graph.operations if o.mutates for b in o.reads
+        if graph.buffers[b].kind is BufferKind.GRADIENT
+    }
+    live: set[int] = set()
+    most_bytes = 0
+    for instruction in step.plan.schedule.instructions:
+        if instruction.action is Action.COMPUTE:
+            live |= gradients.intersection(graph.operations[instruction.target].creates)
+        elif instruction.action is Action.FREE:
+            live.discard(instruction.target)
+        most_bytes = max(most_bytes, sum(graph.buffers[b].bytes for b in live))
+    assert 0 < most_bytes <= 2 * 128 * 128 * 4  # of two layers, not of all five
 
 
 def smallest_budget(

@@ -312,3 +312,21 @@ def test_a_buffer_that_all_layers_read_leaves_each_layers_backward_with_its_laye
     backs = labels[2::2]
     # Segment 0 makes the positions; layer i's rotation is in segment 2 i + 1.
     assert backs == [2 * i + 1 for i in reversed(range(num_layers))]
+
+
+def test_a_smallest_budget_that_was_named_holds_after_many_other_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    graph = chain([8, 9, 10, 9, 8], [1.0] * 5)
+    named = planner.smallest_plan(graph).peak_bytes
+    assert named < Planner(graph).plain_peak_bytes
+    for size in range(2, 42):
+        planner.plan_schedule(chain([size, 1], [1.0, 1.0]), None)
+    # With other times the search may lead elsewhere: nowhere, here.
+    slower = replace(
+        graph, operations=tuple(replace(o, seconds=2 * o.seconds) for o in graph.operations)
+    )
+    monkeypatch.setattr(Planner, "_solve", lambda self, budget_bytes: None)
+    monkeypatch.setattr(LocalSearch, "smallest", lambda self, plain_peak_bytes: [])
+    monkeypatch.setattr(Planner, "_shrink", lambda self, exact: None)
+    assert planner.plan_schedule(slower, named).peak_bytes <= named

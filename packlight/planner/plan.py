@@ -27,7 +27,8 @@ from packlight.step import Action, Device, Plan, PlanStatus, Schedule, StepGraph
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
 CLOSE = 1.002
-NUM_REMEMBERED_STEPS, NUM_REMEMBERED_SCHEDULES = 8, 6
+# Of steps planned before, some schedules; of many more the smallest, which an error may have named.
+NUM_REMEMBERED_STEPS, NUM_REMEMBERED_SCHEDULES, NUM_REMEMBERED_SMALLEST = 8, 6, 64
 STREAMING_SHARES = (0.9, 0.6, 0.4)
 
 
@@ -312,7 +313,9 @@ def _remember(planner: Planner) -> None:
     key = (_without_times(planner.graph), planner.device)
     _earlier[key] = planner.some_schedules(NUM_REMEMBERED_SCHEDULES)
     _earlier.move_to_end(key)
-    while len(_earlier) > NUM_REMEMBERED_STEPS:
+    for key in list(_earlier)[:-NUM_REMEMBERED_STEPS]:
+        del _earlier[key][1:]
+    while len(_earlier) > NUM_REMEMBERED_SMALLEST:
         _earlier.popitem(last=False)
 
 

@@ -79,6 +79,7 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
     pending: list[int] = []
     top = len(cuts)
     earliest_reader = _first_segment_reading_mutated(graph, segment_of, top)
+    kept = {*graph.outputs, *graph.forward_outputs}
     for operation in graph.operations[graph.num_forward :]:
         ready = top
         has_gradient = False
@@ -87,6 +88,8 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
             if buffer in label_of_buffer:
                 ready = min(ready, label_of_buffer[buffer])
                 has_gradient = True
+            elif operation.mutates and buffer in kept:
+                pass  # updates wait for the step's results, which stay in memory anyway
             elif 0 <= facts.maker[buffer] < graph.num_forward:
                 forward_reads.append(buffer)
         label = min([ready, *(earliest_reader[b] for b in operation.mutates)])

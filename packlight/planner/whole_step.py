@@ -26,17 +26,19 @@ def plan_whole_step(
     """
     if budget_bytes is None:
         return plan_schedule(graph, None, device)
-    where, live, hint = "the start: what is there before the first operation", [], ""
-    left = budget_bytes - memory.resident_bytes
+    left = max(0, budget_bytes - memory.resident_bytes)
+    where, live, hint = "", [], ""
     try:
-        if memory.update_workspace_bytes > left > 0:
-            where, live = "the optimizer's update", [("workspace", memory.update_workspace_bytes)]
-        elif left > 0:
-            return plan_schedule(graph, left, device)
+        plan = plan_schedule(graph, left, device)
+        if memory.update_workspace_bytes <= left:
+            return plan
         smallest_bytes = smallest_peak_bytes(graph, device)
     except InfeasibleBudgetError as error:
         smallest_bytes = error.smallest_bytes
         where, live, hint = error.peak_operation, error.peak_buffers, error.hint
+    if memory.update_workspace_bytes > smallest_bytes or not where:
+        where, live = "the optimizer's update", [("workspace", memory.update_workspace_bytes)]
+        hint = ""
     resident = [
         ("parameters", memory.parameter_bytes + memory.state_bytes),
         ("optimizer state", memory.optimizer_bytes),
@@ -44,10 +46,13 @@ def plan_whole_step(
         ("batch", memory.input_bytes),
     ]
     in_memory = [(name, size) for name, size in (*resident, *live) if size > 0]
+    in_memory.sort(key=lambda item: -item[1])
+    if left == 0:  # what is there throughout is too much by itself: it comes first
+        in_memory.sort(key=lambda item: item not in resident)
     raise InfeasibleBudgetError(
         budget_bytes,
         memory.peak_bytes(smallest_bytes),
         where,
-        sorted(in_memory, key=lambda item: -item[1]),
+        in_memory,
         hint,
     )
