@@ -330,3 +330,16 @@ def test_a_smallest_budget_that_was_named_holds_after_many_other_steps(
     monkeypatch.setattr(LocalSearch, "smallest", lambda self, plain_peak_bytes: [])
     monkeypatch.setattr(Planner, "_shrink", lambda self, exact: None)
     assert planner.plan_schedule(slower, named).peak_bytes <= named
+
+
+def test_a_printed_plan_is_one_line_with_its_numbers() -> None:
+    graph = chain([8, 9, 10, 9, 8], [1.0] * 5)
+    plan = planner.smallest_plan(graph)
+    counts = plan.schedule.compute_counts().values()
+    again = sum(counts) - len(counts)
+    assert again > 0
+    assert str(plan) == (
+        f"{len(graph.operations)} operations, {again} of them recomputed: {plan.peak_bytes} B of "
+        f"{plan.budget_bytes} B (plain {plan.plain_peak_bytes} B), {plan.seconds:.1f} s, "
+        f"{plan.seconds / graph.seconds:.3f} x plain; {plan.status}"
+    )

@@ -277,7 +277,7 @@ def fit(
     step = TrainStep(
         _request(
             model, loss_fn, optimizer, budget, moves=moves, allow=allow,
-            clipping=Clipping(clip_grad_norm, clip_grad_value), scaler=scaler,
+            clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value, scaler=scaler,
             loss_weight=loss_weight, offload_directory=offload_directory, progress=progress,
         )
     )
@@ -310,15 +310,13 @@ def plan(
     batch: Any,
     budget: str | int | None,
     optimizer: torch.optim.Optimizer | None = None,
-    *,
-    moves: Iterable[str] | None = None,
-    allow: Any = (),
-    progress: bool = True,
+    **options: Any,
 ) -> Plan:
-    """Return the plan that `fit` would run; trains nothing. Args and errors: as `fit`."""
-    return planned_step(
-        model, loss_fn, batch, budget, optimizer, moves=moves, allow=allow, progress=progress
-    ).plan
+    """Return the plan that `fit` would run; trains nothing.
+
+    Args, options and errors: as `fit`. Where microbatches differ in size, the larger ones' plan.
+    """
+    return planned_step(model, loss_fn, batch, budget, optimizer, **options).plan
 
 
 def planned_step(
@@ -343,7 +341,8 @@ def _request(
     *,
     moves: Iterable[str] | None = None,
     allow: Any = (),
-    clipping: Clipping | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
     scaler: torch.amp.GradScaler | None = None,
     loss_weight: Any = None,
     offload_directory: str | os.PathLike[str] | None = None,
@@ -362,7 +361,7 @@ def _request(
         scaler = loss_scaler(model, precision, device, scaler)
     return Request(
         model, loss_fn, optimizer, None if budget is None else parse_bytes(budget), names,
-        allowed, clipping or Clipping(), scaler, loss_weight,
+        allowed, Clipping(clip_grad_norm, clip_grad_value), scaler, loss_weight,
         None if offload_directory is None else Path(offload_directory), progress,
     )
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
 
+from packlight.units import format_bytes, format_seconds
+
 
 class BufferKind(StrEnum):
     """What a storage holds."""
@@ -350,6 +352,19 @@ class Plan:
     link_seconds: float = 0.0
     wait_seconds: float = 0.0
     offloaded_bytes: int = 0
+
+    def __str__(self) -> str:
+        """Return one line: what runs, and at what price."""
+        counts = self.schedule.compute_counts()
+        num_again = sum(counts.values()) - len(counts)
+        limit = "" if self.budget_bytes is None else f" of {format_bytes(self.budget_bytes)}"
+        times = f"{self.num_microbatches} times " if self.num_microbatches > 1 else ""
+        plain = format_bytes(self.plain_peak_bytes)
+        return (
+            f"{times}{len(counts)} operations, {num_again} of them recomputed: "
+            f"{format_bytes(self.peak_bytes)}{limit} (plain {plain}), "
+            f"{format_seconds(self.seconds)}, {self.slowdown:.3f} x plain; {self.status}"
+        )
 
     @property
     def slowdown(self) -> float:
