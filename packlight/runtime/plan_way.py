@@ -159,6 +159,7 @@ class WayPlanner:
             if not explains and least_bytes > (self.request.budget_bytes or least_bytes):
                 raise HopelessError
             step, plan = self._planned(step, loss, memory, profiler, rehearses)
+            plan = replace(plan, num_microbatches=num_microbatches)
             layers = layers or captured.rewriter.layers(choice.rewriting)
             trained = self.costs.parameters(loss.arguments)
             streamed = streamed_primals(loss, streaming)
