@@ -55,7 +55,10 @@ EXAMPLE = ROOT / "docs" / "how-a-budget-becomes-a-schedule.md"
 EXAMPLE_BUDGET_BYTES = 14 * MIB
 LABELS = {"f1.0": "a", "f2.0": "b", "b3.0": "grad b", "b2.0": "grad a", "b1.0": "grad w"}
 SMALL = {"layers": 3, "width": 96, "length": 64, "vocabulary": 512}
-WIDE_HEAD = {"layers": 2, "width": 128, "heads": 4, "length": 128, "vocabulary": 8192, "batch_size": 8}
+WIDE_HEAD = {
+    "layers": 2, "width": 128, "heads": 4, "length": 128,
+    "vocabulary": 8192, "batch_size": 8,
+}
 
 
 def memory(quick: bool) -> bytes:
