@@ -131,6 +131,24 @@ def test_pictures_are_small_and_shown(picture: Path) -> None:
     assert any(picture.name in path.read_text(encoding="utf-8") for path in texts)
 
 
+def test_the_picture_of_the_worked_example_can_be_drawn_again(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
+    command = [sys.executable, str(DOCS / "make_pictures.py"), "retention", "--out", str(tmp_path)]
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "retention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_links_to_documents_outside_of_the_site_lead_to_their_pages() -> None:
+    rewrite = runpy.run_path(str(DOCS / "site_hook.py"))["with_site_links"]
+    linked = "[a](../README.md#limits) ![b](memory.png) [c](../examples/char_gpt.py) [d](x://y)"
+    assert rewrite(linked, "index.md") == (
+        "[a](front-page.md#limits) ![b](memory.png) c [d](x://y)"
+    )
+    assert rewrite("[a](../../docs/moves.md)", "benchmarks/optim.md") == "[a](../moves.md)"
+    assert rewrite("[a](docs/moves.md)", "front-page.md") == "[a](moves.md)"
+    assert rewrite("[a](../moves.md)", "api/step.md") == "[a](../moves.md)"
+
+
 # -- the code on the pages
 
 
