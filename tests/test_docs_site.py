@@ -80,6 +80,20 @@ def test_every_move_has_a_section_that_says_whether_it_is_exact() -> None:
         assert "\n- Cost: " in section
 
 
+def test_figures_of_the_moves_are_those_of_the_benchmark() -> None:
+    text = (DOCS / "moves.md").read_text(encoding="utf-8")
+    table = (ROOT / "benchmarks" / "whole_step" / "README.md").read_text(encoding="utf-8")
+    cells = [[c.strip() for c in line.split("|")] for line in table.splitlines() if "|" in line]
+    measured = {
+        (row[i], f"{float(time.split()[0]):.2f}")
+        for row in cells for time in row if re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\)", time)
+        for i in range(len(row))
+    }
+    shown = re.findall(r"(\d+) MiB at ([\d.]+)x", text)
+    assert len(shown) >= 8
+    assert [figures for figures in shown if figures not in measured] == []
+
+
 def test_every_technique_is_explained() -> None:
     from packlight.runtime.ways import TECHNIQUES
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,14 @@ from packlight.report.accounts import (
     whole_step_bytes,
 )
 from packlight.report.style import css_variables, drawing, to_svg
+from packlight.report.tables import (
+    Cell,
+    bytes_cell,
+    code,
+    number_cell,
+    seconds_cell,
+    sortable_table,
+)
 from packlight.report.template import CSS, PAGE, SCRIPT
 from packlight.report.transfers import buffer_transfers, link_lane
 from packlight.step import Phase, Plan, StepGraph, simulate
@@ -153,60 +160,6 @@ def render_report(
     )
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """What a table shows, what it sorts by if that is a number, and whether it reads as text."""
-
-    html: str
-    value: float | None = None
-    is_text: bool = False
-
-
-def _bytes(num_bytes: int) -> _Cell:
-    return _Cell(format_bytes(num_bytes), num_bytes)
-
-
-def _seconds(seconds: float) -> _Cell:
-    return _Cell(format_seconds(seconds) if seconds else "–", seconds)
-
-
-def _number(value: float, text: str) -> _Cell:
-    return _Cell(text, value)
-
-
-def _code(name: str) -> str:
-    """Return a name that a narrow column breaks after its dots and underscores."""
-    return f"<code>{re.sub(r'(?<=[._])(?=[^._])', '<wbr>', escape(name))}</code>"
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[_Cell]], *, marked: int | None = None
-) -> str:
-    numeric = [
-        bool(rows) and all(row[c].value is not None and not row[c].is_text for row in rows)
-        for c in range(len(heads))
-    ]
-    head = "".join(
-        f'<th scope="col"{" class=n" if numeric[c] else ""}>'
-        f'<button type="button">{escape(name)}</button></th>'
-        for c, name in enumerate(heads)
-    )
-    body = []
-    for position, row in enumerate(rows):
-        cells = "".join(
-            f"<td{' class=n' if numeric[c] else ''}"
-            + ("" if cell.value is None else f' data-v="{cell.value!r}"')
-            + f">{cell.html}</td>"
-            for c, cell in enumerate(row)
-        )
-        body.append(f"<tr{' class=marked' if position == marked else ''}>{cells}</tr>")
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="table">'
-        f"<table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )
-
-
 def _figure(title: str, svg: str, caption: str, table: str = "") -> str:
     return (
         f"<section><h2>{title}</h2><p class=note>{caption}</p>"
@@ -279,14 +232,14 @@ def _kinds_section(
         if not num_bytes and not (plan_kinds and plan_kinds[name]):
             continue
         swatch = f'<i style="background:var(--{colour})"></i>'
-        row = [_Cell(f"<span class=kind>{swatch}{escape(name)}</span>"), _bytes(num_bytes)]
+        row = [Cell(f"<span class=kind>{swatch}{escape(name)}</span>"), bytes_cell(num_bytes)]
         if plan_kinds is not None:
-            row.append(_bytes(plan_kinds[name]))
+            row.append(bytes_cell(plan_kinds[name]))
         rows.append(row)
     return (
         "<section><h2>The kinds of memory</h2><p class=note>At the peak of the whole step"
         f"{'' if plan is None else '; equal areas are equal bytes'}.</p>"
-        f"<div class=beside>{_scrolling(pies)}{_table(heads, rows)}</div></section>"
+        f"<div class=beside>{_scrolling(pies)}{sortable_table(heads, rows)}</div></section>"
     )
 
 
@@ -302,16 +255,16 @@ def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None
         bound = other.bound_seconds / other.plain_seconds if other.plain_seconds else 1.0
         share = other.peak_bytes / other.plain_peak_bytes if other.plain_peak_bytes else 1.0
         rows.append([
-            _bytes(whole_step_bytes(profile.memory, other.peak_bytes)),
-            _bytes(other.peak_bytes),
-            _number(share, f"{share:.0%}"),
-            _seconds(other.seconds),
-            _number(other.slowdown, f"{other.slowdown:.3f}x"),
-            _number(bound, f"{bound:.3f}x"),
-            _Cell(other.status.value),
+            bytes_cell(whole_step_bytes(profile.memory, other.peak_bytes)),
+            bytes_cell(other.peak_bytes),
+            number_cell(share, f"{share:.0%}"),
+            seconds_cell(other.seconds),
+            number_cell(other.slowdown, f"{other.slowdown:.3f}x"),
+            number_cell(bound, f"{bound:.3f}x"),
+            Cell(other.status.value),
         ])
     heads = ("whole step", "allocated", "of plain's", "time", "slowdown", "bound", "status")
-    return _table(heads, rows, marked=marked)
+    return sortable_table(heads, rows, marked=marked)
 
 
 def _transfer_section(profile: StepProfile, plan: Plan) -> str:
@@ -325,14 +278,14 @@ def _transfer_section(profile: StepProfile, plan: Plan) -> str:
     for entry in transferred[:_MAX_TRANSFERS]:
         buffer = graph.buffers[entry.buffer]
         rows.append([
-            _Cell(_code(buffer.name)),
-            _Cell(_code(layer_of[entry.buffer])),
-            _Cell(buffer.kind.value),
-            _bytes(buffer.bytes),
-            _number(entry.num_writes, str(entry.num_writes or "–")),
-            _number(entry.num_reads, str(entry.num_reads or "–")),
-            _seconds(entry.link_seconds),
-            _seconds(entry.gone_seconds),
+            Cell(code(buffer.name)),
+            Cell(code(layer_of[entry.buffer])),
+            Cell(buffer.kind.value),
+            bytes_cell(buffer.bytes),
+            number_cell(entry.num_writes, str(entry.num_writes or "–")),
+            number_cell(entry.num_reads, str(entry.num_reads or "–")),
+            seconds_cell(entry.link_seconds),
+            seconds_cell(entry.gone_seconds),
         ])
     read_bytes = sum(graph.buffers[e.buffer].bytes * e.num_reads for e in transferred)
     link = device.links[0]
@@ -354,7 +307,7 @@ def _transfer_section(profile: StepProfile, plan: Plan) -> str:
         escape("When operations run, and when the link writes and reads."),
     )
     heads = ("buffer", "layer", "kind", "bytes", "out", "in", "on the link", "not in memory")
-    return _figure("Transfers", svg, caption, _table(heads, rows))
+    return _figure("Transfers", svg, caption, sortable_table(heads, rows))
 
 
 def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) -> str:
@@ -364,19 +317,19 @@ def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) ->
     has_transfers = any(account.written_bytes for account in accounts)
     for position, account in enumerate(accounts):
         # Sorts by place in the forward, not by name.
-        layer = _Cell(_code(account.layer), position, is_text=True)
-        row = [layer, _bytes(account.plain_bytes)]
+        layer = Cell(code(account.layer), position, is_text=True)
+        row = [layer, bytes_cell(account.plain_bytes)]
         if plan is not None:
             names = ", ".join(
                 name if times == 1 else f"{times} {name}"
                 for name, times in (account.reruns or {}).items()
             )
             row += [
-                _bytes(account.kept_bytes),
-                *([_bytes(account.written_bytes)] if has_transfers else []),
-                _number(account.num_reruns, str(account.num_reruns or "–")),
-                _seconds(account.rerun_seconds),
-                _Cell(f"<span class=ops>{escape(names)}</span>"),
+                bytes_cell(account.kept_bytes),
+                *([bytes_cell(account.written_bytes)] if has_transfers else []),
+                number_cell(account.num_reruns, str(account.num_reruns or "–")),
+                seconds_cell(account.rerun_seconds),
+                Cell(f"<span class=ops>{escape(names)}</span>"),
             ]
         rows.append(row)
     title = "Kept, by layer" if plan is None else "Kept and recomputed, by layer"
@@ -387,7 +340,7 @@ def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) ->
     return (
         f"<section><h2>{title}</h2><p class=note>Kept: made by the forward and still in memory "
         "when the backward begins. Click a heading to sort.</p>"
-        f"{_table(heads, rows)}</section>"
+        f"{sortable_table(heads, rows)}</section>"
     )
 
 
@@ -403,12 +356,12 @@ def _operation_section(profile: StepProfile, plan: Plan) -> str:
         made = sum(graph.buffers[b].bytes for b in operation.creates)
         cost = again[op] * operation.seconds
         rows.append([
-            _Cell(_code(operation.short_name)),
-            _Cell(_code(operation.layer)),
-            _number(again[op], str(again[op])),
-            _seconds(operation.seconds),
-            _seconds(cost),
-            _bytes(made),
+            Cell(code(operation.short_name)),
+            Cell(code(operation.layer)),
+            number_cell(again[op], str(again[op])),
+            seconds_cell(operation.seconds),
+            seconds_cell(cost),
+            bytes_cell(made),
         ])
     more = ""
     if len(ranked) > _MAX_OPERATIONS:
@@ -416,5 +369,5 @@ def _operation_section(profile: StepProfile, plan: Plan) -> str:
     heads = ("operation", "layer", "reruns", "each", "in all", "makes")
     return (
         "<section><h2>Recomputed operations</h2><p class=note>What is run again, and what that "
-        f"costs.{more}</p>{_table(heads, rows)}</section>"
+        f"costs.{more}</p>{sortable_table(heads, rows)}</section>"
     )
