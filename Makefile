@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,5 +44,10 @@ bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (nee
 	$(BIN)/python -m benchmarks.sohoni
 	$(BIN)/python -m benchmarks.sohoni.report
 
+docs: $(READY) ## build the documentation's site into site/, and check it
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_docs_site.py
+
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

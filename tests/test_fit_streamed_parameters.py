@@ -23,6 +23,8 @@ from packlight.runtime.checkpoint import newest_checkpoint, save_checkpoint
 from packlight.runtime.offload.disk import DiskTier
 from packlight.runtime.offload.link import measure_link
 from packlight.runtime.train_step import TrainStep
+from packlight.step import BufferKind, simulate
+from packlight.units import parse_bytes
 from tests.oracles.eager_loop import Training, assert_same_bits, twins
 
 WIDTH, DEPTH, NUM_TOKENS = 256, 8, 64
@@ -131,6 +133,28 @@ def test_steps_below_the_parameters_bytes_have_eagers_bits_and_keep_the_budget(
     num_updated = sum(b in graph.stored for o in graph.operations for b in o.mutates)
     assert sum(b in graph.stored for b in step.way.written_buffers) == num_updated <= num_written
     assert f"parameters streamed: {DEPTH + 1} of {2 * DEPTH + 1}" in step.describe()
+
+
+def test_a_description_tells_streamed_parameters_from_state_and_adds_up(tmp_path: Path) -> None:
+    step, mine, _ = below_its_parameters(tmp_path)
+    graph, plan = step.profile.graph, step.plan
+    kinds = {name: graph.buffers[b].kind for b in graph.stored for name in [graph.buffers[b].name]}
+    weights = {name for name, p in mine.model.named_parameters() if p.nbytes >= 4096}
+    assert {name for name, kind in kinds.items() if kind == "parameter"} == weights
+    assert all(name.startswith("optimizer state of") for name in set(kinds) - weights)
+    timeline = simulate(graph, plan.schedule, step.profile.device)
+    held = dict.fromkeys(BufferKind, 0)
+    for b in timeline.peak_buffers:
+        held[graph.buffers[b].kind] += graph.buffers[b].bytes
+    shown = {}
+    for line in step.describe().partition("whole step")[0].splitlines():
+        name, size, unit = line.rsplit(maxsplit=2)
+        shown[name] = parse_bytes(f"{size} {unit}")
+    assert sum(shown.values()) == pytest.approx(step.peak_bytes, rel=0.03)
+    for name, kind in (("streamed parameters", BufferKind.PARAMETER),
+                       ("streamed optimizer state", BufferKind.STATE),
+                       ("activations", BufferKind.ACTIVATION)):
+        assert shown.get(name, 0) == pytest.approx(held[kind], rel=0.05, abs=64), name
 
 
 def test_between_steps_everybody_sees_the_parameters_and_may_write_to_them(

@@ -46,7 +46,9 @@ def run(arguments: argparse.Namespace) -> int:
     if report is not None:
         from packlight.report import write_report
 
-        page = write_report(report, profile, plans, plan, arguments.file)
+        page = write_report(
+            report, profile, plans, plan, arguments.file, how=step.how_it_runs()
+        )
         console.print(f"report: {page}")
     return 0
 

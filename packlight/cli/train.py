@@ -99,7 +99,9 @@ def run(arguments: argparse.Namespace) -> int:
         from packlight.report import write_report
 
         plans = other_plans(step.profile)
-        page = write_report(report, step.profile, plans, step.plan, arguments.file)
+        page = write_report(
+            report, step.profile, plans, step.plan, arguments.file, how=step.how_it_runs()
+        )
         console.print(f"report: {page}")
     # Capturing and planning may have drawn numbers; the run's own start here.
     seed_everything(arguments.seed)

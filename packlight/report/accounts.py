@@ -39,12 +39,19 @@ class PlainStep:
     Attributes:
         graph: nothing of it is stored on a far tier.
         schedule: every operation once.
-        stored_bytes: what is in memory throughout, and in the planned step only at times.
+        stored_parameter_bytes, stored_state_bytes: what is in memory throughout, and in the
+            planned step only at times.
     """
 
     graph: StepGraph
     schedule: Schedule
-    stored_bytes: int
+    stored_parameter_bytes: int
+    stored_state_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        """Both together."""
+        return self.stored_parameter_bytes + self.stored_state_bytes
 
     @property
     def timeline(self) -> Timeline:
@@ -54,9 +61,11 @@ class PlainStep:
 
 def plain_step(graph: StepGraph) -> PlainStep:
     """Return the plain step behind a graph; ids of operations and buffers are the same."""
-    stored_bytes = sum(graph.buffers[b].bytes for b in graph.stored)
+    stored = {BufferKind.PARAMETER: 0, BufferKind.STATE: 0}
+    for b in graph.stored:
+        stored[graph.buffers[b].kind] += graph.buffers[b].bytes
     resident = replace(graph, stored=()) if graph.stored else graph
-    return PlainStep(resident, plain_schedule(resident), stored_bytes)
+    return PlainStep(resident, plain_schedule(resident), *stored.values())
 
 
 @dataclass(frozen=True)

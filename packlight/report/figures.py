@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _MAX_BARS = 8
 WIDTH_INCHES = 10.2
+# Of `memory_kinds`, in their order.
+KIND_COLOURS = ("parameters", "optimizer", "allocated", "batch", "accumulated")
 
 
 def memory_over_time(
@@ -71,9 +73,9 @@ def memory_over_time(
         if base:
             axes.fill_between(
                 [0, end], [base, base], color=LIGHT["resident"], linewidth=0,
-                label=f"resident: parameters, optimizer state, batch, {format_bytes(base)}",
+                label=f"resident {format_bytes(base)}",
             )
-        _draw_curve(axes, plain_curve, plain_base, "plain", "plain step", alpha=0.35)
+        _draw_curve(axes, plain_curve, plain_base, "plain", plain_name(plan), alpha=0.35)
         if plan_curve is not None and plan is not None:
             label = f"planned, {plan.slowdown:.2f}x the time"
             _draw_curve(axes, plan_curve, base, "planned", label, alpha=0.40)
@@ -91,7 +93,7 @@ def memory_over_time(
             _mark_peak(axes, plan_curve, base, "planned", end, budget)
         _byte_axis(axes.yaxis, top)
         second_axis(axes.xaxis, end)
-        axes.set_xlabel("seconds into the step" if end >= 1 else "milliseconds into the step")
+        axes.set_xlabel(into_the_step(end))
         handles, labels = axes.get_legend_handles_labels()
         order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("resident"))
         figure.legend(
@@ -109,7 +111,7 @@ def _draw_curve(
     axes.fill_between(
         drawn.seconds, [base] * len(heights), heights, color=LIGHT[colour], alpha=alpha, linewidth=0
     )
-    where = f", peak {format_bytes(base + drawn.peak_bytes)} at {_clip(drawn.peak_name, 48)}"
+    where = f", peak {format_bytes(base + drawn.peak_bytes)} at {_clip(drawn.peak_name, 44)}"
     axes.plot(drawn.seconds, heights, color=LIGHT[colour], linewidth=1.3, label=label + where)
 
 
@@ -187,9 +189,9 @@ def peak_breakdown(
         figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, height))
         bottom, span = 0.12 / height, 1 - 0.75 / height
         panels = []
-        for edge, names, values in ((0.145, kinds, by_kind), (0.63, layers, by_layer)):
+        for edge, names, values in ((0.165, kinds, by_kind), (0.68, layers, by_layer)):
             share = len(names) / rows
-            panels.append(figure.add_axes((edge, bottom + span * (1 - share), 0.28, span * share)))
+            panels.append(figure.add_axes((edge, bottom + span * (1 - share), 0.25, span * share)))
             _bars(panels[-1], names, values)
         left, right = panels
         left.set_title("by kind", loc="left", fontsize=9.5, fontweight="bold", pad=4)
@@ -204,7 +206,7 @@ def peak_breakdown(
 def _bars(axes: Axes, names: list[str], values: dict[str, dict[str, int]]) -> None:
     top = max([found.get(name, 0) for found in values.values() for name in names] + [1])
     thickness = 0.76 / len(values)
-    labels = {"plain": "at the plain step's peak", "planned": "at the planned peak"}
+    labels = {"plain": "at the plain peak", "planned": "at the planned peak"}
     for row, (series, found) in enumerate(values.items()):
         places = [i - 0.38 + thickness * (row + 0.5) for i in range(len(names))]
         lengths = [found.get(name, 0) for name in names]
@@ -234,6 +236,7 @@ def pareto_curve(
         memory: adds resident bytes to every peak, as in `memory_over_time`.
     """
     known = sorted([*plans, *([plan] if plan else [])], key=lambda p: (p.peak_bytes, p.seconds))
+    plain = plain_name(plan)
     peaks = [whole_step_bytes(memory, p.peak_bytes) for p in known]
     plain_bytes = whole_step_bytes(memory, known[0].plain_peak_bytes)
     # A bound holds for a plan's budget; a plan without one had the plain peak at its disposal.
@@ -254,7 +257,7 @@ def pareto_curve(
         axes.plot([b for b, _ in bounds], [s for _, s in bounds], color=LIGHT["bound"],
                   linewidth=1.4, linestyle=(0, (5, 2)), label="lower bound: no schedule is faster")
         axes.plot([plain_bytes], [1.0], linestyle="none", marker="s", markersize=7,
-                  color=LIGHT["plain"], label=f"plain step, {format_bytes(plain_bytes)}")
+                  color=LIGHT["plain"], label=f"{plain}, {format_bytes(plain_bytes)}")
         if plan is not None:
             at = whole_step_bytes(memory, plan.peak_bytes)
             axes.plot([at], [plan.slowdown], linestyle="none", marker="o", markersize=13,
@@ -268,8 +271,8 @@ def pareto_curve(
             matplotlib.ticker.MultipleLocator(_round_step((top - 1 or 0.1) / 5))
         )
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}x")
-        axes.set_xlabel("peak of the step")
-        axes.set_ylabel("time, plain step = 1")
+        axes.set_xlabel("peak of the whole step")
+        axes.set_ylabel(f"time, {plain} = 1")
         figure.legend(loc="upper left", bbox_to_anchor=(0.066, 1.0), ncols=4, columnspacing=2.0,
                       handlelength=1.6, borderaxespad=0.4)
     return figure
@@ -289,17 +292,17 @@ def three_kinds(
         plan: draws a second pie for the plan's peak.
         plain_memory: the resident kinds of the plain step, where the plan streams some of them.
     """
-    kinds = {"plain step": memory_kinds(plain_memory or memory, plain_peak_bytes)}
+    kinds = {plain_name(plan): memory_kinds(plain_memory or memory, plain_peak_bytes)}
     if plan is not None:
         kinds["planned"] = memory_kinds(memory, plan.peak_bytes)
     largest = max(sum(parts.values()) for parts in kinds.values()) or 1
-    colours = [LIGHT[name] for name in ("parameters", "optimizer", "allocated", "batch")]
+    colours = [LIGHT[name] for name in KIND_COLOURS]
     with drawing() as matplotlib:
-        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES * 0.62, 3.2))
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES * 0.47, 2.6))
         for column, (name, parts) in enumerate(kinds.items()):
             total = sum(parts.values())
             radius = math.sqrt(total / largest) if total else 0.1
-            axes = figure.add_axes((0.01 + 0.5 * column, 0.10, 0.48, 0.90))
+            axes = figure.add_axes((0.01 + 0.5 * column, 0.0, 0.48, 0.85))
             wedges = [max(value, 0) for value in parts.values()]
             axes.pie(
                 wedges or [1], colors=colours, radius=radius, startangle=90, counterclock=False,
@@ -309,8 +312,8 @@ def three_kinds(
             )
             axes.set_xlim(-1.05, 1.05)
             axes.set_ylim(-1.05, 1.05)
-            axes.text(0, 0, f"{name}\n{format_bytes(total)}", ha="center", va="center",
-                      fontsize=9.0 if radius > 0.75 else 7.5, linespacing=1.35)
+            figure.text(0.25 + 0.5 * column, 0.93, f"{name}, {format_bytes(total)}",
+                        ha="center", va="center", fontweight="bold")
     return figure
 
 
@@ -322,7 +325,19 @@ def memory_kinds(memory: StepMemory, allocated_bytes: int) -> dict[str, int]:
         "activations, gradients, workspace": whole_step_bytes(memory, allocated_bytes)
         - memory.resident_bytes,
         "batch": memory.input_bytes,
+        "accumulated gradients": memory.accumulated_bytes,
     }
+
+
+def plain_name(plan: Plan | None) -> str:
+    """Return what a plan is compared with: the same operations, each of them once."""
+    is_part = plan is not None and plan.num_microbatches > 1
+    return "plain microbatch" if is_part else "plain step"
+
+
+def into_the_step(end: float) -> str:
+    """Return the name of a time axis that ends there, see `second_axis`."""
+    return "seconds into the step" if end >= 1 else "milliseconds into the step"
 
 
 def _byte_axis(axis: Axis, top: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +17,21 @@ from packlight.report.accounts import (
     whole_step_bytes,
 )
 from packlight.report.style import css_variables, drawing, to_svg
+from packlight.report.tables import (
+    Cell,
+    bytes_cell,
+    code,
+    number_cell,
+    seconds_cell,
+    sortable_table,
+)
 from packlight.report.template import CSS, PAGE, SCRIPT
 from packlight.report.transfers import buffer_transfers, link_lane
-from packlight.step import Plan, simulate
+from packlight.step import Phase, Plan, StepGraph, simulate
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from packlight.step.profile import StepProfile
+    from packlight.step.profile import StepMemory, StepProfile
 
 _MAX_OPERATIONS = 200
 _MAX_TRANSFERS = 200
@@ -35,6 +43,8 @@ def write_report(
     plans: Sequence[Plan],
     plan: Plan | None,
     title: str,
+    *,
+    how: Sequence[tuple[str, str]] = (),
 ) -> Path:
     """Write `index.html` into a directory and return its path.
 
@@ -44,12 +54,13 @@ def write_report(
         plans: plans for several budgets, for the Pareto curve; may be empty.
         plan: the plan that the page is about; None for a page about the plain step.
         title: what was profiled, for the page's head.
+        how: (name, text) of what else is to be said about how the step runs, such as its moves.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
         OSError: the directory cannot be written.
     """
-    page = render_report(profile, plans, plan, title)
+    page = render_report(profile, plans, plan, title, how=how)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "index.html"
@@ -61,22 +72,32 @@ def write_report(
 
 
 def render_report(
-    profile: StepProfile, plans: Sequence[Plan], plan: Plan | None, title: str
+    profile: StepProfile,
+    plans: Sequence[Plan],
+    plan: Plan | None,
+    title: str,
+    *,
+    how: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return the page as text; see `write_report`."""
     with drawing():
         from packlight.report import figures
     graph, memory, device = profile.graph, profile.memory, profile.device
     plain = plain_step(graph)
-    plain_memory = replace(memory, optimizer_bytes=memory.optimizer_bytes + plain.stored_bytes)
+    plain_memory = replace(
+        memory,
+        parameter_bytes=memory.parameter_bytes + plain.stored_parameter_bytes,
+        optimizer_bytes=memory.optimizer_bytes + plain.stored_state_bytes,
+    )
     plain_peak_bytes = plain.timeline.peak_bytes
     plain_curve = curve(plain.graph, plain.schedule)
     shown = plain_curve if plan is None else curve(graph, plan.schedule, device)
     plain_bytes = whole_step_bytes(plain_memory, plain_peak_bytes)
-    sections = [_tiles(profile, plan, plain_bytes)]
+    sections = [_tiles(profile, plan, plain_bytes), _how_section(plan, how)]
     base = memory.resident_bytes
 
-    description = f"Plain step: {figures.describe_curve(plain_curve, base + plain.stored_bytes)}."
+    description = f"{figures.plain_name(plan).capitalize()}: "
+    description += f"{figures.describe_curve(plain_curve, base + plain.stored_bytes)}."
     if plan is not None:
         description += f" Planned: {figures.describe_curve(shown, base)}."
     sections.append(
@@ -88,8 +109,9 @@ def render_report(
                 ),
                 "memory-over-time", escape(description),
             ),
-            "Everything in memory while one step runs, before the optimizer's update. Each "
-            "operation is as wide as its measured seconds and holds its workspace while it runs.",
+            f"Everything in memory while {_what_runs(graph, plan)}. Resident are "
+            f"{_resident_kinds(memory)}. Each operation is as wide as its measured seconds and "
+            "holds its workspace while it runs.",
         )
     )
     sections.append(
@@ -100,11 +122,11 @@ def render_report(
                 escape("Bytes in memory at the peak, by kind and by layer."),
             ),
             f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
-            "</b>. Parameters, optimizer state and batch come on top.",
+            "</b>. What is resident comes on top.",
         )
     )
     if plan is not None and plan.link_seconds:
-        sections.insert(2, _transfer_section(profile, plan))
+        sections.insert(3, _transfer_section(profile, plan))
     pies = to_svg(
         figures.three_kinds(memory, plain_peak_bytes, plan, plain_memory), "three-kinds",
         escape("Shares of parameters, optimizer state and what the step allocates."),
@@ -133,81 +155,65 @@ def render_report(
         title=escape(title),
         facts=facts,
         css=css_variables() + CSS,
-        body="\n".join(sections),
+        body="\n".join(filter(None, sections)),
         script=SCRIPT,
-    )
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """What a table shows, what it sorts by if that is a number, and whether it reads as text."""
-
-    html: str
-    value: float | None = None
-    is_text: bool = False
-
-
-def _bytes(num_bytes: int) -> _Cell:
-    return _Cell(format_bytes(num_bytes), num_bytes)
-
-
-def _seconds(seconds: float) -> _Cell:
-    return _Cell(format_seconds(seconds) if seconds else "–", seconds)
-
-
-def _number(value: float, text: str) -> _Cell:
-    return _Cell(text, value)
-
-
-def _table(
-    heads: Sequence[str], rows: Sequence[Sequence[_Cell]], *, marked: int | None = None
-) -> str:
-    numeric = [
-        bool(rows) and all(row[c].value is not None and not row[c].is_text for row in rows)
-        for c in range(len(heads))
-    ]
-    head = "".join(
-        f'<th scope="col"{" class=n" if numeric[c] else ""}><button>{escape(name)}</button></th>'
-        for c, name in enumerate(heads)
-    )
-    body = []
-    for position, row in enumerate(rows):
-        cells = "".join(
-            f"<td{' class=n' if numeric[c] else ''}"
-            + ("" if cell.value is None else f' data-v="{cell.value!r}"')
-            + f">{cell.html}</td>"
-            for c, cell in enumerate(row)
-        )
-        body.append(f"<tr{' class=marked' if position == marked else ''}>{cells}</tr>")
-    return (
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
 def _figure(title: str, svg: str, caption: str, table: str = "") -> str:
     return (
         f"<section><h2>{title}</h2><p class=note>{caption}</p>"
-        f"<figure>{svg}</figure>{table}</section>"
+        f"{_scrolling(svg)}{table}</section>"
     )
 
 
+def _scrolling(svg: str) -> str:
+    return f'<figure tabindex="0">{svg}</figure>'
+
+
+def _what_runs(graph: StepGraph, plan: Plan | None) -> str:
+    what = "one step"
+    if plan is not None and plan.num_microbatches > 1:
+        what = f"one of {plan.num_microbatches} microbatches"
+    if any(operation.phase is Phase.UPDATE for operation in graph.operations):
+        return f"{what} runs, updates included"
+    return f"{what} runs, before the optimizer's update"
+
+
+def _resident_kinds(memory: StepMemory) -> str:
+    sums = ", accumulated gradients" if memory.accumulated_bytes else ""
+    return f"parameters, optimizer state, batch{sums}"
+
+
+def _how_section(plan: Plan | None, how: Sequence[tuple[str, str]]) -> str:
+    if not how:
+        return ""
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in how)
+    note = "Plain means: with the same moves, but nothing is recomputed or transferred."
+    if plan is not None and plan.num_microbatches > 1:
+        note += " All that follows is about one microbatch."
+    return f"<section><h2>How it runs</h2><p class=note>{note}</p><dl>{rows}</dl></section>"
+
+
 def _tiles(profile: StepProfile, plan: Plan | None, plain_bytes: int) -> str:
+    from packlight.report.figures import plain_name
+
     memory = profile.memory
-    tiles = [("plain step", format_bytes(plain_bytes), format_seconds(profile.graph.seconds))]
+    tiles = [(plain_name(plan), format_bytes(plain_bytes), format_seconds(profile.graph.seconds))]
     if plan is not None:
         peak_bytes = whole_step_bytes(memory, plan.peak_bytes)
         share = peak_bytes / plain_bytes if plain_bytes else 1.0
         bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
+        each = f", {plan.num_microbatches} times" if plan.num_microbatches > 1 else ""
         tiles.insert(0, ("planned peak", format_bytes(peak_bytes), f"{share:.0%} of plain"))
         tiles.insert(1, ("predicted time", f"{plan.slowdown:.2f}x",
-                         f"{format_seconds(plan.seconds)}; at least {bound:.2f}x"))
+                         f"{format_seconds(plan.seconds)}{each}; at least {bound:.2f}x"))
         if plan.budget_bytes is not None:
             budget_bytes = memory.resident_bytes + plan.budget_bytes
             tiles.insert(2, ("budget", format_bytes(budget_bytes),
                              f"{peak_bytes / budget_bytes:.1%} used"))
     tiles.append(("resident", format_bytes(memory.resident_bytes),
-                  "parameters, optimizer, batch"))
+                  _resident_kinds(memory)))
     return "<div class=tiles>" + "".join(
         f"<div><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(more)}</small></div>"
         for name, value, more in tiles
@@ -217,22 +223,23 @@ def _tiles(profile: StepProfile, plan: Plan | None, plain_bytes: int) -> str:
 def _kinds_section(
     profile: StepProfile, plan: Plan | None, plain_kinds: dict[str, int], pies: str
 ) -> str:
-    from packlight.report.figures import memory_kinds
+    from packlight.report.figures import KIND_COLOURS, memory_kinds, plain_name
 
     plan_kinds = None if plan is None else memory_kinds(profile.memory, plan.peak_bytes)
-    colours = ("parameters", "optimizer", "allocated", "batch")
-    heads = ["kind", "plain step", *(["planned"] if plan_kinds else [])]
+    heads = ["kind", plain_name(plan), *(["planned"] if plan_kinds else [])]
     rows = []
-    for colour, (name, num_bytes) in zip(colours, plain_kinds.items(), strict=True):
-        swatch = f'<i class=swatch style="background:var(--{colour})"></i>'
-        row = [_Cell(swatch + escape(name)), _bytes(num_bytes)]
+    for colour, (name, num_bytes) in zip(KIND_COLOURS, plain_kinds.items(), strict=True):
+        if not num_bytes and not (plan_kinds and plan_kinds[name]):
+            continue
+        swatch = f'<i style="background:var(--{colour})"></i>'
+        row = [Cell(f"<span class=kind>{swatch}{escape(name)}</span>"), bytes_cell(num_bytes)]
         if plan_kinds is not None:
-            row.append(_bytes(plan_kinds[name]))
+            row.append(bytes_cell(plan_kinds[name]))
         rows.append(row)
     return (
         "<section><h2>The kinds of memory</h2><p class=note>At the peak of the whole step"
         f"{'' if plan is None else '; equal areas are equal bytes'}.</p>"
-        f"<div class=beside><figure>{pies}</figure>{_table(heads, rows)}</div></section>"
+        f"<div class=beside>{_scrolling(pies)}{sortable_table(heads, rows)}</div></section>"
     )
 
 
@@ -248,16 +255,16 @@ def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None
         bound = other.bound_seconds / other.plain_seconds if other.plain_seconds else 1.0
         share = other.peak_bytes / other.plain_peak_bytes if other.plain_peak_bytes else 1.0
         rows.append([
-            _bytes(whole_step_bytes(profile.memory, other.peak_bytes)),
-            _bytes(other.peak_bytes),
-            _number(share, f"{share:.0%}"),
-            _seconds(other.seconds),
-            _number(other.slowdown, f"{other.slowdown:.3f}x"),
-            _number(bound, f"{bound:.3f}x"),
-            _Cell(other.status.value),
+            bytes_cell(whole_step_bytes(profile.memory, other.peak_bytes)),
+            bytes_cell(other.peak_bytes),
+            number_cell(share, f"{share:.0%}"),
+            seconds_cell(other.seconds),
+            number_cell(other.slowdown, f"{other.slowdown:.3f}x"),
+            number_cell(bound, f"{bound:.3f}x"),
+            Cell(other.status.value),
         ])
     heads = ("whole step", "allocated", "of plain's", "time", "slowdown", "bound", "status")
-    return _table(heads, rows, marked=marked)
+    return sortable_table(heads, rows, marked=marked)
 
 
 def _transfer_section(profile: StepProfile, plan: Plan) -> str:
@@ -271,32 +278,36 @@ def _transfer_section(profile: StepProfile, plan: Plan) -> str:
     for entry in transferred[:_MAX_TRANSFERS]:
         buffer = graph.buffers[entry.buffer]
         rows.append([
-            _Cell(f"<code>{escape(buffer.name)}</code>"),
-            _Cell(f"<code>{escape(layer_of[entry.buffer])}</code>"),
-            _Cell(buffer.kind.value),
-            _bytes(buffer.bytes),
-            _number(entry.num_writes, str(entry.num_writes or "–")),
-            _number(entry.num_reads, str(entry.num_reads or "–")),
-            _seconds(entry.link_seconds),
-            _seconds(entry.gone_seconds),
+            Cell(code(buffer.name)),
+            Cell(code(layer_of[entry.buffer])),
+            Cell(buffer.kind.value),
+            bytes_cell(buffer.bytes),
+            number_cell(entry.num_writes, str(entry.num_writes or "–")),
+            number_cell(entry.num_reads, str(entry.num_reads or "–")),
+            seconds_cell(entry.link_seconds),
+            seconds_cell(entry.gone_seconds),
         ])
     read_bytes = sum(graph.buffers[e.buffer].bytes * e.num_reads for e in transferred)
     link = device.links[0]
+    counts = plan.schedule.compute_counts()
+    computing_seconds = sum(graph.operations[op].seconds * n for op, n in counts.items())
+    copying_seconds = timeline.seconds - timeline.wait_seconds - computing_seconds
     more = ""
     if len(transferred) > _MAX_TRANSFERS:
         more = f" The {_MAX_TRANSFERS} with most bytes of {len(transferred)}."
     caption = (
         f"{escape(link.name)}: {format_bytes(plan.offloaded_bytes)} out and "
         f"{format_bytes(read_bytes)} in, in {len(timeline.transfers)} transfers. The link is busy "
-        f"for {format_seconds(timeline.link_seconds)}; where the first row is empty, operations "
-        f"wait for it, {format_seconds(timeline.wait_seconds)} in all.{more}"
+        f"for {format_seconds(timeline.link_seconds)}. Where the first row is empty, operations "
+        f"wait for it ({format_seconds(timeline.wait_seconds)} in all) or their cores copy for it "
+        f"({format_seconds(max(0.0, copying_seconds))}).{more}"
     )
     svg = to_svg(
         link_lane(graph, plan.schedule, device), "link-lane",
         escape("When operations run, and when the link writes and reads."),
     )
     heads = ("buffer", "layer", "kind", "bytes", "out", "in", "on the link", "not in memory")
-    return _figure("Transfers", svg, caption, _table(heads, rows))
+    return _figure("Transfers", svg, caption, sortable_table(heads, rows))
 
 
 def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) -> str:
@@ -306,30 +317,30 @@ def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) ->
     has_transfers = any(account.written_bytes for account in accounts)
     for position, account in enumerate(accounts):
         # Sorts by place in the forward, not by name.
-        layer = _Cell(f"<code>{escape(account.layer)}</code>", position, is_text=True)
-        row = [layer, _bytes(account.plain_bytes)]
+        layer = Cell(code(account.layer), position, is_text=True)
+        row = [layer, bytes_cell(account.plain_bytes)]
         if plan is not None:
             names = ", ".join(
                 name if times == 1 else f"{times} {name}"
                 for name, times in (account.reruns or {}).items()
             )
             row += [
-                _bytes(account.kept_bytes),
-                *([_bytes(account.written_bytes)] if has_transfers else []),
-                _number(account.num_reruns, str(account.num_reruns or "–")),
-                _seconds(account.rerun_seconds),
-                _Cell(f"<span class=ops>{escape(names)}</span>"),
+                bytes_cell(account.kept_bytes),
+                *([bytes_cell(account.written_bytes)] if has_transfers else []),
+                number_cell(account.num_reruns, str(account.num_reruns or "–")),
+                seconds_cell(account.rerun_seconds),
+                Cell(f"<span class=ops>{escape(names)}</span>"),
             ]
         rows.append(row)
     title = "Kept, by layer" if plan is None else "Kept and recomputed, by layer"
-    heads = ["layer", "kept by plain step"]
+    heads = ["layer", "kept by plain"]
     if plan is not None:
         heads += ["kept by plan", *(["offloaded"] if has_transfers else [])]
         heads += ["reruns", "cost", "run again"]
     return (
         f"<section><h2>{title}</h2><p class=note>Kept: made by the forward and still in memory "
         "when the backward begins. Click a heading to sort.</p>"
-        f"{_table(heads, rows)}</section>"
+        f"{sortable_table(heads, rows)}</section>"
     )
 
 
@@ -345,12 +356,12 @@ def _operation_section(profile: StepProfile, plan: Plan) -> str:
         made = sum(graph.buffers[b].bytes for b in operation.creates)
         cost = again[op] * operation.seconds
         rows.append([
-            _Cell(f"<code>{escape(operation.short_name)}</code>"),
-            _Cell(f"<code>{escape(operation.layer)}</code>"),
-            _number(again[op], str(again[op])),
-            _seconds(operation.seconds),
-            _seconds(cost),
-            _bytes(made),
+            Cell(code(operation.short_name)),
+            Cell(code(operation.layer)),
+            number_cell(again[op], str(again[op])),
+            seconds_cell(operation.seconds),
+            seconds_cell(cost),
+            bytes_cell(made),
         ])
     more = ""
     if len(ranked) > _MAX_OPERATIONS:
@@ -358,5 +369,5 @@ def _operation_section(profile: StepProfile, plan: Plan) -> str:
     heads = ("operation", "layer", "reruns", "each", "in all", "makes")
     return (
         "<section><h2>Recomputed operations</h2><p class=note>What is run again, and what that "
-        f"costs.{more}</p>{_table(heads, rows)}</section>"
+        f"costs.{more}</p>{sortable_table(heads, rows)}</section>"
     )

@@ -6,19 +6,23 @@ body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 var(--sans)}
 main{max-width:1040px;margin:0 auto;padding:36px 24px 60px}
 h1{font-size:26px;line-height:1.25;margin:0 0 2px;letter-spacing:-.01em;overflow-wrap:anywhere}
 h2{font-size:17px;margin:0 0 2px}
-.note,.facts{color:var(--muted);margin:0 0 14px;max-width:74ch}
+.note,.facts{color:var(--muted);margin:0 0 14px;max-width:74ch;overflow-wrap:anywhere}
 .facts{margin-bottom:22px}
 section{background:var(--surface);border:1px solid var(--rule);border-radius:10px;
  padding:20px 22px;margin:18px 0}
-figure{margin:0}
+figure{margin:0;overflow-x:auto}
 figure svg{display:block;width:100%;height:auto}
+dl{display:grid;grid-template-columns:max-content minmax(0,1fr);gap:2px 18px;margin:0;
+ font-size:14px}
+dt{color:var(--muted)}
+dd{margin:0;overflow-wrap:anywhere}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(160px,1fr));gap:12px}
 .tiles div{background:var(--surface);border:1px solid var(--rule);border-radius:10px;
  padding:12px 16px}
 .tiles span,.tiles small{display:block;color:var(--muted);font-size:13px}
 .tiles b{display:block;font-size:22px;line-height:1.3;font-variant-numeric:tabular-nums}
 .beside .scroll{margin:0}
-.beside{display:grid;grid-template-columns:minmax(0,3fr) minmax(280px,2fr);gap:20px;
+.beside{display:grid;grid-template-columns:minmax(0,1fr) minmax(0,1fr);gap:20px;
  align-items:center}
 .scroll{overflow:auto;max-height:560px}
 section figure + .scroll{margin-top:14px}
@@ -28,6 +32,8 @@ th{position:sticky;top:0;background:var(--surface);text-align:left;border-bottom
 th button{all:unset;cursor:pointer;display:block;width:100%;box-sizing:border-box;
  padding:6px 10px;color:var(--muted);font-weight:600;white-space:nowrap}
 th button:hover,th button:focus-visible{color:var(--ink);text-decoration:underline}
+th button::after{content:" ↕";opacity:.45}
+th[aria-sort] button::after{opacity:1}
 th[aria-sort=ascending] button::after{content:" ↑"}
 th[aria-sort=descending] button::after{content:" ↓"}
 td{padding:5px 10px;border-bottom:1px solid var(--rule);vertical-align:top}
@@ -35,11 +41,14 @@ tbody tr:last-child td{border-bottom:0}
 th.n button,td.n{text-align:right}
 td.n{white-space:nowrap}
 tr.marked td{font-weight:650;background:color-mix(in srgb,var(--planned) 12%,transparent)}
-code{font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;overflow-wrap:anywhere}
+code{font:13px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
+td code{display:block;min-width:9em}
 .ops{color:var(--muted)}
-.swatch{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:8px}
+.kind{display:block;position:relative;padding-left:19px;min-width:130px}
+.kind i{position:absolute;left:0;top:5px;width:11px;height:11px;border-radius:3px}
 @media (max-width:760px){.beside .scroll{margin:0}
-.beside{grid-template-columns:1fr}main{padding:20px 12px}}
+.beside{grid-template-columns:minmax(0,1fr)}main{padding:20px 12px}section{padding:16px 14px}
+dl{grid-template-columns:minmax(0,1fr);gap:0}dd{margin-bottom:8px}}
 @media print{section{break-inside:avoid}.scroll{max-height:none}}
 """
 

@@ -48,7 +48,9 @@ def buffer_transfers(
     gone_since = dict.fromkeys(graph.stored, 0.0)
     for index, instruction in enumerate(schedule.instructions):
         target, done = instruction.target, timeline.done_seconds[index]
-        if instruction.action is Action.FREE and target in found:
+        if instruction.overwrite is not None:  # its storage goes to what is created
+            gone_since[instruction.overwrite[1]] = done
+        if instruction.action is Action.FREE:
             gone_since[target] = done
         elif instruction.action is Action.FETCH:
             found[target].gone_seconds += done - gone_since.pop(target, done)
@@ -98,9 +100,9 @@ def busy(
 def link_lane(graph: StepGraph, schedule: Schedule, device: Device) -> Figure:
     """Return the picture of a step's two lanes, on the time axis of `memory_over_time`.
 
-    Where the first row is empty, operations wait for the link.
+    Where the first row is empty, operations wait for the link, or their cores copy for it.
     """
-    from packlight.report.figures import WIDTH_INCHES, second_axis
+    from packlight.report.figures import WIDTH_INCHES, into_the_step, second_axis
 
     timeline = simulate(graph, schedule, device)
     lanes = busy(graph, schedule, timeline)
@@ -119,5 +121,5 @@ def link_lane(graph: StepGraph, schedule: Schedule, device: Device) -> Figure:
         axes.set_xlim(0, end)
         axes.grid(False)
         second_axis(axes.xaxis, end)
-        axes.set_xlabel("seconds into the step" if end >= 1 else "milliseconds into the step")
+        axes.set_xlabel(into_the_step(end))
     return figure

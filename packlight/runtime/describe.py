@@ -27,20 +27,15 @@ def describe_way(way: Way, request: Request) -> str:
         "accumulated gradients": memory.accumulated_bytes,
         **peak_by_kind(graph, timeline),
     }
-    stored = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in graph.stored)
-    kinds |= {"activations": kinds["activations"] - stored, "fetched from disk": stored}
     lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]
     limit = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     lines.append(
         f"{'whole step':<22}{format_bytes(way.peak_bytes):>12}  of {limit}; the peak is in the "
         f"{operation.phase}, {where}"
     )
-    if request.precision is not None:
-        scaler = request.scaler
-        scale = "" if scaler is None else f"; loss scale {scaler.get_scale():g}"
-        lines.append(f"{'precision':<22}{request.precision} under autocast{scale}")
-    lines.append(f"{'moves':<22}{', '.join(moves_of(way)) or 'none'}")
-    lines += [f"{'':<22}without {name}: {reason}" for name, reason in way.not_made.items()]
+    for name, text in how_it_runs(way, request):
+        is_reason = name.startswith("without ")
+        lines.append(f"{'':<22}{name}: {text}" if is_reason else f"{name:<22}{text}")
     what = "microbatch" if way.num_microbatches > 1 else "step"
     lines.append(
         f"{'predicted time':<22}{format_seconds(way.seconds)}; {plan.slowdown:.3f} x the {what} "
@@ -48,6 +43,17 @@ def describe_way(way: Way, request: Request) -> str:
         f"x; {plan.status})"
     )
     return "\n".join(lines)
+
+
+def how_it_runs(way: Way, request: Request) -> list[tuple[str, str]]:
+    """Return (name, text): the precision, the moves made, and why others were not."""
+    rows = []
+    if request.precision is not None:
+        scaler = request.scaler
+        scale = "" if scaler is None else f"; loss scale {scaler.get_scale():g}"
+        rows.append(("precision", f"{request.precision} under autocast{scale}"))
+    rows.append(("moves", ", ".join(moves_of(way)) or "none"))
+    return rows + [(f"without {name}", reason) for name, reason in way.not_made.items()]
 
 
 def moves_of(way: Way) -> list[str]:

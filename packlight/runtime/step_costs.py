@@ -28,7 +28,7 @@ from packlight.runtime.streamed_state import Slots, state_slots
 from packlight.runtime.twin import kinds_of_settings
 from packlight.runtime.update import ParameterUpdates, UpdateCost
 from packlight.runtime.ways import Request
-from packlight.step import StepMemory
+from packlight.step import BufferKind, StepMemory
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
@@ -139,12 +139,15 @@ class StepCosts:
         step = whole_step(joint, consumers, how, together)
         if not streaming:
             return step
-        buffers = {
-            primal: joint.buffer_of_node[joint.primals[primal]]
-            for primal in streamed_primals(loss, streaming)
-        }
+        moved = streamed_primals(loss, streaming)
+        buffers = {primal: joint.buffer_of_node[joint.primals[primal]] for primal in moved}
         stored = (*step.state_buffer_of.values(), *buffers.values())
-        graph = replace(step.joint.graph, stored=stored)
+        # What was captured are values without gradients; reports tell parameters from states.
+        named = list(step.joint.graph.buffers)
+        for primal, b in buffers.items():
+            name = self.name_of.get(id(moved[primal]), named[b].name)
+            named[b] = replace(named[b], kind=BufferKind.PARAMETER, name=name)
+        graph = replace(step.joint.graph, buffers=tuple(named), stored=stored)
         joint = replace(step.joint, graph=graph)
         return replace(step, joint=joint, parameter_buffer_of=buffers)
 

@@ -206,6 +206,12 @@ class TrainStep:
 
         return describe_way(self.way, self.request)
 
+    def how_it_runs(self) -> list[tuple[str, str]]:
+        """Return (name, text): the precision, the moves made, and why others were not."""
+        from packlight.runtime.describe import how_it_runs
+
+        return how_it_runs(self.way, self.request)
+
 
 def _signature(batch: Any) -> tuple[Any, ...]:
     """Return what a plan depends on: the batch's structure, shapes, dtypes and plain values."""
