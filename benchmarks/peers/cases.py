@@ -33,18 +33,18 @@ CASES = {
         Case(
             "gpt2", "GPT-2 (12 x 768, sequence 256, batch 2, no dropout), AdamW", "gpt2", adamw,
             {**_BASE, "vocabulary": 50257, "batch_size": 2, "length": 256, "dropout": 0.0},
-            {"dropout": 0.0}, "transformer.h", microbatches=2,
+            {"layers": 2, "dropout": 0.0}, "transformer.h", microbatches=2,
         ),
         Case(
             "bert", "BERT base (12 x 768, sequence 128, batch 4, dropout 0.1), AdamW", "bert",
-            adamw, {**_BASE, "vocabulary": 30522, "batch_size": 4, "length": 128}, {},
+            adamw, {**_BASE, "vocabulary": 30522, "batch_size": 4, "length": 128}, {"layers": 2},
             "bert.encoder.layer", microbatches=4,
         ),
         Case(
             "vit", "ViT-B/16 (12 x 768, 224 x 224, batch 4, no dropout), AdamW", "vit", adamw,
             {**_BASE, "side": 224, "patch": 16, "batch_size": 4, "num_labels": 1000,
              "dropout": 0.0},
-            {"dropout": 0.0}, "vit.layers", microbatches=4,
+            {"layers": 2, "dropout": 0.0}, "vit.layers", microbatches=4,
         ),
         Case(
             "resnet50", "ResNet-50 (224 x 224, batch 8), SGD with momentum", "resnet50",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,10 @@ class DiskHooks:
 
     Args:
         model: whose parameters they are.
-        directory: removed with this object.
+        directory: where the files are.
     """
 
-    def __init__(self, model: nn.Module, directory: tempfile.TemporaryDirectory[str]) -> None:
+    def __init__(self, model: nn.Module, directory: Path) -> None:
         self._directory = directory
         self._resident = {p.untyped_storage().data_ptr() for p in model.parameters()}
         self._numbers = itertools.count()
@@ -44,7 +46,7 @@ class DiskHooks:
         """Return where the tensor lies now."""
         if tensor.untyped_storage().data_ptr() in self._resident or not tensor.numel():
             return tensor
-        path = Path(self._directory.name) / str(next(self._numbers))
+        path = self._directory / str(next(self._numbers))
         _bytes_of(tensor.detach().contiguous()).tofile(path)
         return path, tensor.shape, tensor.dtype
 
@@ -66,13 +68,14 @@ def _bytes_of(tensor: torch.Tensor) -> Any:
 
 def on_disk(built: Built) -> LossFn:
     """Return the loss whose saved tensors are on disk until the backward asks for them."""
-    directory = tempfile.TemporaryDirectory()
+    directory = Path(tempfile.mkdtemp())
 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         hooks = DiskHooks(model, directory)
         with torch.autograd.graph.saved_tensors_hooks(hooks.pack, hooks.unpack):
             return built.loss_fn(model, batch)
 
+    weakref.finalize(loss_fn, shutil.rmtree, directory, ignore_errors=True)
     return loss_fn
 
 

@@ -152,7 +152,7 @@ class Bench:
                 record = self._fit(row, setting, rival.peak_bytes)
                 if row is EXACT_ROW and record.smallest_bytes is not None:
                     self._fit(ALL_ROW, setting, rival.peak_bytes)
-            if row.has_smallest:
+            if row.has_smallest and not (self.quick and row.against):
                 smallest = self._fit(row, SMALLEST, None)
                 if smallest.budget_bytes is not None and not smallest.error and not self.quick:
                     self._fit(row, ABOVE_SMALLEST, smallest.budget_bytes * 11 // 10)
