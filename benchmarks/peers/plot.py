@@ -69,7 +69,7 @@ def plot(records: Sequence[Record]) -> Any:
         axes.set_ylim(bottom, top)
         for label, tools, style, width in LINES:
             mine = [r for r in ours if tools is None or r.tool in tools]
-            _steps(axes, front(mine), right, label, style, width)
+            _steps(axes, front(mine), (right, top), label, style, width)
         axes.plot(
             [_mebibytes(eager)], [1.0], "o", color=LIGHT["ink"], markersize=8, label=EAGER, zorder=5
         )
@@ -93,18 +93,22 @@ def plot(records: Sequence[Record]) -> Any:
 
 
 def _steps(
-    axes: Any, cells: list[Record], right: float, label: str, style: str, width: float
+    axes: Any, cells: list[Record], corner: tuple[float, float], label: str, style: str,
+    width: float,
 ) -> None:
     """Draw what is reached at each peak: the fastest cell that holds no more."""
     if not cells:
         return
+    right, top = corner
     xs = [*(_mebibytes(r) for r in cells), right]
-    ys = [*(r.ratio for r in cells), cells[-1].ratio]
+    ys = [min(ratio, top) for ratio in (*(r.ratio for r in cells), cells[-1].ratio)]
     axes.plot(
         xs, ys, style, drawstyle="steps-post", color=LIGHT["planned"], linewidth=width, label=label,
         zorder=3, alpha=0.9,
     )
-    axes.plot(xs[:-1], ys[:-1], "o", color=LIGHT["planned"], markersize=3.5, zorder=3)
+    axes.plot(
+        xs[:-1], ys[:-1], "o", color=LIGHT["planned"], markersize=3.5, zorder=3, clip_on=False
+    )
 
 
 def _by_tool(records: Iterable[Record]) -> dict[str, list[Record]]:
@@ -131,7 +135,8 @@ def _label(
         radius = 4 * pixels
         taken.append(Bbox.from_bounds(x - radius, y - radius, 2 * radius, 2 * radius))
     first = front(rivals)
-    for record in sorted(rivals, key=lambda r: (r not in first, r.peak_bytes)):
+    above = [r for r in others if r.ratio > top]  # where Packlight's lines leave the picture
+    for record in (*above, *sorted(rivals, key=lambda r: (r not in first, r.peak_bytes))):
         text = _words(record) + (f" ({record.ratio:.1f}x)" if record.ratio > top else "")
         point = (_mebibytes(record), min(record.ratio, top))
         for offset in PLACES:
@@ -162,8 +167,10 @@ def _text_box(note: Any, renderer: Any, box: Any) -> Any:
 
 
 def _words(record: Record) -> str:
-    """Return a rival's setting, short."""
-    words = record.setting or record.tool
+    """Return a rival's setting, short; of Packlight's row its name."""
+    words = record.tool if record.is_ours else record.setting or record.tool
+    if record.tool == MICROBATCHES:
+        words += f" {MICROBATCHES}"
     for long, short in (
         ("every second block", "every 2nd"), ("matmul and attention saved", "matmul, attention"),
         (f"{MEMORY_BUDGET} ", "budget "), (" and ", " + "),

@@ -107,7 +107,7 @@ def duel_table(records: list[Record]) -> list[str]:
         if not rival.was_timed:
             rows.append([rival.name, rival.changes, "failed", ratio(rival), *["-"] * 7])
     header = ["rival", "changes", "its peak, MiB", "its time", "eager's bits", "first step, s",
-              "Packlight exact there", "Packlight's peak, MiB", "its time", "as", "better"]
+              "Packlight exact there", "Packlight's peak, MiB", "Packlight's time", "as", "better"]
     return table(header, rows, right_from=2)
 
 
@@ -178,7 +178,7 @@ def lost_table(records: list[Record], reasons: Reasons) -> list[str]:
                     reason_for(reasons, duel.rival),
                 ])
     header = ["model", "rival", "changes", "its MiB", "Packlight there", "why"]
-    return table(header, rows) if rows else ["None."]
+    return table(header, rows, right_from=len(header)) if rows else ["None."]
 
 
 def duel_counts(records: list[Record]) -> str:
