@@ -176,10 +176,16 @@ def relative_error(
     return off / scale if scale else None
 
 
-def root_cause(error: BaseException) -> str:
-    """Return what Packlight raised, without what dynamo wrapped around it."""
+def innermost(error: BaseException) -> BaseException:
+    """Return what was raised first, without what dynamo wrapped around it."""
     while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
         error = inner
+    return error
+
+
+def root_cause(error: BaseException) -> str:
+    """Return what was raised first, in words."""
+    error = innermost(error)
     return f"{type(error).__name__}: {error}".strip()[:500]
 
 

@@ -22,12 +22,22 @@ def front(records: Iterable[Record]) -> list[Record]:
     return found
 
 
-def distinct_peaks(records: Sequence[Record]) -> list[Record]:
-    """Return the cells whose peaks are budgets: of those with about the same peak, the smallest."""
+def distinct_peaks(
+    records: Sequence[Record], at_most: int | None = None, close: float = CLOSE
+) -> list[Record]:
+    """Return the cells whose peaks are budgets: of those with about the same peak, the smallest.
+
+    Args:
+        records: cells that ran.
+        at_most: where there are more, peaks have to be further apart.
+        close: how far.
+    """
     found: list[Record] = []
     for record in sorted(records, key=lambda r: r.peak_bytes or 0):
-        if not found or (record.peak_bytes or 0) > (1 + CLOSE) * (found[-1].peak_bytes or 0):
+        if not found or (record.peak_bytes or 0) > (1 + close) * (found[-1].peak_bytes or 0):
             found.append(record)
+    if at_most is not None and len(found) > at_most:
+        return distinct_peaks(records, at_most, 1.3 * close)
     return found
 
 

@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 
 import packlight
-from benchmarks.common import append_line, provenance, root_cause
+from benchmarks.common import append_line, innermost, provenance, root_cause
 from benchmarks.models import Built
 from benchmarks.peers import optimizers
 from benchmarks.peers.cases import Case
@@ -46,6 +46,8 @@ SMALLEST, ABOVE_SMALLEST = "smallest", "smallest + 10%"
 PACKAGES = ("bitsandbytes", "torchao", "rockmate", "rkgb", "numba")
 # So many cells are timed together, each round in another order, with an eager step around them.
 CELLS_TOGETHER = 5
+# Each takes a plan, and those of the larger models take a minute.
+MOST_BUDGETS = 5
 
 
 @dataclass
@@ -147,14 +149,15 @@ class Bench:
         rivals = [r for r in self.done.values() if not r.is_ours]
         for row in ROWS:
             against = front(r for r in rivals if r.changes in row.against)
-            for rival in distinct_peaks(against)[: 1 if self.quick else None]:
+            for rival in distinct_peaks(against, 1 if self.quick else MOST_BUDGETS):
                 setting = f"at the peak of {rival.name}"
                 record = self._fit(row, setting, rival.peak_bytes)
                 if row is EXACT_ROW and record.smallest_bytes is not None:
                     self._fit(ALL_ROW, setting, rival.peak_bytes)
             if row.has_smallest and not (self.quick and row.against):
                 smallest = self._fit(row, SMALLEST, None)
-                if smallest.budget_bytes is not None and not smallest.error and not self.quick:
+                has_more = row in (EXACT_ROW, ALL_ROW) and not self.quick
+                if has_more and smallest.budget_bytes is not None and not smallest.error:
                     self._fit(row, ABOVE_SMALLEST, smallest.budget_bytes * 11 // 10)
         per_block = self.done.get((CHECKPOINT, PER_BLOCK))
         if per_block is not None and per_block.peak_bytes is not None:
@@ -227,7 +230,12 @@ class Bench:
             budget_bytes = peak_bytes - self.main.resident_bytes()
             begin = time.perf_counter()
             step = self.main.eager_step(packlight_backend(self.built, budget_bytes))
-            step(self.built.batch)
+            try:
+                step(self.built.batch)
+            except Exception as error:
+                if isinstance(cause := innermost(error), InfeasibleBudgetError):
+                    record.smallest_bytes = peak_bytes - budget_bytes + cause.smallest_bytes
+                raise
             record.prepare_seconds = time.perf_counter() - begin
             self.main.look_at(record, step)
             return Cell(record, self.main, step)
@@ -253,7 +261,7 @@ class Bench:
         except InfeasibleBudgetError as error:
             record.error, record.smallest_bytes = root_cause(error), error.smallest_bytes
         except Exception as error:  # a failure is a result too
-            record.error = root_cause(error)
+            record.error = root_cause(error)  # what a compiler wraps keeps what was noted
         record.cell_seconds = time.perf_counter() - begin
         if cell is None:
             self._note(record)
