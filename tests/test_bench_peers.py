@@ -299,7 +299,7 @@ def test_cells_keep_to_rivals_peaks_and_are_not_measured_twice(
     assert (eager.peak_bytes or 0) > 4 * eager.parameter_bytes > 0
     assert "ImportError" in (found["no such library", ""].error or "")
     ours = [r for r in found.values() if r.is_ours]
-    assert (ALL_ROW.tool, SMALLEST) in found
+    assert (EXACT_ROW.tool, SMALLEST) in found
     assert any(r.budget_bytes == found[CHECKPOINT, PER_BLOCK].peak_bytes for r in ours)
     for cell in ours:
         assert cell.error is None and cell.budget_bytes is not None

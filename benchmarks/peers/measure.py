@@ -27,6 +27,7 @@ from benchmarks.peers.rivals import (
     COMPILE_LIMIT_SECONDS,
     EXACT,
     PER_BLOCK,
+    SUMS,
     Rival,
     rivals_of,
 )
@@ -148,13 +149,15 @@ class Bench:
     def _packlight(self) -> None:
         rivals = [r for r in self.done.values() if not r.is_ours]
         for row in ROWS:
-            against = front(r for r in rivals if r.changes in row.against)
+            # A trial run has one budget for each row, and looks for the smallest once.
+            kinds = row.against or ((EXACT, SUMS) if self.quick else ())
+            against = front(r for r in rivals if r.changes in kinds)
             for rival in distinct_peaks(against, 1 if self.quick else MOST_BUDGETS):
                 setting = f"at the peak of {rival.name}"
                 record = self._fit(row, setting, rival.peak_bytes)
                 if row is EXACT_ROW and record.smallest_bytes is not None:
                     self._fit(ALL_ROW, setting, rival.peak_bytes)
-            if row.has_smallest and not (self.quick and row.against):
+            if row.has_smallest and (row is EXACT_ROW or not self.quick):
                 smallest = self._fit(row, SMALLEST, None)
                 has_more = row in (EXACT_ROW, ALL_ROW) and not self.quick
                 if has_more and smallest.budget_bytes is not None and not smallest.error:
