@@ -19,10 +19,10 @@ from benchmarks.peers.cases import CASES, Case
 from benchmarks.peers.duels import duels_of, read_reasons, reason_for
 from benchmarks.peers.front import CLOSE, best_within, distinct_peaks, front
 from benchmarks.peers.hooks import on_disk
-from benchmarks.peers.measure import SMALLEST, Bench
+from benchmarks.peers.measure import Bench
 from benchmarks.peers.optimizers import make_optimizers
 from benchmarks.peers.ours import ALL_ROW, EXACT_ROW, ROWS, fair_rows
-from benchmarks.peers.records import EAGER, RESULTS, Record, read_records
+from benchmarks.peers.records import EAGER, HALF, RESULTS, SMALLEST, Record, read_records
 from benchmarks.peers.report import full_report, main, measured, plot_name
 from benchmarks.peers.rivals import (
     BF16,
@@ -75,7 +75,7 @@ def records() -> list[Record]:
         record("saved-tensor hooks", "to disk", DISK, **ran(20, 1.5)),
         record("bf16 autocast", "", BF16, **ran(60, 0.7)),
         record("rockmate", error="ModuleNotFoundError: no such module\nmore"),
-        record(EXACT_ROW.tool, "at 50", budget_bytes=50 * MIB, **ran(49, 1.2)),
+        record(EXACT_ROW.tool, HALF, budget_bytes=50 * MIB, **ran(49, 1.2)),
         record(EXACT_ROW.tool, "at 70", budget_bytes=70 * MIB, **ran(71, 1.1)),
         record(EXACT_ROW.tool, SMALLEST, budget_bytes=40 * MIB, **ran(40, 1.6)),
         record(ALL_ROW.tool, SMALLEST, SUMS, budget_bytes=30 * MIB, **ran(30, 2.0)),
@@ -139,7 +139,7 @@ def test_duels_are_lost_by_size_and_by_time_beyond_the_spread(records: list[Reco
     per_block = duels[f"{CHECKPOINT}, {PER_BLOCK}"]
     assert per_block.verdict == "Packlight" and not per_block.is_lost
     faster = duels[f"{CHECKPOINT}, every second block"]
-    assert faster.is_lost and faster.ours is not None and faster.ours.setting == "at 50"
+    assert faster.is_lost and faster.ours is not None and faster.ours.setting == HALF
     smaller = duels["saved-tensor hooks, to disk"]
     assert smaller.is_lost and smaller.ours is None and smaller.smallest_bytes == 40 * MIB
     low = duels["bf16 autocast"]
@@ -190,7 +190,9 @@ def test_the_smallest_of_each_kind_is_told(records: list[Record]) -> None:
     assert [row[4] for row in rows] == ["50.0 at 1.30x", "50.0 at 1.30x", "20.0 at 1.50x"]
     assert [row[6] for row in rows] == ["40.0 at 1.60x", "30.0 at 2.00x", "30.0 at 2.00x"]
     (summary,) = tables.summary_table(records)[2:]
-    assert summary.split(" | ")[1:4] == ["100", "50.0 at 1.30x", "49.0 at 1.20x"]
+    assert summary.split(" | ")[1:5] == [
+        "100", "49.0 at 1.20x", "50.0 at 1.30x", "49.0 at 1.20x"
+    ]
 
 
 def test_the_report_is_written_between_markers(

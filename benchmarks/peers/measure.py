@@ -21,7 +21,14 @@ from benchmarks.peers.cases import Case
 from benchmarks.peers.compiled import packlight_backend, time_limit
 from benchmarks.peers.front import distinct_peaks, front
 from benchmarks.peers.ours import ALL_ROW, BACKEND, EXACT_ROW, ROWS, Ours
-from benchmarks.peers.records import EAGER, Record, read_records
+from benchmarks.peers.records import (
+    ABOVE_SMALLEST,
+    EAGER,
+    HALF,
+    SMALLEST,
+    Record,
+    read_records,
+)
 from benchmarks.peers.rivals import (
     CHECKPOINT,
     COMPILE_LIMIT_SECONDS,
@@ -43,7 +50,6 @@ from packlight.errors import InfeasibleBudgetError
 from packlight.runtime.describe import moves_of
 from packlight.runtime.dynamo import prepare_dynamo
 
-SMALLEST, ABOVE_SMALLEST = "smallest", "smallest + 10%"
 PACKAGES = ("bitsandbytes", "torchao", "rockmate", "rkgb", "numba")
 # So many cells are timed together, each round in another order, with an eager step around them.
 CELLS_TOGETHER = 5
@@ -152,11 +158,14 @@ class Bench:
             # A trial run has one budget for each row, and looks for the smallest once.
             kinds = row.against or ((EXACT, SUMS) if self.quick else ())
             against = front(r for r in rivals if r.changes in kinds)
-            for rival in distinct_peaks(against, 1 if self.quick else MOST_BUDGETS):
-                setting = f"at the peak of {rival.name}"
-                record = self._fit(row, setting, rival.peak_bytes)
+            peaks = distinct_peaks(against, 1 if self.quick else MOST_BUDGETS)
+            budgets = {f"at the peak of {r.name}": r.peak_bytes or 0 for r in peaks}
+            if row is EXACT_ROW:
+                budgets[HALF] = (self.done[EAGER, ""].peak_bytes or 0) // 2
+            for setting, budget_bytes in budgets.items():
+                record = self._fit(row, setting, budget_bytes)
                 if row is EXACT_ROW and record.smallest_bytes is not None:
-                    self._fit(ALL_ROW, setting, rival.peak_bytes)
+                    self._fit(ALL_ROW, setting, budget_bytes)
             if row.has_smallest and (row is EXACT_ROW or not self.quick):
                 smallest = self._fit(row, SMALLEST, None)
                 has_more = row in (EXACT_ROW, ALL_ROW) and not self.quick

@@ -14,6 +14,8 @@ RESULTS = FOLDER / "results.jsonl"
 QUICK_RESULTS = ROOT / ".cache" / "peers-quick.jsonl"
 
 EAGER = "eager"
+HALF = "half of eager's"
+SMALLEST, ABOVE_SMALLEST = "smallest", "smallest + 10%"
 
 
 @dataclass
