@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni docs clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni docs clean bench-peers
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,6 +32,10 @@ lint: $(READY) ## style, types and import rules
 
 bench-spine: $(READY) ## rerun the memory and time tables beside the peers
 	$(BIN)/python -m benchmarks.spine
+
+bench-peers: $(READY) ## rerun the tables of whole steps beside the rivals (two hours)
+	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers.report
 
 bench-whole-step: $(READY) ## rerun the tables of a whole step's time against its budget
 	$(BIN)/python -m benchmarks.whole_step

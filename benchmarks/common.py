@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import importlib.metadata
 import json
 import os
 import platform
@@ -49,19 +51,32 @@ def write_lines(path: Path, records: Iterable[Any]) -> None:
     os.replace(file.name, path)
 
 
-def provenance(seed: int, device: str, command: str) -> dict[str, Any]:
-    """Return where, when and with what a record was made."""
+def append_line(path: Path, record: Any) -> None:
+    """Add one record (a dataclass) to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(record)) + "\n")
+
+
+def provenance(
+    seed: int, device: str, command: str, packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return where, when and with what a record was made.
+
+    Args:
+        seed: of everything.
+        device: its name is told.
+        command: what the user typed.
+        packages: whose versions are told, too, where they are installed.
+    """
     import torch
 
     from packlight.capture.cache import device_name
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    try:
-        import transformers
-
-        versions["transformers"] = transformers.__version__
-    except ImportError:
-        pass
+    for name in ("transformers", *packages):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "hardware": device_name(torch.device(device)),
         "cores": len(os.sched_getaffinity(0)),
@@ -85,15 +100,23 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def run_apart(module: str, arguments: Sequence[str]) -> bool:
+def run_apart(module: str, arguments: Sequence[str], path_first: Path | None = None) -> bool:
     """Run `python -m module` in a process of its own and return whether it succeeded.
 
     The process returns all of its memory when it ends, and has a cache of its own: what Packlight
     predicts in it comes from times measured in it.
+
+    Args:
+        module: to run.
+        arguments: of its command line.
+        path_first: a folder with packages that go before those that are installed.
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", module, *arguments]
         environment = {**os.environ, "PACKLIGHT_CACHE": cache}
+        if path_first is not None:
+            paths = [str(path_first.resolve()), os.environ.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         return subprocess.run(command, env=environment).returncode == 0
 
 
@@ -136,7 +159,7 @@ def same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
     if a is None or b is None:
         return a is b
-    return torch.equal(a, b)
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def relative_error(
@@ -153,10 +176,16 @@ def relative_error(
     return off / scale if scale else None
 
 
-def root_cause(error: BaseException) -> str:
-    """Return what Packlight raised, without what dynamo wrapped around it."""
+def innermost(error: BaseException) -> BaseException:
+    """Return what was raised first, without what dynamo wrapped around it."""
     while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
         error = inner
+    return error
+
+
+def root_cause(error: BaseException) -> str:
+    """Return what was raised first, in words."""
+    error = innermost(error)
     return f"{type(error).__name__}: {error}".strip()[:500]
 
 

@@ -173,10 +173,10 @@ class UNet(nn.Module):
         return self.head(x)
 
 
-def unet(batch_size: int = 2, side: int = 64) -> Case:
+def unet(batch_size: int = 2, side: int = 64, wide: int = 16) -> Case:
     """U-Net segmentation."""
     batch = torch.randn(batch_size, 3, side, side), torch.randint(0, 4, (batch_size, side, side))
-    return UNet(), batch, classify
+    return UNet(wide), batch, classify
 
 
 class DenseNet(nn.Module):
@@ -411,22 +411,34 @@ def llama() -> Case:
     return LlamaForCausalLM(config), _tokens(512, 4, 64), hf_loss
 
 
-def vit() -> Case:
+def vit(
+    layers: int = 3,
+    width: int = 64,
+    heads: int = 4,
+    side: int = 32,
+    patch: int = 4,
+    batch_size: int = 4,
+    num_labels: int = 10,
+    dropout: float = 0.1,
+) -> Case:
     """Vision transformer."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        num_hidden_layers=3,
-        hidden_size=64,
-        num_attention_heads=4,
-        intermediate_size=256,
-        image_size=32,
-        patch_size=4,
-        num_labels=10,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.1,
+        num_hidden_layers=layers,
+        hidden_size=width,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=side,
+        patch_size=patch,
+        num_labels=num_labels,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
-    batch = {"pixel_values": torch.randn(4, 3, 32, 32), "labels": torch.randint(0, 10, (4,))}
+    batch = {
+        "pixel_values": torch.randn(batch_size, 3, side, side),
+        "labels": torch.randint(0, num_labels, (batch_size,)),
+    }
     return ViTForImageClassification(config), batch, hf_loss
 
 

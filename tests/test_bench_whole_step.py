@@ -10,21 +10,21 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from benchmarks.common import write_lines
-from benchmarks.spine.peers import per_block
+from benchmarks.common import append_line, write_lines
+from benchmarks.models import adamw
+from benchmarks.peers.checkpointing import per_block
 from benchmarks.whole_step import tables
-from benchmarks.whole_step.cases import CASES, Case, adamw
+from benchmarks.whole_step.cases import CASES, Case
 from benchmarks.whole_step.measure import VARIANTS, Bench
 from benchmarks.whole_step.records import (
     EAGER,
     JOINT,
     SMALLEST,
     Record,
-    append_record,
     read_records,
 )
 from benchmarks.whole_step.report import full_report, main, measured, plot_name
-from benchmarks.whole_step.steps import accumulated
+from benchmarks.workbench import accumulated
 from tests.models import make
 
 MIB = 2**20
@@ -72,7 +72,7 @@ def records() -> list[Record]:
 def test_appended_lines_are_read_back(tmp_path: Path, records: list[Record]) -> None:
     path = tmp_path / "lines.jsonl"
     for one in records:
-        append_record(path, one)
+        append_line(path, one)
     again = read_records(path)
     lists = [dataclasses.replace(r, ratio_quartiles=tuple(r.ratio_quartiles or ()) or None)  # type: ignore[arg-type]
              for r in again]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from benchmarks.models import in_bfloat16
 from examples import wrn_cifar10
 from packlight.optim import LowBit, sgd
 
@@ -53,11 +54,7 @@ class Row:
         torch.manual_seed(seed)
         model = wrn_cifar10.model().train()
         if self.dtype is not torch.float32:
-            # oneDNN wants channels last in bfloat16; anything else it rearranges at every call.
-            model.to(self.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for module in model.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.float()
+            in_bfloat16(model)
         return model
 
     def optimizer(self, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 from benchmarks.common import MEBIBYTE
+from benchmarks.models import Built
 from tests.models import make
 
 
@@ -50,27 +49,7 @@ class Case:
         model, batch, loss_fn = make(self.family, seed, **sizes)
         model.to(device)
         batch = pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
-        blocks = list(model.get_submodule(self.blocks))  # type: ignore[call-overload]
-        return Built(model, batch, loss_fn, blocks)
-
-
-@dataclass
-class Built:
-    """A model that is ready to be trained.
-
-    Attributes:
-        blocks: its repeated blocks, in order; each takes the stream as its first argument.
-        initial: parameters and buffers before the first step.
-    """
-
-    model: nn.Module
-    batch: Any
-    loss_fn: Callable[[nn.Module, Any], torch.Tensor]
-    blocks: list[nn.Module]
-    initial: dict[str, torch.Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.initial = {k: v.clone() for k, v in self.model.state_dict().items()}
+        return Built(model, batch, loss_fn, self.blocks)
 
 
 CASES = {

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import random
-import signal
 import statistics
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 from unittest import mock
 
 import torch
@@ -25,8 +22,10 @@ from benchmarks.common import (
     same_bits,
     timed,
 )
-from benchmarks.spine.cases import Built, Case
-from benchmarks.spine.peers import EAGER, LossFn, Peer, distinct, peers_of
+from benchmarks.models import Built, LossFn
+from benchmarks.peers.compiled import distinct, time_limit
+from benchmarks.spine.cases import Case
+from benchmarks.spine.peers import EAGER, Peer, peers_of
 from benchmarks.spine.records import Record
 from packlight.capture.peak import measure_peak
 from packlight.planner import Planner, plan_schedule, smallest_plan
@@ -40,6 +39,7 @@ SMALLEST = "smallest feasible"
 HALF = "50% of eager"
 # Eager runs again after so many cells; each cell is compared with the eager steps around it.
 CELLS_BETWEEN_EAGER = 5
+NO_LIMIT_SECONDS = 3600.0
 
 
 @dataclass
@@ -60,10 +60,6 @@ class Reference:
     loss: torch.Tensor
     gradients: list[torch.Tensor | None]
     buffers: list[torch.Tensor]
-
-
-class TooSlowError(RuntimeError):
-    """A peer's first step took longer than it may."""
 
 
 class Bench:
@@ -126,7 +122,7 @@ class Bench:
             cell.loss_fn = peer.prepare(self.built)
             if peer.is_compiled:
                 begin = time.perf_counter()
-                with _time_limit(peer.compile_limit_seconds):
+                with time_limit(peer.compile_limit_seconds or NO_LIMIT_SECONDS):
                     self._step(cell.loss_fn)
                 cell.record.compile_seconds = time.perf_counter() - begin
             self._measure(cell)
@@ -298,22 +294,3 @@ def _planner_bytes(graph: StepGraph, budget_bytes: int | None) -> int:
         return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-
-
-@contextmanager
-def _time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise TooSlowError in the block when it takes longer than `seconds`."""
-
-    def stop(signal_number: int, frame: Any) -> None:
-        raise TooSlowError(f"the first step took longer than {seconds:g} s")
-
-    if seconds is None:
-        yield
-        return
-    previous = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)

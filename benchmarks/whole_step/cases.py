@@ -2,53 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from benchmarks.spine.cases import CASES as SPINE_CASES
-from benchmarks.spine.cases import Built
-from tests.models import make
+from benchmarks import models
+from benchmarks.models import Built, adamw, momentum_sgd, plain_sgd, to_device
 
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 PERCENTS = (100, 90, 80, 70, 60, 50, 45, 40, 35, 30, 25, 20, 15, 10)
 VARIANT_PERCENTS = (70, 50, 35)
 QUICK_VARIANT_PERCENTS = (60,)
 
 
-def adamw(model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW as torch gives it, with a small learning rate."""
-    return torch.optim.AdamW(model.parameters(), lr=1e-4)
-
-
-def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD without state."""
-    return torch.optim.SGD(model.parameters(), lr=1e-3)
-
-
-def momentum_sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum."""
-    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-
-
 @dataclass(frozen=True)
-class Case:
+class Case(models.Case):
     """One model, batch and optimizer.
 
     Attributes:
-        name: what the results and the command line call it.
-        title: what the tables call it.
-        family: its maker in `tests.models`, or the example it is.
-        optimizer: makes the optimizer.
-        sizes: arguments of the maker.
-        quick_sizes: the same for a trial run.
-        blocks: the path of the module list that is checkpointed by hand; "" for none.
-        num_rounds: how often every cell is timed.
         percents: budgets in percent of the plain eager step's peak, downwards.
         quick_percents: the same for a trial run.
         variant_percents: those at which fewer moves are allowed, too.
@@ -59,14 +33,6 @@ class Case:
         num_trained_steps: of a training run beside eager, at `trained_settings`.
     """
 
-    name: str
-    title: str
-    family: str
-    optimizer: MakeOptimizer
-    sizes: dict[str, Any] = field(default_factory=dict)
-    quick_sizes: dict[str, Any] = field(default_factory=dict)
-    blocks: str = ""
-    num_rounds: int = 3
     percents: tuple[int, ...] = PERCENTS
     quick_percents: tuple[int, ...] = (100, 60, 35, 20)
     variant_percents: tuple[int, ...] = VARIANT_PERCENTS
@@ -84,25 +50,21 @@ class Case:
 
     def build(self, quick: bool, device: str, seed: int) -> Built:
         """Return the model in training mode, its batch, its loss and its blocks."""
-        if self.family == "char_gpt":
-            from examples import char_gpt
+        if self.family != "char_gpt":
+            return super().build(quick, device, seed)
+        from examples import char_gpt
 
-            torch.manual_seed(seed)
-            model, loss_fn = char_gpt.model().train(), char_gpt.loss
-            batch: Any = next(char_gpt.batches())
-        else:
-            sizes = self.quick_sizes if quick else self.sizes
-            model, batch, loss_fn = make(self.family, seed, **sizes)
-        model.to(device)
-        blocks = list(model.get_submodule(self.blocks)) if self.blocks else []  # type: ignore
-        return Built(model, _on(device, batch), loss_fn, blocks)
+        torch.manual_seed(seed)
+        return self.built(
+            char_gpt.model().train(), next(char_gpt.batches()), char_gpt.loss, device
+        )
 
     def batches(self, split: str, count: int, device: str, seed: int) -> Iterator[Any]:
         """Return the same batches for every run; only examples with data have any."""
         from examples import char_gpt
 
         torch.manual_seed(seed)
-        return iter([_on(device, b) for b in islice(char_gpt.batches(split), count)])
+        return iter([to_device(b, device) for b in islice(char_gpt.batches(split), count)])
 
 
 def _char_gpt_optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -111,11 +73,7 @@ def _char_gpt_optimizer(model: nn.Module) -> torch.optim.Optimizer:
     return char_gpt.optimizer(model)
 
 
-def _on(device: str, batch: Any) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch)
-
-
-_REFERENCE = SPINE_CASES["reference_gpt"]
+_REFERENCE_QUICK = {"layers": 4, "width": 96, "length": 64, "vocabulary": 512}
 
 CASES = {
     case.name: case
@@ -123,7 +81,7 @@ CASES = {
         Case(
             "reference_gpt",
             "reference GPT (12 x 384, sequence 256, batch 8, vocabulary 8192), AdamW",
-            "reference_gpt", adamw, _REFERENCE.sizes, _REFERENCE.quick_sizes, _REFERENCE.blocks,
+            "reference_gpt", adamw, {}, _REFERENCE_QUICK, "blocks",
             percents=(100, 70, 50, 40, 35),
             variants=("recompute only", "recompute + microbatch", "microbatch alone"),
             # 41% is the least that recomputation alone can do.
@@ -132,13 +90,15 @@ CASES = {
         Case(
             "reference_gpt_sgd",
             "reference GPT (12 x 384, sequence 256, batch 8, vocabulary 8192), SGD without state",
-            "reference_gpt", plain_sgd, _REFERENCE.sizes, _REFERENCE.quick_sizes,
-            _REFERENCE.blocks, percents=(100, 50), variant_percents=(50,),
+            "reference_gpt", plain_sgd, {}, _REFERENCE_QUICK, "blocks",
+            percents=(100, 50), variant_percents=(50,),
             above_parameters_mib=(234, 150),
         ),
         Case(
             "gpt2", "GPT-2 (12 x 768, sequence 512, batch 4, no dropout), AdamW", "gpt2", adamw,
-            {**SPINE_CASES["gpt2"].sizes, "batch_size": 4, "dropout": 0.0}, {"dropout": 0.0},
+            {"layers": 12, "width": 768, "heads": 12, "vocabulary": 50257, "batch_size": 4,
+             "length": 512, "dropout": 0.0},
+            {"dropout": 0.0},
             num_rounds=2, percents=(100, 70, 50, 40), variants=(),
             # Parameters and optimizer state are 31% of the plain peak.
             offload_percents=(25,), offload_variants=("all moves + offload",),

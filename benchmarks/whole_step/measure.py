@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gc
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import torch
 from rich.progress import Progress
 
 import packlight
-from benchmarks.common import MEBIBYTE, provenance, root_cause
+from benchmarks.common import MEBIBYTE, append_line, provenance, root_cause
 from benchmarks.whole_step.cases import QUICK_VARIANT_PERCENTS, Case
 from benchmarks.whole_step.records import (
     EAGER,
@@ -24,16 +23,16 @@ from benchmarks.whole_step.records import (
     MEASURED,
     SMALLEST,
     Record,
-    append_record,
     read_records,
 )
-from benchmarks.whole_step.steps import Workbench
+from benchmarks.whole_step.steps import TrainingBench
+from benchmarks.workbench import fit_smallest, smallest_bytes, way_digest
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import plan_whole_step
 from packlight.runtime import plan_way
 from packlight.runtime.accounting import tensors_bytes
 from packlight.runtime.describe import moves_of
-from packlight.runtime.ways import MOVES, Way
+from packlight.runtime.ways import MOVES
 from packlight.step import Plan, StepGraph
 
 # What `fit` may do beside recomputation, which is never forbidden.
@@ -52,7 +51,6 @@ OFFLOAD_VARIANTS: dict[str, tuple[str, ...]] = {
     "recompute only": (),
 }
 WITHOUT_OFFLOAD = tuple(name for name in MOVES if name != "offload")
-NUM_SMALLEST_TRIES = 3
 
 
 class Bench:
@@ -79,7 +77,7 @@ class Bench:
         self.provenance = provenance(seed, device, command)
         known = [r for r in read_records(out) if (r.model, r.title) == (case.name, self.title)]
         self.done = {r.key: r for r in known}
-        self.bench = Workbench(case, quick, device, seed, self._say)
+        self.bench = TrainingBench(case, quick, device, seed, self._say)
         self.parameter_bytes = tensors_bytes(self.bench.parameters)
         self.task = progress.add_task(case.name, total=None)
 
@@ -116,27 +114,20 @@ class Bench:
 
     def _sweep(self, eager_peak_bytes: int) -> None:
         """Budgets downwards until none fits, then the smallest."""
-        smallest_bytes = None
+        smallest = None
         for percent in self.case.quick_percents if self.quick else self.case.percents:
             record = self._fit(
                 JOINT, f"{percent}%", eager_peak_bytes * percent // 100, WITHOUT_OFFLOAD
             )
-            smallest_bytes = record.smallest_bytes
+            smallest = record.smallest_bytes
             if record.error is not None:
                 break
         if (JOINT, SMALLEST) in self.done:
             return
-        if smallest_bytes is None:
-            smallest_bytes = self._smallest_bytes()
-        self._fit(JOINT, SMALLEST, smallest_bytes, WITHOUT_OFFLOAD)
-
-    def _smallest_bytes(self) -> int:
-        self._say("the smallest budget")
-        try:
-            self._fitted(1, WITHOUT_OFFLOAD)
-        except InfeasibleBudgetError as error:
-            return error.smallest_bytes
-        raise AssertionError("a step that fits into a byte")
+        if smallest is None:
+            self._say("the smallest budget")
+            smallest = smallest_bytes(functools.partial(self._fitted, moves=WITHOUT_OFFLOAD))
+        self._fit(JOINT, SMALLEST, smallest, WITHOUT_OFFLOAD)
 
     # -- cells
 
@@ -158,7 +149,7 @@ class Bench:
             record.error, record.smallest_bytes = root_cause(error), error.smallest_bytes
         except Exception as error:  # a failure is a result too
             record.error = root_cause(error)
-        append_record(self.out, record)
+        append_line(self.out, record)
         self.done[variant, setting] = record
         torch._dynamo.reset()  # what was compiled for this cell holds its programs
         gc.collect()
@@ -170,7 +161,9 @@ class Bench:
         def measure(record: Record) -> None:
             begin = time.perf_counter()
             if setting == SMALLEST:
-                step = self._fitted_smallest(record, moves)
+                fit = functools.partial(self._fitted, moves=moves)
+                step = fit_smallest(fit, budget_bytes, record.refused_bytes)
+                record.budget_bytes = step.budget_bytes
             elif variant.endswith(" alone"):
                 with without_recomputation():
                     step = self._fitted(budget_bytes, moves)
@@ -183,7 +176,7 @@ class Bench:
             record.num_chunks = way.rewriting.head_chunks
             record.predicted_peak_bytes = step.peak_bytes
             record.predicted_seconds = way.seconds
-            record.way_digest = _digest(way)
+            record.way_digest = way_digest(way)
             is_trained = variant == JOINT and setting in self.case.trained_settings
             twin = None if is_trained else self._twin(record.way_digest)
             if twin is not None:
@@ -208,18 +201,6 @@ class Bench:
             budget_bytes, moves=moves, progress=False, **options,
         )
 
-    def _fitted_smallest(self, record: Record, moves: tuple[str, ...]) -> packlight.TrainStep:
-        """Fit at the budget that an error named; where that is refused, at the one named then."""
-        while True:
-            assert record.budget_bytes is not None
-            try:
-                return self._fitted(record.budget_bytes, moves)
-            except InfeasibleBudgetError as error:
-                record.refused_bytes.append(record.budget_bytes)
-                if len(record.refused_bytes) == NUM_SMALLEST_TRIES:
-                    raise
-                record.budget_bytes = error.smallest_bytes
-
     def _twin(self, digest: str) -> Record | None:
         return next(
             (r for r in self.done.values() if r.way_digest == digest and not r.same_as), None
@@ -242,10 +223,3 @@ def without_recomputation() -> Iterator[None]:
         yield
     finally:
         plan_way.plan_whole_step = plan_whole_step
-
-
-def _digest(way: Way) -> str:
-    """Return what is equal where two ways run the same schedules."""
-    parts = [(part.num_rows, part.plan.schedule) for part in way.parts]
-    text = repr((parts, way.counts, way.rewriting, way.consumption.name))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, read_lines
+from benchmarks.workbench import Measured
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
@@ -19,8 +19,8 @@ SMALLEST = "smallest"
 
 
 @dataclass
-class Record:
-    """What one cell of the benchmark showed.
+class Record(Measured):
+    """What one cell of the benchmark showed, beside what `Measured` has.
 
     Attributes:
         model: name of the case.
@@ -29,22 +29,13 @@ class Record:
         setting: the budget in words ("70%"), "" for what has none.
         budget_bytes: for the whole step.
         parameter_bytes: of it, the model's parameters.
-        first_peak_bytes: measured peak of the first step, in which the optimizer makes its state.
-        later_peak_bytes: measured peak of a later step.
         predicted_peak_bytes: of Packlight's plan.
         moves: what Packlight does to fit, in words.
         num_microbatches, num_chunks: how it cuts the batch, and the loss head.
         way_digest: equal where two cells run the same schedules.
         same_as: the setting of the cell whose measurements these are, where both run the same.
-        ratio_median, ratio_quartiles: time over that of the eager step in the same round.
-        num_rounds: how many rounds those are taken over.
-        seconds_median, eager_seconds_median: durations of a step.
         predicted_seconds: of Packlight's plan.
         fit_seconds: capture, profiling and planning.
-        loss_difference: from eager's first loss, over that loss.
-        same_bits: whether loss, parameters and optimizer state after the first step are eager's.
-        update_error: norm of the difference from eager's first update over that update's norm; the
-            same for each kind of optimizer state; the largest of these.
         smallest_bytes: where the budget is infeasible, the smallest that the error names.
         refused_bytes: budgets that such an error had named, and that were infeasible all the same.
         error: why there is no result.
@@ -60,24 +51,14 @@ class Record:
     setting: str = ""
     budget_bytes: int | None = None
     parameter_bytes: int = 0
-    first_peak_bytes: int | None = None
-    later_peak_bytes: int | None = None
     predicted_peak_bytes: int | None = None
     moves: list[str] = field(default_factory=list)
     num_microbatches: int | None = None
     num_chunks: int | None = None
     way_digest: str | None = None
     same_as: str | None = None
-    ratio_median: float | None = None
-    ratio_quartiles: tuple[float, float] | None = None
-    num_rounds: int = 0
-    seconds_median: float | None = None
-    eager_seconds_median: float | None = None
     predicted_seconds: float | None = None
     fit_seconds: float | None = None
-    loss_difference: float | None = None
-    same_bits: dict[str, bool] | None = None
-    update_error: float | None = None
     smallest_bytes: int | None = None
     refused_bytes: list[int] = field(default_factory=list)
     error: str | None = None
@@ -98,13 +79,6 @@ class Record:
         return self.error is not None and self.smallest_bytes is None
 
     @property
-    def peak_bytes(self) -> int | None:
-        """The larger of the measured peaks: everything resident included."""
-        if self.first_peak_bytes is None or self.later_peak_bytes is None:
-            return None
-        return max(self.first_peak_bytes, self.later_peak_bytes)
-
-    @property
     def is_over_budget(self) -> bool:
         """Whether a measured peak is above the budget."""
         if self.budget_bytes is None or self.peak_bytes is None:
@@ -114,8 +88,7 @@ class Record:
 
 # What two cells that run the same schedules have in common.
 MEASURED = (
-    "first_peak_bytes", "later_peak_bytes", "ratio_median", "ratio_quartiles", "num_rounds",
-    "seconds_median", "eager_seconds_median", "loss_difference", "same_bits", "update_error",
+    *(f.name for f in fields(Measured)),
     "num_trained_steps", "validation_loss", "eager_validation_loss", "training_loss_difference",
 )
 
@@ -123,10 +96,3 @@ MEASURED = (
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file; none if it does not exist."""
     return read_lines(path, Record)
-
-
-def append_record(path: Path, record: Record) -> None:
-    """Add one line to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(record)) + "\n")

@@ -1,40 +1,21 @@
-"""One training step, eager's or Packlight's: what it computes, holds and takes."""
+"""What whole-step cells need beside the bench that all share: steps by hand, and training runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
-import packlight
-from benchmarks.common import quartiles, same_bits, timed
-from benchmarks.spine.cases import Built
-from benchmarks.spine.peers import LossFn, per_block
+from benchmarks.models import LossFn
+from benchmarks.peers.checkpointing import per_block
 from benchmarks.whole_step.cases import Case
 from benchmarks.whole_step.records import Record
-from packlight.runtime.accounting import batch_bytes, tensors_bytes
+from benchmarks.workbench import Step, Workbench, accumulated
 
 NUM_VALIDATION_BATCHES = 20
 QUICK_TRAINED_STEPS = 3
-
-Step = Callable[[Any], torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What eager PyTorch's first step computes.
-
-    Attributes:
-        loss: the first.
-        results: "parameters", and the optimizer's state by its name, after the step.
-    """
-
-    loss: torch.Tensor
-    results: dict[str, list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -45,7 +26,7 @@ class Training:
     validation_loss: float
 
 
-class Workbench:
+class TrainingBench(Workbench):
     """One model and one optimizer, which every step trains: eager's and Packlight's.
 
     Args:
@@ -58,25 +39,10 @@ class Workbench:
     def __init__(
         self, case: Case, quick: bool, device: str, seed: int, say: Callable[[str], None]
     ) -> None:
-        self.case, self.quick, self.seed, self.say = case, quick, seed, say
-        self.device = torch.device(device)
-        self.built: Built = case.build(quick, device, seed)
-        self.optimizer = case.optimizer(self.built.model)
-        self.parameters = list(self.built.model.parameters())
-        self._eager_reference: Reference | None = None
+        self.case, self.quick, self.say = case, quick, say
+        built = case.build(quick, device, seed)
+        super().__init__(built, [case.optimizer(built.model)], device, seed)
         self._eager_training: Training | None = None
-
-    def eager_step(self, loss_fn: LossFn) -> Step:
-        """Return the plain step; `loss_fn` may call `backward` for all but the last microbatch."""
-
-        def step(batch: Any) -> torch.Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = loss_fn(self.built.model, batch)
-            loss.backward()
-            self.optimizer.step()
-            return loss.detach()
-
-        return step
 
     def by_hand(self) -> dict[str, LossFn]:
         """Return what a user would do without Packlight."""
@@ -90,93 +56,13 @@ class Workbench:
             found["by hand: both"] = accumulated(per_block(self.built), count)
         return found
 
-    def begin(self, is_first: bool = False) -> None:
-        """Set weights, statistics and generators to where the first step found them.
-
-        Args:
-            is_first: forget the optimizer's state, too.
-        """
-        self.built.model.load_state_dict(self.built.initial)
-        self.optimizer.zero_grad(set_to_none=True)
-        if is_first:
-            self.optimizer.state.clear()
-        torch.manual_seed(self.seed + 1)
-
-    # -- one cell
-
     def measure(self, record: Record, step: Step, num_rounds: int) -> None:
         """Fill in peaks, what the first step computes, and times beside eager steps."""
-        eager = self.eager_step(self.built.loss_fn)
-        reference = self._reference()
-        self.begin(is_first=True)
-        loss, record.first_peak_bytes = self._peak_of(step)
-        self._compare(record, loss, reference)
-        self.begin()
-        _, record.later_peak_bytes = self._peak_of(step)
-        seconds, eager_seconds = [], []
-        for round_index in range(num_rounds):
-            self.say(f"{record.setting} {record.variant}, round {round_index + 1}")
-            # Who goes first alternates.
-            for turn in (round_index, round_index + 1):
-                self.begin()
-                runs, times = (eager, eager_seconds) if turn % 2 == 0 else (step, seconds)
-                times.append(timed(lambda run=runs: run(self.built.batch), self.device))
-        ratios = [mine / theirs for mine, theirs in zip(seconds, eager_seconds, strict=True)]
-        record.num_rounds = len(ratios)
-        record.seconds_median = statistics.median(seconds)
-        record.eager_seconds_median = statistics.median(eager_seconds)
-        record.ratio_median, record.ratio_quartiles = statistics.median(ratios), quartiles(ratios)
-
-    def _peak_of(self, step: Step) -> tuple[torch.Tensor, int]:
-        """Run a step; return its loss and its whole peak: what was there and what it added."""
-        model = self.built.model
-        states = [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        there = [*model.parameters(), *model.buffers(), *states]
-        if isinstance(step, packlight.TrainStep):
-            there = [t for t in there if not step.is_on_disk(t)]
-        before = tensors_bytes(there)
-        before += batch_bytes(self.built.batch)
-        peak = packlight.measure_peak(lambda: step(self.built.batch), self.device)
-        return peak.result, before + peak.peak_bytes
-
-    def _reference(self) -> Reference:
-        if self._eager_reference is None:
-            self.begin(is_first=True)
-            loss = self.eager_step(self.built.loss_fn)(self.built.batch)
-            copies = {name: [t.clone() for t in found] for name, found in self._results().items()}
-            self._eager_reference = Reference(loss, copies)
-        return self._eager_reference
-
-    def _results(self) -> dict[str, list[torch.Tensor]]:
-        """Return what a step has written."""
-        found = {"parameters": [p.detach() for p in self.parameters]}
-        for p in self.parameters:
-            for name, value in self.optimizer.state.get(p, {}).items():
-                if isinstance(value, torch.Tensor):
-                    found.setdefault(name, []).append(value)
-        return found
-
-    def _compare(self, record: Record, loss: torch.Tensor, reference: Reference) -> None:
-        results = self._results()
-        record.loss_difference = float((loss - reference.loss).abs() / reference.loss.abs())
-        record.same_bits = {"loss": same_bits(loss, reference.loss)}
-        names = [name for name, _ in self.built.model.named_parameters()]
-        errors = []
-        for kind, theirs in reference.results.items():
-            mine = results[kind]
-            record.same_bits[kind] = all(map(same_bits, mine, theirs))
-            starts: list[Any] = [0.0] * len(theirs)
-            if kind == "parameters":  # the update counts, not what was there before
-                starts = [self.built.initial[name] for name in names]
-            off = sum(_square(a - b) for a, b in zip(mine, theirs, strict=True))
-            total = sum(_square(a - b) for a, b in zip(theirs, starts, strict=True))
-            errors.append((off / total) ** 0.5 if total else 0.0)
-        record.update_error = max(errors)
+        self.look_at(record, step)
+        name = f"{record.setting} {record.variant}"
+        self.time_beside_eager(
+            record, step, num_rounds, lambda what: self.say(f"{name}, {what}")
+        )
 
     # -- training runs
 
@@ -210,29 +96,3 @@ class Workbench:
             values = [float(self.built.loss_fn(model, batch)) for batch in held_out]
         model.train()
         return Training(losses, statistics.fmean(values))
-
-
-def accumulated(loss_fn: LossFn, count: int) -> LossFn:
-    """Return a loss whose microbatches but the last have had their backward when it returns.
-
-    The loss is a mean over rows, and all microbatches have as many. What is returned has the whole
-    batch's loss and the last microbatch's gradients.
-    """
-
-    def run(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        total: Any = 0.0
-        for index in range(count):
-            piece = pytree.tree_map_only(
-                torch.Tensor, lambda t, i=index: t.tensor_split(count)[i], batch
-            )
-            loss = loss_fn(model, piece) / count
-            if index < count - 1:
-                loss.backward()
-                total = total + loss.detach()
-        return loss + total
-
-    return run
-
-
-def _square(tensor: torch.Tensor) -> float:
-    return float(tensor.double().square().sum())
