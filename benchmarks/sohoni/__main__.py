@@ -36,7 +36,8 @@ def main() -> int:
         arguments.images, arguments.epochs, arguments.tested, arguments.seeds = 200, 1, 200, [0]
     console = Console(stderr=True)
     has_failed = False
-    seeds: list[int | None] = [None, *([] if arguments.memory_only else arguments.seeds)]
+    seeds: list[int | None] = [] if arguments.train_only else [None]
+    seeds += [] if arguments.memory_only else arguments.seeds
     for seed in seeds:
         for name in arguments.rows:
             if any(r.key == (name, seed) and r.error is None for r in read_records(out)):
@@ -58,7 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"python -m {MODULE}", description=__doc__)
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--memory-only", action="store_true", help="no training")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--memory-only", action="store_true", help="no training")
+    which.add_argument(
+        "--train-only", action="store_true", help="no memory and time: for a machine that is busy"
+    )
     parser.add_argument("--quick", action="store_true", help="one epoch of 200 images, one seed")
     parser.add_argument("--rounds", type=int, default=5, help="of timing")
     parser.add_argument("--images", type=int, default=10_000, help="of the training set")
