@@ -54,7 +54,8 @@ def set_dropout(config: Any, dropout: float) -> None:
             set_dropout(value, dropout)
         elif "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
             is_layer_drop = "layerdrop" in name or "layer_drop" in name
-            setattr(config, name, 0.0 if is_layer_drop else dropout)
+            # Past the configuration's own check, which lets some probabilities be integers only.
+            vars(config)[name] = 0.0 if is_layer_drop else dropout
 
 
 def tokens(
@@ -72,3 +73,8 @@ def language_model(class_name: str, **settings: Any) -> Callable[[float], Case]:
         return transformer(class_name, dropout, **settings), tokens(), hf_loss
 
     return make
+
+
+def without_dropout(make: Callable[[float], Case]) -> Callable[[float], Case]:
+    """Return a maker for a model that refuses dropout."""
+    return lambda dropout: make(0.0)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from tests.models import Case
-from tests.zoo import text
+from tests.zoo import moe, text
 from tests.zoo.build import Family
 
 MAKERS = {
     "text": {**text.DECODERS, **text.ENCODERS},
+    "shared layers": text.SHARED,
+    "mixture of experts": moe.EXPERTS,
+    "state space": moe.STATE_SPACES,
 }
 FAMILIES: dict[str, Family] = {
     name: Family(name, kind, maker)
