@@ -52,10 +52,13 @@ def set_dropout(config: Any, dropout: float) -> None:
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict"):
             set_dropout(value, dropout)
-        elif "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
-            is_layer_drop = "layerdrop" in name or "layer_drop" in name
+        elif "drop" in name and not isinstance(value, bool):
+            chosen = 0.0 if "layerdrop" in name or "layer_drop" in name else dropout
             # Past the configuration's own check, which lets some probabilities be integers only.
-            vars(config)[name] = 0.0 if is_layer_drop else dropout
+            if isinstance(value, int | float):
+                vars(config)[name] = chosen
+            elif isinstance(value, list | tuple) and all(isinstance(v, int | float) for v in value):
+                vars(config)[name] = [chosen] * len(value)
 
 
 def tokens(

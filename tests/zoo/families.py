@@ -5,14 +5,22 @@ from __future__ import annotations
 import torch
 
 from tests.models import Case
-from tests.zoo import moe, text
+from tests.zoo import audio, moe, own, own_images, seq2seq, text, towers, vision
 from tests.zoo.build import Family
 
 MAKERS = {
     "text": {**text.DECODERS, **text.ENCODERS},
     "shared layers": text.SHARED,
+    "encoder-decoder": seq2seq.ENCODER_DECODERS,
     "mixture of experts": moe.EXPERTS,
     "state space": moe.STATE_SPACES,
+    "vision": vision.IMAGES,
+    "audio": audio.AUDIO,
+    "time series": audio.SERIES,
+    "two towers": towers.TOWERS,
+    "other inputs": towers.OTHERS,
+    "recurrent": own.RECURRENT,
+    "own": {**own.OWN, **own_images.OWN_IMAGES},
 }
 FAMILIES: dict[str, Family] = {
     name: Family(name, kind, maker)

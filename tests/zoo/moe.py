@@ -74,8 +74,9 @@ STATE_SPACES: dict[str, Callable[[float], Case]] = {
         mamba_d_state=8, use_mamba_kernels=False,
     ),
     "zamba": language_model(
-        "ZambaForCausalLM", **(GROUPED | dict(num_hidden_layers=4)), mamba_d_state=8, n_mamba_heads=2, use_mamba_kernels=False,
-        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], attention_head_dim=32,
+        "ZambaForCausalLM", **(GROUPED | dict(num_hidden_layers=4)), mamba_d_state=8,
+        n_mamba_heads=2, use_mamba_kernels=False, attention_head_dim=32,
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
     ),
     "zamba2": language_model(
         "Zamba2ForCausalLM", **DECODER, mamba_d_state=8, n_mamba_heads=8, use_mamba_kernels=False,
