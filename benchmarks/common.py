@@ -13,13 +13,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+    from packlight import MemoryPeak
 
 ROOT = Path(__file__).resolve().parent.parent
 MEBIBYTE = 2**20
@@ -86,15 +89,25 @@ def _commit() -> str:
 
 
 def run_apart(module: str, arguments: Sequence[str]) -> bool:
-    """Run `python -m module` in a process of its own and return whether it succeeded.
+    """Run `python -m module` in a process of its own and return whether it succeeded."""
+    return status_apart(module, arguments) == 0
+
+
+def status_apart(
+    module: str, arguments: Sequence[str], limit_seconds: float | None = None
+) -> int:
+    """Run `python -m module` in a process of its own and return its exit status.
 
     The process returns all of its memory when it ends, and has a cache of its own: what Packlight
     predicts in it comes from times measured in it.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than it may, and was killed.
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", module, *arguments]
         environment = {**os.environ, "PACKLIGHT_CACHE": cache}
-        return subprocess.run(command, env=environment).returncode == 0
+        return subprocess.run(command, env=environment, timeout=limit_seconds).returncode
 
 
 # -- measuring and comparing
@@ -120,6 +133,37 @@ def synchronize(device: torch.device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def whole_peak(
+    step: Callable[[Any], Any], model: nn.Module, optimizer: torch.optim.Optimizer, batch: Any
+) -> MemoryPeak:
+    """Run a step on a batch; its peak counts what was there before and what it added.
+
+    Args:
+        step: eager's or a `packlight.TrainStep`, whose tensors on the disk do not count.
+        model: its parameters and buffers are there before,
+        optimizer: and its state,
+        batch: and the batch.
+    """
+    import torch
+
+    import packlight
+    from packlight.runtime.accounting import batch_bytes, tensors_bytes
+
+    state = [
+        value
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    there = [*model.parameters(), *model.buffers(), *state]
+    if isinstance(step, packlight.TrainStep):
+        there = [t for t in there if not step.is_on_disk(t)]
+    before = tensors_bytes(there) + batch_bytes(batch)
+    device = next(model.parameters()).device
+    peak = packlight.measure_peak(lambda: step(batch), device)
+    return replace(peak, peak_bytes=before + peak.peak_bytes)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float] | None:
@@ -155,7 +199,12 @@ def relative_error(
 
 def root_cause(error: BaseException) -> str:
     """Return what Packlight raised, without what dynamo wrapped around it."""
-    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+    from packlight.errors import PacklightError
+
+    while not isinstance(error, PacklightError):
+        inner = getattr(error, "inner_exception", None) or error.__cause__
+        if inner is None:
+            break
         error = inner
     return f"{type(error).__name__}: {error}".strip()[:500]
 

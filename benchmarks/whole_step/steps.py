@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-import packlight
-from benchmarks.common import quartiles, same_bits, timed
+from benchmarks.common import quartiles, same_bits, timed, whole_peak
 from benchmarks.spine.cases import Built
 from benchmarks.spine.peers import LossFn, per_block
 from benchmarks.whole_step.cases import Case
 from benchmarks.whole_step.records import Record
-from packlight.runtime.accounting import batch_bytes, tensors_bytes
 
 NUM_VALIDATION_BATCHES = 20
 QUICK_TRAINED_STEPS = 3
@@ -129,20 +127,8 @@ class Workbench:
 
     def _peak_of(self, step: Step) -> tuple[torch.Tensor, int]:
         """Run a step; return its loss and its whole peak: what was there and what it added."""
-        model = self.built.model
-        states = [
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor)
-        ]
-        there = [*model.parameters(), *model.buffers(), *states]
-        if isinstance(step, packlight.TrainStep):
-            there = [t for t in there if not step.is_on_disk(t)]
-        before = tensors_bytes(there)
-        before += batch_bytes(self.built.batch)
-        peak = packlight.measure_peak(lambda: step(self.built.batch), self.device)
-        return peak.result, before + peak.peak_bytes
+        peak = whole_peak(step, self.built.model, self.optimizer, self.built.batch)
+        return peak.result, peak.peak_bytes
 
     def _reference(self) -> Reference:
         if self._eager_reference is None:
