@@ -26,10 +26,19 @@ Step = Callable[[Any], torch.Tensor]
 
 @dataclass(frozen=True)
 class Trained:
-    """What some steps leave behind: by name, and the highest of their whole peaks."""
+    """What some steps leave behind.
+
+    Attributes:
+        results: losses, parameters, buffers, optimizer state and the generator's, by name.
+        first_moments: Adam's after the first step, which are a tenth of the gradients.
+        peak_bytes: the highest of the steps' whole peaks.
+        draws: whether random numbers were drawn.
+    """
 
     results: dict[str, torch.Tensor]
+    first_moments: dict[str, torch.Tensor]
     peak_bytes: int
+    draws: bool
 
     def differences(self, other: Trained) -> list[str]:
         """Return the names of results of which a bit differs."""
@@ -38,13 +47,12 @@ class Trained:
             name for name, mine in self.results.items() if not same_bits(mine, other.results[name])
         ]
 
-    def moments_error(self, other: Trained) -> float:
-        """Return how far Adam's first moments are from others', over the norm of those."""
+    def gradient_error(self, other: Trained) -> float:
+        """Return how far the first step's gradients are from others', over the norm of those."""
         off = total = 0.0
-        for name, theirs in other.results.items():
-            if name.endswith(".exp_avg"):
-                off += float((self.results[name] - theirs).abs().double().square().sum())
-                total += float(theirs.abs().double().square().sum())
+        for name, theirs in other.first_moments.items():
+            off += float((self.first_moments[name] - theirs).abs().double().square().sum())
+            total += float(theirs.abs().double().square().sum())
         return (off / total) ** 0.5 if total else 0.0
 
 
@@ -61,18 +69,28 @@ class Trainee:
         """Train from the start, with a new optimizer state."""
         self.start.restore()
         self.optimizer.state.clear()
-        results, peaks = {}, []
+        before = torch.get_rng_state()
+        results, first_moments, peaks = {}, {}, []
         for index in range(NUM_STEPS):
             peak = whole_peak(step, self.model, self.optimizer, self.batch)
             results[f"loss {index + 1}"] = peak.result.clone()
             peaks.append(peak.peak_bytes)
+            if index == 0:
+                states = self._states()
+                first_moments = {n: t for n, t in states.items() if n.endswith(".exp_avg")}
         results["generator"] = torch.get_rng_state()
-        for name, p in self.model.named_parameters():
-            results[name] = p.detach().clone()
-            for key, value in self.optimizer.state.get(p, {}).items():
-                results[f"{name}.{key}"] = value.clone()
+        results |= {name: p.detach().clone() for name, p in self.model.named_parameters()}
         results |= {f"buffer {name}": b.clone() for name, b in self.model.named_buffers()}
-        return Trained(results, max(peaks))
+        results |= self._states()
+        draws = not torch.equal(before, results["generator"])
+        return Trained(results, first_moments, max(peaks), draws)
+
+    def _states(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.{key}": value.clone()
+            for name, p in self.model.named_parameters()
+            for key, value in self.optimizer.state.get(p, {}).items()
+        }
 
     def loop(self, loss_fn: LossFn) -> Step:
         """Return a plain step: zero_grad, forward, backward, update."""
@@ -125,7 +143,7 @@ def measure_fit(record: Record, seed: int) -> None:
     trainee = Trainee(record.family, record.dropout, seed)
     moves = packlight.EXACT_MOVES if record.path == EXACT else packlight.MOVES
     eager = trainee.train(trainee.loop(trainee.loss_fn))
-    record.eager_peak_bytes = eager.peak_bytes
+    record.eager_peak_bytes, record.draws = eager.peak_bytes, eager.draws
     begin = time.perf_counter()
     if record.setting == SMALLEST:
         step = trainee.fit_smallest(record, moves)
@@ -148,4 +166,4 @@ def measure_fit(record: Record, seed: int) -> None:
         torch._dynamo.reset()
         unplanned = trainee.train(trainee.loop(traced(trainee.loss_fn)))
         record.traced_differences = mine.differences(unplanned)
-    record.relative_error = mine.moments_error(unplanned)
+    record.relative_error = mine.gradient_error(unplanned)
