@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx
 
-from packlight.errors import GraphBreakError
+from packlight.errors import GraphBreakError, UnsupportedModelError
 
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
@@ -60,6 +61,23 @@ def refuse_graph_break() -> None:
         raise _graph_break(reason.reason or "", reason.user_stack)
 
 
+def returned_place(module: fx.GraphModule) -> int | None:
+    """Return the place, among the results of the graph being compiled, of what is returned.
+
+    Beside the returned tensor, results are tensors that the traced function assigns to attributes.
+
+    Returns:
+        None where the traced function does not return one tensor.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    stack = InstructionTranslator.current_tx().stack
+    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    names = [getattr(node, "name", None) for node in output.args[0]]
+    return names.index(proxy.node.name) if proxy is not None else None
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise our own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
@@ -72,6 +90,20 @@ def plain_errors() -> Iterator[None]:
         raise inner.with_traceback(None) from None
     except (exc.Unsupported, exc.UserError) as error:
         raise _graph_break(str(error), getattr(error, "real_stack", None)) from error
+    except exc.TorchRuntimeError as error:
+        raise _failed_trace(str(error), getattr(error, "real_stack", None)) from error
+
+
+def _failed_trace(message: str, stack: Any) -> UnsupportedModelError:
+    frame = stack[-1] if stack else None
+    where = f"{frame.filename}:{frame.lineno}" if frame else "<unknown>"
+    causes = re.findall(r"got \w+\(['\"](.*)['\"]\)", message)
+    cause = causes[0] if causes else message.strip().splitlines()[0]
+    return UnsupportedModelError(
+        f"an operation fails when the model is traced, at {where}\n  {cause}\nhint: if it runs "
+        "without being traced, the model takes another branch while it is "
+        "(torch.compiler.is_compiling()); a mask that is passed, for example, is not left out"
+    )
 
 
 def _graph_break(message: str, stack: Any) -> GraphBreakError:
