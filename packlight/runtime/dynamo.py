@@ -6,6 +6,7 @@ Everything here leans on dynamo's internals, of the torch release that the const
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import fx
 
 from packlight.errors import GraphBreakError, UnsupportedModelError
 
+VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -88,26 +90,35 @@ def plain_errors() -> Iterator[None]:
     except exc.BackendCompilerFailed as error:
         inner = error.inner_exception
         raise inner.with_traceback(None) from None
-    except (exc.Unsupported, exc.UserError) as error:
-        raise _graph_break(str(error), getattr(error, "real_stack", None)) from error
-    except exc.TorchRuntimeError as error:
-        raise _failed_trace(str(error), getattr(error, "real_stack", None)) from error
+    except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError) as error:
+        stack = getattr(error, "real_stack", None)
+        failure = re.search(r"(?:got|raised exception) (\w+\(.*\))$", str(error), re.MULTILINE)
+        if failure is not None:
+            raise _failed_trace(failure[1], stack) from error
+        raise _graph_break(str(error), stack) from error
 
 
-def _failed_trace(message: str, stack: Any) -> UnsupportedModelError:
-    frame = stack[-1] if stack else None
-    where = f"{frame.filename}:{frame.lineno}" if frame else "<unknown>"
-    causes = re.findall(r"got \w+\(['\"](.*)['\"]\)", message)
-    cause = causes[0] if causes else message.strip().splitlines()[0]
+def _innermost(stack: Any) -> tuple[str, int]:
+    """Return file and line of the last call that is not torch's own."""
+    frames = list(stack or ())
+    torch_directory = os.path.dirname(torch.__file__) + os.sep
+    outside = [frame for frame in frames if not frame.filename.startswith(torch_directory)]
+    for frame in (*outside[-1:], *frames[-1:]):
+        return frame.filename, frame.lineno or 0
+    return "<unknown>", 0
+
+
+def _failed_trace(failure: str, stack: Any) -> UnsupportedModelError:
+    file, line = _innermost(stack)
     return UnsupportedModelError(
-        f"an operation fails when the model is traced, at {where}\n  {cause}\nhint: if it runs "
-        "without being traced, the model takes another branch while it is "
-        "(torch.compiler.is_compiling()); a mask that is passed, for example, is not left out"
+        f"the model fails when it is traced, at {file}:{line}\n  {failure}\n"
+        "hint: if it runs in eager PyTorch, it takes another branch when it is traced "
+        "(torch.compiler.is_compiling()); passing what it makes up there, such as an attention "
+        "mask, often helps"
     )
 
 
 def _graph_break(message: str, stack: Any) -> GraphBreakError:
-    frame = stack[-1] if stack else None
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith("Consider ")]
     cause = telling[0] if telling else "unknown cause"
@@ -116,6 +127,9 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause += f" ({explanation.removeprefix('Explanation:').strip()})"
     hints = [x.removeprefix("Hint:").strip() for x in lines if x.startswith("Hint:")]
     useful = [h for h in hints if not re.search(r"report|torch\._dynamo|fundamental", h)]
-    file = frame.filename if frame else "<unknown>"
-    line = (frame.lineno or 0) if frame else 0
-    return GraphBreakError(file, line, cause, useful[0] if useful else GRAPH_BREAK_HINT)
+    hint = useful[0] if useful else GRAPH_BREAK_HINT
+    branch = re.search(r"data-dependent expression.*Caused by: (.*?)\s+#", message, re.DOTALL)
+    if branch is not None:
+        cause, hint = f"`{branch[1]}` depends on the values of a tensor", VALUES_HINT
+    file, line = _innermost(stack)
+    return GraphBreakError(file, line, cause, hint)
