@@ -126,3 +126,22 @@ def test_a_loss_beside_detached_tensors_is_refused() -> None:
 
     with pytest.raises(UnsupportedModelError, match="tensors of shape.*\n.*loss alone"):
         packlight.fit(mine.model, loss_and_more, mine.optimizer, batch_of(), progress=False)
+
+
+def test_a_changed_buffer_that_is_assigned_to_itself_is_held_once() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(2048, 16), nn.GELU(), nn.Linear(16, WIDTH)]
+    # Its power iteration writes into buffers of 2048 numbers, which the weight then depends on.
+    layers[0] = nn.utils.parametrizations.spectral_norm(layers[0])
+    mine, eager = twins(nn.Sequential(*layers), classify, adamw)
+    batch = torch.randn(4, 2048), torch.randint(0, WIDTH, (4,))
+    options = {"moves": EXACT, "progress": False}
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        packlight.plan(mine.model, classify, batch, 1, mine.optimizer, **options)
+    budget = caught.value.smallest_bytes
+    step = packlight.fit(mine.model, classify, mine.optimizer, batch, budget, **options)
+    for _ in range(2):
+        measured = step.measured(batch)
+        assert_equal_losses([measured.loss], [eager.step(batch)])
+        assert measured.peak_bytes <= budget
+    assert_same_bits(mine, eager)

@@ -63,7 +63,7 @@ class WholeStep:
     Attributes:
         joint: the captured step; its graph has the added operations.
         consumed_by: operation -> primals whose gradients it consumes.
-        kept_by: operation -> indices of the forward results that it keeps.
+        kept_by: operation -> indices of the forward results, all the same, that it keeps.
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
         parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
     """

@@ -76,7 +76,7 @@ STATE_SPACES: dict[str, Callable[[float], Case]] = {
     ),
     "falcon_mamba": language_model("FalconMambaForCausalLM", num_tokens=16, **_MAMBA),
     "rwkv": language_model(
-        "RwkvForCausalLM", num_tokens=16,
+        "RwkvForCausalLM", num_tokens=8,
         hidden_size=64, num_hidden_layers=2, vocab_size=512, context_length=64,
         use_cache=False,
     ),
