@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from packlight.errors import GraphBreakError, UnsupportedModelError
 
@@ -34,6 +35,21 @@ def prepare_dynamo() -> None:
     methods = (getattr(logging.Logger, name, None) for name in names)
     config.ignore_logging_functions.update(m for m in methods if m is not None)
     config.allow_rnn = True
+
+
+def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
+    """Have a model do what its first call does and no trace can; return whether there is such.
+
+    Models of transformers that return hidden states or routers' logits hook their layers at their
+    first call, under a lock. In eager PyTorch that happens unseen.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or error.file != capturing.__file__:
+        return False
+    for module in model.modules():
+        if hasattr(module, "_can_record_outputs"):
+            capturing.maybe_install_capturing_hooks(module)
+    return True
 
 
 def specialize(example_inputs: Sequence[Any]) -> None:

@@ -17,9 +17,10 @@ import torch
 from torch import fx, nn
 
 from packlight.capture.casts import merge_casts
-from packlight.errors import UnsupportedModelError
+from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.runtime.aot import num_tangents, user_results, written_back
 from packlight.runtime.dynamo import (
+    made_traceable,
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
@@ -121,10 +122,11 @@ class StepCapture:
             UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
         """
         try:
-            with plain_errors(), torch.enable_grad():
-                self._compiled(self.loss_fn, self.model, batch)
-        except _CapturedError:
-            pass
+            self._trace(batch)
+        except GraphBreakError as error:
+            if not made_traceable(self.model, error):
+                raise
+            self._trace(batch)
         if self._entry.joint is None:
             raise UnsupportedModelError(
                 "the loss does not depend on any parameter that needs a gradient"
@@ -139,6 +141,13 @@ class StepCapture:
         loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
         _check_arguments(primals, arguments, len(placeholders))
         return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, returned, arguments)
+
+    def _trace(self, batch: Any) -> None:
+        try:
+            with plain_errors(), torch.enable_grad():
+                self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            pass
 
     def install(self, program: Program) -> None:
         """Set what runs with the primals of the latest captured call."""
