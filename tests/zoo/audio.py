@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from tests.models import Case, hf_loss
 from tests.zoo.build import transformer
@@ -19,13 +21,22 @@ _WAVES = dict(
 _UNMASKED = dict(apply_spec_augment=False, mask_time_prob=0.0, mask_feature_prob=0.0)
 
 
-def recognizer(class_name: str, **settings: Any) -> Callable[[float], Case]:
-    """Return a maker of a speech recognizer over waves, with the CTC loss."""
+def frame_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of a unit for each frame, as in HuBERT's training."""
+    logits = model(batch["input_values"]).logits
+    return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, : logits.shape[1]])
+
+
+def recognizer(class_name: str, loss_fn: Any = frame_loss, **settings: Any) -> Any:
+    """Return a maker of a speech recognizer over waves."""
 
     def make(dropout: float) -> Case:
         model = transformer(class_name, dropout, **(_WAVES | _UNMASKED | settings))
-        batch = {"input_values": torch.randn(4, 2000), "labels": torch.randint(1, 32, (4, 8))}
-        return model, batch, hf_loss
+        # As in fine-tuning; else it asks for the gradient of the waves in its forward.
+        model.freeze_feature_encoder()
+        num_labels = 64 if loss_fn is frame_loss else 8
+        labels = torch.randint(1, 32, (4, num_labels))
+        return model, {"input_values": torch.randn(4, 2000), "labels": labels}, loss_fn
 
     return make
 
@@ -119,6 +130,7 @@ def autoformer(dropout: float) -> Case:
 
 AUDIO: dict[str, Callable[[float], Case]] = {
     "wav2vec2": recognizer("Wav2Vec2ForCTC"),
+    "wav2vec2_ctc": recognizer("Wav2Vec2ForCTC", hf_loss),
     "hubert": recognizer("HubertForCTC"),
     "wavlm": recognizer("WavLMForCTC"),
     "unispeech": recognizer("UniSpeechForCTC", num_codevectors_per_group=16),

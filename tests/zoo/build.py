@@ -69,11 +69,13 @@ def tokens(
     return {"input_ids": ids, "labels": ids.clone(), **more}
 
 
-def language_model(class_name: str, **settings: Any) -> Callable[[float], Case]:
-    """Return a maker of a transformers model that is given tokens and labels."""
+def language_model(
+    class_name: str, *, num_tokens: int = 64, **settings: Any
+) -> Callable[[float], Case]:
+    """Return a maker of a transformers model that is given sequences of tokens and labels."""
 
     def make(dropout: float) -> Case:
-        return transformer(class_name, dropout, **settings), tokens(), hf_loss
+        return transformer(class_name, dropout, **settings), tokens(length=num_tokens), hf_loss
 
     return make
 

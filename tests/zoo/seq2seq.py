@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.models import Case
-from tests.zoo.build import language_model
+import torch
+
+from tests.models import Case, hf_loss
+from tests.zoo.build import language_model, tokens, transformer
 
 _T5 = dict(
     vocab_size=512, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_decoder_layers=2, num_heads=4,
@@ -19,14 +21,22 @@ _BART = dict(
 )
 _LED = {k: v for k, v in _BART.items() if k != "max_position_embeddings"}
 
+
+
+def longt5(dropout: float) -> Case:
+    """LongT5, which cannot be traced without a mask."""
+    model = transformer(
+        "LongT5ForConditionalGeneration", dropout, **_T5, local_radius=7, global_block_size=8,
+        encoder_attention_type="transient-global",
+    )
+    return model, tokens(attention_mask=torch.ones(4, 64, dtype=torch.long)), hf_loss
+
+
 ENCODER_DECODERS: dict[str, Callable[[float], Case]] = {
     "t5": language_model("T5ForConditionalGeneration", **_T5),
     "mt5": language_model("MT5ForConditionalGeneration", **_T5, feed_forward_proj="gated-gelu"),
     "umt5": language_model("UMT5ForConditionalGeneration", **_T5),
-    "longt5": language_model(
-        "LongT5ForConditionalGeneration", **_T5, local_radius=7, global_block_size=8,
-        encoder_attention_type="transient-global",
-    ),
+    "longt5": longt5,
     "bart": language_model("BartForConditionalGeneration", **_BART),
     "mbart": language_model("MBartForConditionalGeneration", **_BART),
     "pegasus": language_model("PegasusForConditionalGeneration", **_BART),
