@@ -168,6 +168,8 @@ def record(
     [
         ({}, None, "eager"),
         ({"differences": ["loss"], "traced_differences": []}, None, "traced"),
+        ({"differences": ["loss"], "traced_differences": [], "is_traced_by_torch": False}, None,
+         "unplanned"),
         ({"differences": ["loss"], "traced_differences": ["loss"]}, "other bits", "other"),
         ({"differences": ["loss"], "traced_differences": ["loss"], "is_exact": False,
           "relative_error": 1e-6}, None, None),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import provenance, root_cause
-from benchmarks.zoo.outcome import Outcome, in_words, observe, traced
+from benchmarks.zoo.outcome import Outcome, in_words, observe, run_traced
 from benchmarks.zoo.records import (
     COMPILE,
     SHARES,
@@ -106,10 +106,9 @@ class CompiledStep:
         self.eager = finite(observe(self.model, self.batch, self.loss_fn))
 
     @cached_property
-    def traced(self) -> Outcome:
-        """What the traced step without a plan computes."""
-        torch._dynamo.reset()
-        return observe(self.model, self.batch, traced(self.loss_fn))
+    def traced(self) -> tuple[Outcome, bool]:
+        """What the traced step without a plan computes; whether PyTorch ran it, or Packlight."""
+        return run_traced(self.loss_fn, lambda loss_fn: observe(self.model, self.batch, loss_fn))
 
     def measure(self, record: Record) -> None:
         """Plan for a record's budget, run the step and fill in what it shows."""
@@ -140,7 +139,8 @@ class CompiledStep:
         record.draws = self.eager.draws
         record.differences = mine.differences(self.eager)
         if record.differences:
-            record.traced_differences = mine.differences(self.traced)
+            traced, record.is_traced_by_torch = self.traced
+            record.traced_differences = mine.differences(traced)
 
 
 def budget_between(graph: StepGraph, share: float) -> int:

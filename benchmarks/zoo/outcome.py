@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 import packlight
 from benchmarks.common import same_bits
+from packlight.runtime.backend import PacklightBackend
+
+Result = TypeVar("Result")
 
 LossFn = Callable[[nn.Module, Any], torch.Tensor]
 # The second call of a traced model may be traced once more, and the first one may fill caches.
@@ -121,6 +124,21 @@ def traced(loss_fn: LossFn) -> LossFn:
         loss_fn, backend="aot_eager", fullgraph=True, dynamic=False
     )
     return compiled
+
+
+def run_traced(loss_fn: LossFn, run: Callable[[LossFn], Result]) -> tuple[Result, bool]:
+    """Return what comes of a loss that is traced and not planned, and whether PyTorch could run it.
+
+    Where a fake kernel is wrong about strides, PyTorch cannot run what it traced. Then it is
+    Packlight's plain step, without a budget, that planned ones are compared with.
+    """
+    torch._dynamo.reset()
+    try:
+        return run(traced(loss_fn)), True
+    except RuntimeError:
+        torch._dynamo.reset()
+        backend = PacklightBackend(rehearse=False, progress=False)
+        return run(torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False)), False
 
 
 def in_words(names: Iterable[str]) -> str:

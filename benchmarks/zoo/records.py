@@ -79,6 +79,7 @@ class Record:
         differences: names of results whose bits differ from eager's; None if not compared.
         traced_differences: the same from the traced step without a plan; looked at only where
             there are `differences`.
+        is_traced_by_torch: whether PyTorch could run that step; else Packlight did, unplanned.
         relative_error: of the first step's gradients, norm of the difference over the norm.
         is_exact: whether what runs is meant to have the same bits.
         draws: whether the step draws random numbers.
@@ -105,6 +106,7 @@ class Record:
     refused_bytes: list[int] = field(default_factory=list)
     differences: list[str] | None = None
     traced_differences: list[str] | None = None
+    is_traced_by_torch: bool = True
     relative_error: float | None = None
     is_exact: bool = True
     draws: bool | None = None
@@ -137,12 +139,17 @@ class Record:
 
     @property
     def bits(self) -> str | None:
-        """Whose bits the results have: "eager", "traced", "other"; None if none are promised."""
+        """Whose bits the results have, None if none are promised.
+
+        "eager"; "traced", by PyTorch; "unplanned", Packlight's without a budget; "other".
+        """
         if self.differences is None or not self.is_exact:
             return None
         if not self.differences:
             return "eager"
-        return "traced" if self.traced_differences == [] else "other"
+        if self.traced_differences != []:
+            return "other"
+        return "traced" if self.is_traced_by_torch else "unplanned"
 
     @property
     def failure(self) -> str | None:

@@ -71,7 +71,8 @@ def summary(found: ByFamily) -> list[str]:
     missing = [name for name, lines in found.items() if not lines]
     errors = [r.prediction_error for r in measured if r.prediction_error is not None]
     over = [r for r in measured if r.is_over_budget]
-    bits = {whose: sum(r.bits == whose for r in compared) for whose in ("eager", "traced", "other")}
+    kinds = ("eager", "traced", "unplanned", "other")
+    bits = {whose: sum(r.bits == whose for r in compared) for whose in kinds}
     lines = [
         f"{len(found) - len(missing)} of {len(found)} families measured in {len(records)} cells, "
         f"{len(measured)} of which ran.",
@@ -79,7 +80,8 @@ def summary(found: ByFamily) -> list[str]:
         f"- Over their budget: {len(over)} of {len(measured)}.",
         f"- Bits: {bits['eager']} of {len(compared)} cells have eager PyTorch's, {bits['traced']} "
         "those of the traced step, which differs from eager PyTorch's without a plan already; "
-        f"{bits['other']} have others.",
+        f"{bits['unplanned']} those of Packlight's step without a budget, where PyTorch cannot run "
+        f"what it traced; {bits['other']} have others.",
         f"- Predicted peaks are off by at most {max(errors, default=0.0):.2%}.",
     ]
     if rounded:
@@ -144,7 +146,7 @@ def config_cell(records: list[Record]) -> str:
         names = ", ".join(dict.fromkeys(r.failure or "" for r in bad))
         return f"**{names}**" + (f" ({len(bad)} of {len(records)})" if len(bad) < len(records)
                                  else "")
-    whose = "eager" if all(r.bits == "eager" for r in records) else "traced"
+    whose = next((r.bits or "-" for r in records if r.bits != "eager"), "eager")
     smallest = next((r for r in records if r.setting == SMALLEST), None)
     return whose if smallest is None else f"{whose}, {share(smallest)}"
 

@@ -11,7 +11,7 @@ import torch
 
 import packlight
 from benchmarks.common import same_bits, whole_peak
-from benchmarks.zoo.outcome import LossFn, Start, traced
+from benchmarks.zoo.outcome import LossFn, Start, run_traced
 from benchmarks.zoo.records import EXACT, SMALLEST, Record
 from packlight.errors import InfeasibleBudgetError
 from packlight.runtime.describe import moves_of
@@ -163,7 +163,8 @@ def measure_fit(record: Record, seed: int) -> None:
     record.differences = mine.differences(eager)
     unplanned = eager
     if record.differences:
-        torch._dynamo.reset()
-        unplanned = trainee.train(trainee.loop(traced(trainee.loss_fn)))
+        unplanned, record.is_traced_by_torch = run_traced(
+            trainee.loss_fn, lambda loss_fn: trainee.train(trainee.loop(loss_fn))
+        )
         record.traced_differences = mine.differences(unplanned)
     record.relative_error = mine.gradient_error(unplanned)

@@ -40,12 +40,14 @@ class OutputFacts:
         same_storage_as: index of an earlier output with the same storage.
         storage_bytes: size of its storage as the allocator counts it.
         dtype: its name in torch; "" where it was not looked at.
+        stride: of the tensor; None where it was not looked at.
     """
 
     alias_of: int | None
     same_storage_as: int | None
     storage_bytes: int
     dtype: str = ""
+    stride: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,8 @@ def _output_facts(
         seen.setdefault(storage._cdata, index)
         size = allocated_bytes(storage.nbytes(), tensor.device)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        facts.append(OutputFacts(input_storages.get(storage._cdata), same, size, dtype))
+        alias_of = input_storages.get(storage._cdata)
+        facts.append(OutputFacts(alias_of, same, size, dtype, tuple(tensor.stride())))
     return tuple(facts)
 
 
