@@ -29,6 +29,8 @@ SECONDS_PER_CALL_SITE = 0.06
 _ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
 # Kernels that add to their first argument, and so may add to it where it is.
 _ACCUMULATING = ("addmm", "index_add")
+# Functional forms of writing into a view clone the storage behind it, whatever of it they look at.
+_CLONING_STORAGE = ("copy", "slice_scatter", "select_scatter", "diagonal_scatter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +117,18 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
     """Return a text that is equal for two calls that cost the same.
 
     It names the operator, every literal argument, and dtype, shape, stride and device of every
-    tensor; arguments that are one and the same tensor are told from equal ones.
+    tensor; arguments that are one and the same tensor are told from equal ones. Where that matters,
+    it names the storage behind a view, too.
     """
     seen: dict[int, int] = {}
+    whole = _name(target) in _CLONING_STORAGE
 
     def describe(leaf: Any) -> str:
         if isinstance(leaf, torch.Tensor):
             order = seen.setdefault(id(leaf), len(seen))
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            return f"{order}:{leaf.dtype}{shape}{stride}@{leaf.device}"
+            behind = f"of {_storage_numel(leaf)}" if whole and not _spans_storage(leaf) else ""
+            return f"{order}:{leaf.dtype}{shape}{stride}{behind}@{leaf.device}"
         return repr(leaf)
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
@@ -153,7 +158,8 @@ def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallF
 
 
 def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int) -> CallFacts:
-    real_args, real_kwargs = _made_up(args, kwargs, integer)
+    whole = _name(target) in _CLONING_STORAGE
+    real_args, real_kwargs = _made_up(args, kwargs, integer, whole_storages=whole)
     inputs = tensor_arguments(real_args, real_kwargs)
     device = _device_of(inputs, kwargs)
 
@@ -177,7 +183,31 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     return CallFacts(seconds, max(0, high_bytes - created), outputs, in_place)
 
 
-def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tuple[Any, Any]:
+def _name(target: torch._ops.OpOverload) -> str:
+    return target._schema.name.split("::")[1]
+
+
+def _storage_numel(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage().nbytes()) // tensor.itemsize
+
+
+def _spans_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor reaches from its storage's first element to its last."""
+    return _storage_numel(tensor) == _extent(tensor)
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    pairs = zip(map(int, tensor.shape), map(int, tensor.stride()), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in pairs) if tensor.numel() else 0
+
+
+def _made_up(
+    args: Any,
+    kwargs: Any,
+    integer: int,
+    random: bool = False,
+    whole_storages: bool = False,
+) -> tuple[Any, Any]:
     made: dict[int, torch.Tensor] = {}
 
     def make(leaf: Any) -> Any:
@@ -185,7 +215,12 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
             return leaf
         if id(leaf) not in made:
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            tensor = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
+            if whole_storages and not _spans_storage(leaf):
+                numel = max(_storage_numel(leaf), _extent(leaf))
+                tensor = torch.empty(numel, dtype=leaf.dtype, device=leaf.device)
+                tensor = tensor.as_strided(shape, stride)
+            else:
+                tensor = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
             storage = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
                 tensor.untyped_storage()
             )
@@ -276,7 +311,7 @@ def in_place_call(
         (overload, keyword that takes the output), keyword None for `add_`-like calls that write
         into their first argument; None where there is no such overload.
     """
-    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1], None)
+    packet = getattr(torch.ops.aten, _name(target), None)
     if packet is None or target.namespace != "aten":
         return None
     names = [a.name for a in target._schema.arguments]
@@ -300,7 +335,7 @@ def _in_place_argument(
     target: torch._ops.OpOverload, args: Any, kwargs: Any, device: torch.device
 ) -> int | None:
     """Return the tensor argument that the call may overwrite with bit-identical results, if any."""
-    name = target._schema.name.split("::")[1]
+    name = _name(target)
     if torch.Tag.pointwise not in target.tags and name not in (*_ROW_WISE, *_ACCUMULATING):
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:
