@@ -47,6 +47,8 @@ KNOWN: dict[str, str] = {
     "wav2vec2_ctc": "GraphBreakError: checks the labels' values; without that, dynamo cannot trace "
     "aten._ctc_loss, whose shape depends on them",
     "vilt": "GraphBreakError: sizes of images come from the values of a mask",
+    "patchtst": "RuntimeError, not yet named: torch's fake kernel of batch norm keeps a transposed "
+    "input's strides, the real one does not, and a view of its result fails",
     "autoformer": "GraphBreakError: rolls a series by delays that it computes",
 }
 
