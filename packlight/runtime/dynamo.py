@@ -52,6 +52,36 @@ def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
     return True
 
 
+@contextmanager
+def native_upsampling() -> Iterator[None]:
+    """Trace upsampling as the calls that eager PyTorch makes.
+
+    Where tracing goes through Python's dispatcher, torch decomposes upsampling into indexing and
+    arithmetic: for code generators, who fuse it. Run call by call that rounds otherwise and holds
+    several times what the kernel does.
+    """
+    hidden: list[tuple[Any, Any, Any]] = []
+    overloads = [
+        getattr(packet, overload)
+        for name in dir(torch.ops.aten)
+        if "upsample" in name
+        for packet in [getattr(torch.ops.aten, name)]
+        for overload in packet.overloads()
+    ]
+    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
+    for overload in overloads:
+        for key in keys:
+            if key in overload.py_kernels:
+                hidden.append((overload, key, overload.py_kernels.pop(key)))
+        overload._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for overload, key, kernel in hidden:
+            overload.py_kernels[key] = kernel
+            overload._dispatch_cache.clear()
+
+
 def specialize(example_inputs: Sequence[Any]) -> None:
     """Make symbolic sizes constants: a plan is for one shape (another one is planned anew)."""
     for value in example_inputs:

@@ -21,6 +21,7 @@ from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.runtime.aot import num_tangents, user_results, written_back
 from packlight.runtime.dynamo import (
     made_traceable,
+    native_upsampling,
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
@@ -187,7 +188,8 @@ class StepCapture:
             fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=take_joint
         )
         try:
-            compiler(module, inputs)
+            with native_upsampling():
+                compiler(module, inputs)
         except _CapturedError:
             pass
 
