@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni docs clean bench-peers
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -47,6 +47,10 @@ bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
 	$(BIN)/python -m benchmarks.sohoni
 	$(BIN)/python -m benchmarks.sohoni.report
+
+bench-zoo: $(READY) ## rerun the matrix of model families (hours)
+	$(BIN)/python -m benchmarks.zoo
+	$(BIN)/python -m benchmarks.zoo.report
 
 docs: $(READY) ## build the documentation's site into site/, and check it
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

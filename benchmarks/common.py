@@ -101,7 +101,17 @@ def _commit() -> str:
 
 
 def run_apart(module: str, arguments: Sequence[str], path_first: Path | None = None) -> bool:
-    """Run `python -m module` in a process of its own and return whether it succeeded.
+    """Run `python -m module` in a process of its own and return whether it succeeded."""
+    return status_apart(module, arguments, path_first=path_first) == 0
+
+
+def status_apart(
+    module: str,
+    arguments: Sequence[str],
+    limit_seconds: float | None = None,
+    path_first: Path | None = None,
+) -> int:
+    """Run `python -m module` in a process of its own and return its exit status.
 
     The process returns all of its memory when it ends, and has a cache of its own: what Packlight
     predicts in it comes from times measured in it.
@@ -109,7 +119,11 @@ def run_apart(module: str, arguments: Sequence[str], path_first: Path | None = N
     Args:
         module: to run.
         arguments: of its command line.
+        limit_seconds: how long it may take.
         path_first: a folder with packages that go before those that are installed.
+
+    Raises:
+        subprocess.TimeoutExpired: it took longer than it may, and was killed.
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", module, *arguments]
@@ -117,7 +131,7 @@ def run_apart(module: str, arguments: Sequence[str], path_first: Path | None = N
         if path_first is not None:
             paths = [str(path_first.resolve()), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-        return subprocess.run(command, env=environment).returncode == 0
+        return subprocess.run(command, env=environment, timeout=limit_seconds).returncode
 
 
 # -- measuring and comparing
@@ -177,8 +191,13 @@ def relative_error(
 
 
 def innermost(error: BaseException) -> BaseException:
-    """Return what was raised first, without what dynamo wrapped around it."""
-    while (inner := getattr(error, "inner_exception", None) or error.__cause__) is not None:
+    """Return what Packlight raised, or else what was raised first, without dynamo's wrappers."""
+    from packlight.errors import PacklightError
+
+    while not isinstance(error, PacklightError):
+        inner = getattr(error, "inner_exception", None) or error.__cause__
+        if inner is None:
+            break
         error = inner
     return error
 

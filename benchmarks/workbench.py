@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -84,6 +85,37 @@ class Reference:
     initial: list[torch.Tensor]
 
 
+def resident_bytes(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    batch: Any,
+    step: Step | None = None,
+) -> int:
+    """Return the size of what is there between steps: model, optimizer state and batch.
+
+    Args:
+        model: what is trained.
+        optimizers: by which.
+        batch: on what.
+        step: what it keeps on a disk between steps is left out.
+    """
+    states = [s.values() for optimizer in optimizers for s in optimizer.state.values()]
+    there = [*model.parameters(), *model.buffers(), *(t for s in states for t in _inner_tensors(s))]
+    if isinstance(step, packlight.TrainStep):
+        there = [t for t in there if not step.is_on_disk(t)]
+    return tensors_bytes(there) + batch_bytes(batch)
+
+
+def whole_peak(
+    step: Step, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], batch: Any
+) -> packlight.MemoryPeak:
+    """Run a step on a batch; its peak counts what was there before and what it added."""
+    before = resident_bytes(model, optimizers, batch, step)
+    device = next(model.parameters()).device
+    peak = packlight.measure_peak(lambda: step(batch), device)
+    return replace(peak, peak_bytes=before + peak.peak_bytes)
+
+
 class Workbench:
     """One model and its optimizer, which steps of any kind train.
 
@@ -152,23 +184,13 @@ class Workbench:
         _, measured.later_peak_bytes = self._peak_of(step)
 
     def resident_bytes(self, step: Step | None = None) -> int:
-        """Return the size of what is there between steps: model, optimizer state and batch.
-
-        Args:
-            step: what it keeps on a disk between steps is left out.
-        """
-        model = self.built.model
-        states = [t for values in self._states() for t in _inner_tensors(values.values())]
-        there = [*model.parameters(), *model.buffers(), *states]
-        if isinstance(step, packlight.TrainStep):
-            there = [t for t in there if not step.is_on_disk(t)]
-        return tensors_bytes(there) + batch_bytes(self.built.batch)
+        """Return the size of what is there between steps; see `resident_bytes`."""
+        return resident_bytes(self.built.model, self.optimizers, self.built.batch, step)
 
     def _peak_of(self, step: Step) -> tuple[torch.Tensor, int]:
-        """Run a step; return its loss and its whole peak: what was there and what it added."""
-        before = self.resident_bytes(step)
-        peak = packlight.measure_peak(lambda: step(self.built.batch), self.device)
-        return peak.result, before + peak.peak_bytes
+        """Run a step; return its loss and its whole peak."""
+        peak = whole_peak(step, self.built.model, self.optimizers, self.built.batch)
+        return peak.result, peak.peak_bytes
 
     @cached_property
     def reference(self) -> Reference:

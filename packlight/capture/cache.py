@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.measure import CallFacts, OutputFacts
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def cache_directory() -> Path:
@@ -87,7 +87,10 @@ def _from_json(stored: dict[str, Any]) -> CallFacts:
     return CallFacts(
         seconds=float(stored["seconds"]),
         workspace_bytes=int(stored["workspace_bytes"]),
-        outputs=tuple(OutputFacts(**o) for o in stored["outputs"]),
+        outputs=tuple(
+            OutputFacts(**{**o, "stride": None if o["stride"] is None else tuple(o["stride"])})
+            for o in stored["outputs"]
+        ),
         in_place=stored["in_place"],
         in_step_seconds=stored["in_step_seconds"],
     )

@@ -17,6 +17,13 @@ from torch.utils import _pytree as pytree
 
 from packlight.capture.chunk_regions import LATE_KEY
 from packlight.capture.layers import layers_of_nodes
+from packlight.capture.layouts import (
+    as_observed,
+    copies_before_view,
+    fake_value,
+    retraced,
+    same_strides,
+)
 from packlight.capture.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
@@ -73,7 +80,7 @@ class JointStep:
     def call(self, operation: int) -> tuple[torch._ops.OpOverload, Any, Any]:
         """Return the call behind an operation: target and arguments with fake tensors."""
         node = self.node_of_operation[operation]
-        args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
+        args, kwargs = pytree.tree_map_only(fx.Node, fake_value, (node.args, dict(node.kwargs)))
         return node.target, args, kwargs  # type: ignore[return-value]
 
     def with_seconds(self, seconds: dict[int, float]) -> JointStep:
@@ -140,6 +147,8 @@ class _Reader:
         self.tangent_buffers: list[int] = []
         self.facts: list[CallFacts | None] = []
         self.layers = layers_of_nodes(self.nodes)
+        # Nodes whose real strides are not the traced ones (see capture/layouts.py).
+        self.restrided: set[fx.Node] = set()
 
     def read(self) -> JointStep:
         forward_nodes = self._forward_nodes()
@@ -247,9 +256,18 @@ class _Reader:
         if value is None:
             self._new_operation(node, str(node.target), reads, (), phase, can_recompute=False)
             return
-        args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
+        traced = value
+        if not self.restrided.isdisjoint(node.all_input_nodes):
+            for copy in copies_before_view(node):
+                self.layers[copy] = self.layers.get(node, "")
+                self._read_call(copy, phase)
+            value = retraced(node)
+        args, kwargs = pytree.tree_map_only(fx.Node, fake_value, (node.args, dict(node.kwargs)))
         facts = self.measure(node.target, args, kwargs)
-        value = node.meta["val"] = _with_real_dtypes(value, facts)
+        reads = self._buffers_read(node)
+        value = node.meta["val"] = as_observed(value, facts)
+        if not same_strides(value, traced):
+            self.restrided.add(node)
         argument_nodes = [
             leaf
             for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
@@ -325,7 +343,9 @@ class _Reader:
         parent, index = node.args
         assert isinstance(parent, fx.Node) and isinstance(index, int)
         self.folded.add(node)
-        node.meta["val"] = parent.meta["val"][index]
+        traced, node.meta["val"] = node.meta.get("val"), parent.meta["val"][index]
+        if not same_strides(node.meta["val"], traced):
+            self.restrided.add(node)
         if parent in self.items:
             buffer = self.items[parent][index]
             if buffer is None:
@@ -483,35 +503,6 @@ _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)
 
 def _is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
-
-
-def _with_real_dtypes(value: Any, facts: CallFacts) -> Any:
-    """Return a call's fake results with the dtypes that were seen.
-
-    Fake kernels may be wrong about them: statistics of batch norm in mixed precision are. Those who
-    read them are then observed on tensors that they would refuse.
-    """
-    names = iter([output.dtype for output in facts.outputs])
-
-    def corrected(fake: Any) -> Any:
-        name = next(names, "")
-        dtype = getattr(torch, name) if name else fake.dtype
-        if fake.dtype == dtype:
-            return fake
-        with fake.fake_mode:
-            shape, stride = tuple(fake.shape), tuple(fake.stride())
-            return torch.empty_strided(shape, stride, dtype=dtype, device=fake.device)
-
-    return pytree.tree_map_only(torch.Tensor, corrected, value)
-
-
-def _fake_value(node: fx.Node) -> Any:
-    value = node.meta["val"]
-    if isinstance(value, torch.SymInt):
-        return int(value)
-    if isinstance(value, torch.SymFloat):
-        return float(value)
-    return value
 
 
 def _storage_bytes(value: torch.Tensor) -> int:

@@ -40,12 +40,14 @@ class OutputFacts:
         same_storage_as: index of an earlier output with the same storage.
         storage_bytes: size of its storage as the allocator counts it.
         dtype: its name in torch; "" where it was not looked at.
+        stride: of the tensor; None where it was not looked at.
     """
 
     alias_of: int | None
     same_storage_as: int | None
     storage_bytes: int
     dtype: str = ""
+    stride: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
     """Return a text that is equal for two calls that cost the same.
 
     It names the operator, every literal argument, and dtype, shape, stride and device of every
-    tensor; arguments that are one and the same tensor are told from equal ones.
+    tensor; its storage's size where it is a part of that, and whether it is lazily conjugated or
+    negated. Arguments that are one and the same tensor are told from equal ones.
     """
     seen: dict[int, int] = {}
 
@@ -123,11 +126,26 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
         if isinstance(leaf, torch.Tensor):
             order = seen.setdefault(id(leaf), len(seen))
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            return f"{order}:{leaf.dtype}{shape}{stride}@{leaf.device}"
+            part = f"of{leaf.untyped_storage().nbytes()}" if _is_part(leaf) else ""
+            lazy = "*" * leaf.is_conj() + "-" * leaf.is_neg()
+            return f"{order}:{leaf.dtype}{shape}{stride}{part}{lazy}@{leaf.device}"
         return repr(leaf)
 
     leaves, spec = pytree.tree_flatten((args, kwargs))
     return f"{target}|{','.join(map(describe, leaves))}|{spec if kwargs else len(args)}"
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage is larger than its shape and strides need."""
+    shape, stride = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
+    return int(tensor.untyped_storage().nbytes()) > _spanned_bytes(shape, stride, tensor.dtype)
+
+
+def _spanned_bytes(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> int:
+    if 0 in shape:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return (last + 1) * dtype.itemsize
 
 
 def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallFacts:
@@ -185,10 +203,13 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
             return leaf
         if id(leaf) not in made:
             shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            tensor = torch.empty_strided(shape, stride, dtype=leaf.dtype, device=leaf.device)
-            storage = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
-                tensor.untyped_storage()
+            # Some calls copy the whole storage that they are given a part of.
+            spanned = _spanned_bytes(shape, stride, leaf.dtype)
+            num_bytes = max(spanned, int(leaf.untyped_storage().nbytes()))
+            storage = torch.empty(
+                num_bytes // leaf.dtype.itemsize, dtype=leaf.dtype, device=leaf.device
             )
+            tensor = storage.as_strided(shape, stride)
             if leaf.dtype == torch.bool:
                 storage.fill_(True)
             elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
@@ -197,7 +218,9 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
                 storage.uniform_(0.05, 1.0)
             else:
                 storage.fill_(0.5)
-            made[id(leaf)] = tensor
+            # Kernels that do not know lazy conjugation and negation are given copies.
+            tensor = tensor.conj() if leaf.is_conj() else tensor
+            made[id(leaf)] = torch._neg_view(tensor) if leaf.is_neg() else tensor
         return made[id(leaf)]
 
     return pytree.tree_map(make, args), pytree.tree_map(make, kwargs)
@@ -229,7 +252,8 @@ def _output_facts(
         seen.setdefault(storage._cdata, index)
         size = allocated_bytes(storage.nbytes(), tensor.device)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        facts.append(OutputFacts(input_storages.get(storage._cdata), same, size, dtype))
+        alias_of = input_storages.get(storage._cdata)
+        facts.append(OutputFacts(alias_of, same, size, dtype, tuple(tensor.stride())))
     return tuple(facts)
 
 

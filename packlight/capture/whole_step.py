@@ -16,6 +16,7 @@ Results (the loss, new batch statistics) move to a storage of their own as soon 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -62,7 +63,7 @@ class WholeStep:
     Attributes:
         joint: the captured step; its graph has the added operations.
         consumed_by: operation -> primals whose gradients it consumes.
-        kept_by: operation -> indices of the forward results that it keeps.
+        kept_by: operation -> indices of the forward results, all the same, that it keeps.
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
         parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
     """
@@ -167,22 +168,25 @@ class _Builder:
 
     def _keep_results(self) -> list[int]:
         """Give every result a storage of its own from where it is made; return those buffers."""
-        of_buffer: dict[int, list[int]] = {}
+        of_node: dict[fx.Node, list[int]] = {}
         for index, node in enumerate(self.joint.forward_results):
             if isinstance(node, fx.Node) and node in self.joint.buffer_of_node:
-                of_buffer.setdefault(self.joint.buffer_of_node[node], []).append(index)
+                of_node.setdefault(node, []).append(index)
+        num_sharing = Counter(self.joint.buffer_of_node[node] for node in of_node)
         outputs = []
-        for buffer, results in of_buffer.items():
+        for node, results in of_node.items():
+            buffer = self.joint.buffer_of_node[node]
             if self.buffers[buffer].kind.is_resident:
                 continue
             old = self.buffers[buffer]
             self.buffers[buffer] = replace(old, kind=BufferKind.ACTIVATION)
             kept = self._new_buffer(old.bytes, BufferKind.OUTPUT, old.name)
-            node = self.joint.forward_results[results[0]]
+            # Of several results that look at one storage, none can take it over.
+            is_alone = num_sharing[buffer] == 1
             operation = Operation(
                 0, KEEP, (buffer,), (kept,), 0.0,
                 phase=self.old.operations[self.maker[buffer]].phase,
-                can_recompute=False, overwrites=((kept, buffer),),
+                can_recompute=False, overwrites=((kept, buffer),) if is_alone else (),
                 layer=self.old.operations[self.maker[buffer]].layer,
             )
             self._add(self.maker[buffer], operation, node, tuple(results))

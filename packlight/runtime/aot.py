@@ -23,3 +23,20 @@ def written_back(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, i
     by_description = {n.meta.get("desc"): i for i, n in enumerate(placeholders)}
     mutated = mutations(joint, num_forward_outputs)
     return {i: by_description[d] for i, d in mutated.items() if d in by_description}
+
+
+def user_results(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[int, ...]:
+    """Return, in the order of the traced function's own results, which forward outputs they are."""
+    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
+    places = {
+        described.idx: index
+        for index, described in enumerate(output.meta.get("desc") or ())
+        if index < num_forward_outputs and type(described).__name__ == "PlainAOTOutput"
+    }
+    return tuple(places[place] for place in sorted(places))
+
+
+def num_tangents(joint: fx.GraphModule) -> int:
+    """Return how many of the forward's outputs the backward starts from."""
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    return sum("tangents" in str(n.target) for n in placeholders)

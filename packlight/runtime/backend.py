@@ -20,7 +20,12 @@ from packlight.capture.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.runtime.aot import mutations, written_back
-from packlight.runtime.dynamo import prepare_dynamo, refuse_graph_break, specialize
+from packlight.runtime.dynamo import (
+    native_upsampling,
+    prepare_dynamo,
+    refuse_graph_break,
+    specialize,
+)
 from packlight.runtime.emit import OVERWRITTEN_KEY, EmittedStep, emit
 from packlight.runtime.rehearse import fits, rehearse, typical_seconds
 from packlight.step import Plan, PlanStatus, StepGraph, simulate
@@ -84,7 +89,8 @@ class PacklightBackend:
             bw_compiler=_boxed,
             partition_fn=self._partition,
         )
-        compiled: Callable[..., Any] = compiler(module, example_inputs)
+        with native_upsampling():
+            compiled: Callable[..., Any] = compiler(module, example_inputs)
         self._example_inputs = ()
 
         def run(*arguments: Any) -> Any:

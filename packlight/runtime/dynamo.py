@@ -6,15 +6,19 @@ Everything here leans on dynamo's internals, of the torch release that the const
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import fx, nn
 
-from packlight.errors import GraphBreakError
+from packlight.errors import GraphBreakError, UnsupportedModelError
 
+VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -31,6 +35,51 @@ def prepare_dynamo() -> None:
     methods = (getattr(logging.Logger, name, None) for name in names)
     config.ignore_logging_functions.update(m for m in methods if m is not None)
     config.allow_rnn = True
+
+
+def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
+    """Have a model do what its first call does and no trace can; return whether there is such.
+
+    Models of transformers that return hidden states or routers' logits hook their layers at their
+    first call, under a lock. In eager PyTorch that happens unseen.
+    """
+    capturing = sys.modules.get("transformers.utils.output_capturing")
+    if capturing is None or error.file != capturing.__file__:
+        return False
+    for module in model.modules():
+        if hasattr(module, "_can_record_outputs"):
+            capturing.maybe_install_capturing_hooks(module)
+    return True
+
+
+@contextmanager
+def native_upsampling() -> Iterator[None]:
+    """Trace upsampling as the calls that eager PyTorch makes.
+
+    Where tracing goes through Python's dispatcher, torch decomposes upsampling into indexing and
+    arithmetic: for code generators, who fuse it. Run call by call that rounds otherwise and holds
+    several times what the kernel does.
+    """
+    hidden: list[tuple[Any, Any, Any]] = []
+    overloads = [
+        getattr(packet, overload)
+        for name in dir(torch.ops.aten)
+        if "upsample" in name
+        for packet in [getattr(torch.ops.aten, name)]
+        for overload in packet.overloads()
+    ]
+    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
+    for overload in overloads:
+        for key in keys:
+            if key in overload.py_kernels:
+                hidden.append((overload, key, overload.py_kernels.pop(key)))
+        overload._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for overload, key, kernel in hidden:
+            overload.py_kernels[key] = kernel
+            overload._dispatch_cache.clear()
 
 
 def specialize(example_inputs: Sequence[Any]) -> None:
@@ -60,6 +109,23 @@ def refuse_graph_break() -> None:
         raise _graph_break(reason.reason or "", reason.user_stack)
 
 
+def returned_place(module: fx.GraphModule) -> int | None:
+    """Return the place, among the results of the graph being compiled, of what is returned.
+
+    Beside the returned tensor, results are tensors that the traced function assigns to attributes.
+
+    Returns:
+        None where the traced function does not return one tensor.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    stack = InstructionTranslator.current_tx().stack
+    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    names = [getattr(node, "name", None) for node in output.args[0]]
+    return names.index(proxy.node.name) if proxy is not None else None
+
+
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise our own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
@@ -70,12 +136,35 @@ def plain_errors() -> Iterator[None]:
     except exc.BackendCompilerFailed as error:
         inner = error.inner_exception
         raise inner.with_traceback(None) from None
-    except (exc.Unsupported, exc.UserError) as error:
-        raise _graph_break(str(error), getattr(error, "real_stack", None)) from error
+    except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError) as error:
+        stack = getattr(error, "real_stack", None)
+        failure = re.search(r"(?:got|raised exception) (\w+\(.*\))$", str(error), re.MULTILINE)
+        if failure is not None:
+            raise _failed_trace(failure[1], stack) from error
+        raise _graph_break(str(error), stack) from error
+
+
+def _innermost(stack: Any) -> tuple[str, int]:
+    """Return file and line of the last call that is not torch's own."""
+    frames = list(stack or ())
+    torch_directory = os.path.dirname(torch.__file__) + os.sep
+    outside = [frame for frame in frames if not frame.filename.startswith(torch_directory)]
+    for frame in (*outside[-1:], *frames[-1:]):
+        return frame.filename, frame.lineno or 0
+    return "<unknown>", 0
+
+
+def _failed_trace(failure: str, stack: Any) -> UnsupportedModelError:
+    file, line = _innermost(stack)
+    return UnsupportedModelError(
+        f"the model fails when it is traced, at {file}:{line}\n  {failure}\n"
+        "hint: if it runs in eager PyTorch, it takes another branch when it is traced "
+        "(torch.compiler.is_compiling()); passing what it makes up there, such as an attention "
+        "mask, often helps"
+    )
 
 
 def _graph_break(message: str, stack: Any) -> GraphBreakError:
-    frame = stack[-1] if stack else None
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith("Consider ")]
     cause = telling[0] if telling else "unknown cause"
@@ -84,6 +173,9 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause += f" ({explanation.removeprefix('Explanation:').strip()})"
     hints = [x.removeprefix("Hint:").strip() for x in lines if x.startswith("Hint:")]
     useful = [h for h in hints if not re.search(r"report|torch\._dynamo|fundamental", h)]
-    file = frame.filename if frame else "<unknown>"
-    line = (frame.lineno or 0) if frame else 0
-    return GraphBreakError(file, line, cause, useful[0] if useful else GRAPH_BREAK_HINT)
+    hint = useful[0] if useful else GRAPH_BREAK_HINT
+    branch = re.search(r"data-dependent expression.*Caused by: (.*?)\s+#", message, re.DOTALL)
+    if branch is not None:
+        cause, hint = f"`{branch[1]}` depends on the values of a tensor", VALUES_HINT
+    file, line = _innermost(stack)
+    return GraphBreakError(file, line, cause, hint)

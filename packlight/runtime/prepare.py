@@ -259,6 +259,11 @@ class _Search:
     def _find_loss_weight(self) -> LossWeight:
         request, batch = self.request, self.planner.batch
         loss = self.planner.captured(1).loss
+        if loss.assigned:
+            raise MicrobatchError(
+                "the forward assigns tensors to attributes, which would be the last microbatch's",
+                hint="write into registered buffers",
+            )
         rows = num_rows(batch)
         statistics = batch_statistics(loss.joint, rows)
         if statistics and MICROBATCH_BATCH_NORM not in request.allow:

@@ -156,10 +156,11 @@ class _ProgramEmitter(Emitter):
             super().compute(instruction)
 
     def _keep(self, instruction: Instruction) -> None:
-        for result in self.whole.kept_by[instruction.target]:
-            value = self.value(self.step.forward_results[result])
-            if instruction.overwrite is None:  # somebody may overwrite it later
-                value = self.new.call_function(torch.ops.aten.clone.default, (value,))
+        results = self.whole.kept_by[instruction.target]
+        value = self.value(self.step.forward_results[results[0]])
+        if instruction.overwrite is None:  # somebody may overwrite it later
+            value = self.new.call_function(torch.ops.aten.clone.default, (value,))
+        for result in results:  # which are all the same
             self.kept[result] = value
             self.new.call_method("result", (self.events, result, value))
         if instruction.overwrite is not None:

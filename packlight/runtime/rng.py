@@ -15,7 +15,7 @@ def generator_state(device: torch.device) -> torch.Tensor:
 
 
 def replay(
-    state: torch.Tensor, device: torch.device, target: Any, *args: Any, **kwargs: Any
+    state: torch.Tensor, device: torch.device, target: Any, /, *args: Any, **kwargs: Any
 ) -> Any:
     """Run a random operation as it ran when `state` was taken; leave the generator as it was.
 
@@ -24,7 +24,7 @@ def replay(
         device: whose default generator the operation draws from.
         target: the operator.
         *args: its arguments.
-        **kwargs: its keyword arguments.
+        **kwargs: its keyword arguments, whose names may be those above.
     """
     now = generator_state(device)
     _set_generator_state(state, device)

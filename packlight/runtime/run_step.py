@@ -175,6 +175,8 @@ class _Program:
         self.program = emit_program(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.captured, streamed
         self.tier = make_tier(self.program.slots) if self.program.slots else None
+        same_as_primal = part.captured.same_as_primal
+        self.returned = [(i, same_as_primal.get(i)) for i in part.captured.returned]
         (tangent,) = part.step.joint.tangents
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)
@@ -205,8 +207,12 @@ class _Program:
         self.backup = backup
         self.fate.num_steps, self.fate.microbatch_index = num_steps, microbatch_index
 
-    def __call__(self, primals: Sequence[Any]) -> torch.Tensor:
-        """Run the schedule, write new values of the model's buffers back, return the loss."""
+    def __call__(self, primals: Sequence[Any]) -> tuple[Any, ...]:
+        """Run the schedule, write new values of the model's buffers back.
+
+        Returns:
+            The loss, and what the forward assigns to attributes, in dynamo's order.
+        """
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
             results = self.program.module.forward(
                 [*primals, self.weight, self.fate, self.tier, self.streamed]
@@ -216,5 +222,6 @@ class _Program:
                 if self.backup is not None and written not in self.backup:
                     self.backup[written] = written.clone()
                 written.copy_(results[result])
-        loss: torch.Tensor = results[self.captured.loss_index]
-        return loss
+        return tuple(
+            results[i] if primal is None else primals[primal] for i, primal in self.returned
+        )

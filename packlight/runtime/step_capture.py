@@ -17,9 +17,17 @@ import torch
 from torch import fx, nn
 
 from packlight.capture.casts import merge_casts
-from packlight.errors import UnsupportedModelError
-from packlight.runtime.aot import written_back
-from packlight.runtime.dynamo import plain_errors, prepare_dynamo, refuse_graph_break, specialize
+from packlight.errors import GraphBreakError, UnsupportedModelError
+from packlight.runtime.aot import num_tangents, user_results, written_back
+from packlight.runtime.dynamo import (
+    made_traceable,
+    native_upsampling,
+    plain_errors,
+    prepare_dynamo,
+    refuse_graph_break,
+    returned_place,
+    specialize,
+)
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -33,6 +41,8 @@ class CapturedLoss:
         num_forward_outputs: how many of the outputs are forward results.
         written_back: forward result -> primal whose new value it is.
         loss_index: which forward result is the loss.
+        returned: what dynamo is given back, in order: forward results; among them are tensors that
+            the forward assigns to attributes.
         arguments: the real primals of the captured call, in order.
     """
 
@@ -40,14 +50,32 @@ class CapturedLoss:
     num_forward_outputs: int
     written_back: dict[int, int]
     loss_index: int
+    returned: tuple[int, ...]
     arguments: list[Any]
+
+    @property
+    def same_as_primal(self) -> dict[int, int]:
+        """Returned results that are a primal with its new value: forward result -> primal."""
+        results = self.joint.graph.find_nodes(op="output")[0].args[0]
+        primal_of = {results[i]: primal for i, primal in self.written_back.items()}
+        return {i: primal_of[results[i]] for i in self.returned if results[i] in primal_of}
+
+    @property
+    def assigned(self) -> tuple[torch.Tensor, ...]:
+        """What attributes hold after the step: fake tensors with storages of their own."""
+        results = self.joint.graph.find_nodes(op="output")[0].args[0]
+        others = {*self.returned} - {self.loss_index} - self.same_as_primal.keys()
+        return tuple(
+            results[i].meta["val"] for i in sorted(others) if isinstance(results[i], fx.Node)
+        )
 
 
 class _CapturedError(Exception):
     """Ends a capture: the joint graph is known and nothing has run."""
 
 
-Program = Callable[[list[Any]], torch.Tensor]
+# From the primals to what dynamo is given back.
+Program = Callable[[list[Any]], Sequence[Any]]
 
 
 class CapturedAgainError(Exception):
@@ -59,6 +87,7 @@ class _Entry:
     """One graph that dynamo traced, and what runs in its place."""
 
     joint: tuple[fx.GraphModule, int] | None = None
+    loss_place: int | None = None
     arguments: list[Any] = field(default_factory=list)
     program: Program | None = None
 
@@ -94,10 +123,11 @@ class StepCapture:
             UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
         """
         try:
-            with plain_errors(), torch.enable_grad():
-                self._compiled(self.loss_fn, self.model, batch)
-        except _CapturedError:
-            pass
+            self._trace(batch)
+        except GraphBreakError as error:
+            if not made_traceable(self.model, error):
+                raise
+            self._trace(batch)
         if self._entry.joint is None:
             raise UnsupportedModelError(
                 "the loss does not depend on any parameter that needs a gradient"
@@ -108,12 +138,20 @@ class StepCapture:
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
         mutated = written_back(joint, num_forward_outputs)
-        loss_index = _check_results(joint, num_forward_outputs, mutated)
+        returned = user_results(joint, num_forward_outputs)
+        loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
         _check_arguments(primals, arguments, len(placeholders))
-        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, arguments)
+        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, returned, arguments)
+
+    def _trace(self, batch: Any) -> None:
+        try:
+            with plain_errors(), torch.enable_grad():
+                self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            pass
 
     def install(self, program: Program) -> None:
-        """Set what runs with the primals of the latest captured call and returns the loss."""
+        """Set what runs with the primals of the latest captured call."""
         self._entry.program = program
 
     def __call__(self, batch: Any) -> torch.Tensor:
@@ -137,7 +175,7 @@ class StepCapture:
 
         refuse_graph_break()
         specialize(inputs)
-        entry = self._entry = _Entry()
+        entry = self._entry = _Entry(loss_place=returned_place(module))
         self._entries.append(entry)
 
         def take_joint(
@@ -150,7 +188,8 @@ class StepCapture:
             fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=take_joint
         )
         try:
-            compiler(module, inputs)
+            with native_upsampling():
+                compiler(module, inputs)
         except _CapturedError:
             pass
 
@@ -164,7 +203,7 @@ class StepCapture:
                 capture._entry = entry
                 entry.arguments = list(arguments)
                 raise _CapturedError
-            return (entry.program(list(arguments)),)
+            return entry.program(list(arguments))
 
         return run
 
@@ -179,24 +218,51 @@ def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     return forward
 
 
-def _check_results(joint: fx.GraphModule, num_outputs: int, mutated: dict[int, int]) -> int:
-    output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
-    mine = [i for i in range(num_outputs) if i not in mutated]
-    shapes = [
-        tuple(node.meta["val"].shape)
-        for i in mine
-        if isinstance(node := output.args[0][i], fx.Node)
-    ]
-    if len(mine) != 1 or shapes != [()]:
+def _check_results(
+    joint: fx.GraphModule,
+    returned: tuple[int, ...],
+    loss_place: int | None,
+    mutated: dict[int, int],
+) -> int:
+    """Return which forward result is the loss.
+
+    Args:
+        joint: the joint graph.
+        returned: the forward results that the traced function returns or assigns to attributes.
+        loss_place: where among them the one tensor is that it returns, if it does.
+        mutated: forward result -> primal whose new value it is.
+    """
+    results = joint.graph.find_nodes(op="output")[0].args[0]
+    nodes = [results[i] for i in returned if isinstance(results[i], fx.Node)]
+    shapes = [tuple(node.meta["val"].shape) for node in nodes]
+    if loss_place is None or not isinstance(results[returned[loss_place]], fx.Node):
         raise UnsupportedModelError(
-            f"loss_fn must return one scalar tensor, it returned {len(mine)} tensor"
-            f"{'' if len(mine) == 1 else 's'} of shape {', '.join(map(str, shapes))}\nhint: "
-            + (
-                "take the mean or the sum" if len(mine) == 1 else "return the loss alone; tensors "
-                "that a forward assigns to attributes of the model are returned, too"
-            )
+            f"loss_fn must return one scalar tensor, it returned {len(shapes)} tensor"
+            f"{'' if len(shapes) == 1 else 's'} of shape {', '.join(map(str, shapes))}\n"
+            "hint: return the loss alone"
         )
-    return mine[0]
+    loss_index = returned[loss_place]
+    loss_shape = tuple(results[loss_index].meta["val"].shape)
+    if loss_shape != ():
+        raise UnsupportedModelError(
+            f"loss_fn must return one scalar tensor, it returned 1 tensor of shape {loss_shape}\n"
+            "hint: take the mean or the sum"
+        )
+    new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
+    storages = {node.meta["val"].untyped_storage()._cdata for node in new_values}
+    for node in nodes:
+        value = node.meta["val"]
+        if node not in new_values and value.untyped_storage()._cdata in storages:
+            raise UnsupportedModelError(
+                f"the forward assigns a view of shape {tuple(value.shape)} of a buffer that it "
+                "also changes to an attribute\nhint: clone it"
+            )
+    if num_tangents(joint) > 1:
+        raise UnsupportedModelError(
+            "the forward assigns tensors that need gradients to attributes: nothing could go back "
+            "through them after the step\nhint: detach() what is only looked at"
+        )
+    return loss_index
 
 
 def _check_arguments(primals: list[fx.Node], arguments: list[Any], num_placeholders: int) -> None:

@@ -247,7 +247,9 @@ class StepCosts:
             parameter_bytes=tensors_bytes(
                 p for p in model.parameters() if p not in streaming.parameters
             ),
-            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside),
+            # What attributes hold since the step before is let go of when it is assigned anew.
+            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
+            + sum(value.untyped_storage().nbytes() for value in loss.assigned),
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
             optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,

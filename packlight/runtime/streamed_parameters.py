@@ -88,7 +88,12 @@ def without_results(slots: ParameterSlots, loss: CapturedLoss) -> ParameterSlots
     placeholders = [n for n in loss.joint.graph.nodes if n.op == "placeholder"]
     staying |= {placeholders.index(n) for n in _returned_views(loss) if n.op == "placeholder"}
     ids = {id(a) for i, a in enumerate(loss.arguments) if i in staying or num_passed[id(a)] > 1}
-    return {tensor: spec for tensor, spec in slots.items() if id(tensor) not in ids}
+    return {
+        tensor: spec
+        for tensor, spec in slots.items()
+        # An attribute that is assigned to may be a buffer, which is another tensor afterwards.
+        if id(tensor) not in ids and not (loss.assigned and not isinstance(tensor, nn.Parameter))
+    }
 
 
 def _returned_views(loss: CapturedLoss) -> Iterator[fx.Node]:
