@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.measure import CallFacts, OutputFacts
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def cache_directory() -> Path:
@@ -90,4 +90,5 @@ def _from_json(stored: dict[str, Any]) -> CallFacts:
         outputs=tuple(OutputFacts(**o) for o in stored["outputs"]),
         in_place=stored["in_place"],
         in_step_seconds=stored["in_step_seconds"],
+        missing=tuple(stored["missing"]),
     )

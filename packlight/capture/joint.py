@@ -249,7 +249,7 @@ class _Reader:
             return
         args, kwargs = pytree.tree_map_only(fx.Node, _fake_value, (node.args, dict(node.kwargs)))
         facts = self.measure(node.target, args, kwargs)
-        value = node.meta["val"] = _with_real_dtypes(value, facts)
+        value = node.meta["val"] = _as_observed(value, facts)
         argument_nodes = [
             leaf
             for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
@@ -485,24 +485,32 @@ def _is_tangent(node: fx.Node) -> bool:
     return node.op == "placeholder" and "tangents" in str(node.target)
 
 
-def _with_real_dtypes(value: Any, facts: CallFacts) -> Any:
-    """Return a call's fake results with the dtypes that were seen.
+def _as_observed(value: Any, facts: CallFacts) -> Any:
+    """Return a call's fake results with the dtypes that were seen, and without what was not there.
 
-    Fake kernels may be wrong about them: statistics of batch norm in mixed precision are. Those who
-    read them are then observed on tensors that they would refuse.
+    Fake kernels may be wrong about them: statistics of batch norm in mixed precision are, and its
+    backward leaves the gradient of an input out that needs none. Those who read them are then
+    observed on tensors that they would refuse.
     """
     names = iter([output.dtype for output in facts.outputs])
+    leaves, structure = pytree.tree_flatten(value)
 
-    def corrected(fake: Any) -> Any:
+    def corrected(place: int, fake: Any) -> Any:
+        if place in facts.missing:
+            return None
+        if not isinstance(fake, torch.Tensor):
+            return fake
         name = next(names, "")
         dtype = getattr(torch, name) if name else fake.dtype
         if fake.dtype == dtype:
             return fake
-        with fake.fake_mode:
+        with fake.fake_mode:  # type: ignore[attr-defined]
             shape, stride = tuple(fake.shape), tuple(fake.stride())
             return torch.empty_strided(shape, stride, dtype=dtype, device=fake.device)
 
-    return pytree.tree_map_only(torch.Tensor, corrected, value)
+    return pytree.tree_unflatten(
+        [corrected(place, leaf) for place, leaf in enumerate(leaves)], structure
+    )
 
 
 def _fake_value(node: fx.Node) -> Any:
