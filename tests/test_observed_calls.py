@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import packlight
 from packlight.capture.measure import observe_call
 from packlight.capture.peak import measure_peak
+from packlight.errors import InfeasibleBudgetError
 from packlight.runtime.rng import generator_state, replay
+from tests.models import classify
+from tests.oracles.eager_loop import assert_equal_losses, assert_same_bits, twins
 
 aten = torch.ops.aten
 
@@ -55,3 +61,28 @@ def test_a_replayed_random_call_draws_the_same_and_leaves_the_generator(
     now = generator_state(cpu)
     assert torch.equal(replay(state, cpu, target, *args, **kwargs), first)
     assert torch.equal(generator_state(cpu), now)
+
+
+@pytest.mark.parametrize("is_tight", [False, True])
+def test_a_net_that_normalises_its_input_trains_like_eager(
+    is_tight: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    # Batch norm's backward leaves out the gradient of the images, which its fake kernel returns.
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    layers = [nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8 * 8 * 8, 10))
+    batch = torch.randn(4, 3, 16, 16), torch.randint(0, 10, (4,))
+    mine, eager = twins(model, classify, lambda m: torch.optim.SGD(m.parameters(), lr=0.1))
+    options = {"moves": ("update-in-backward",), "progress": False}
+    budget = None
+    if is_tight:
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            packlight.plan(mine.model, classify, batch, 1, mine.optimizer, **options)
+        budget = caught.value.smallest_bytes
+    step = packlight.fit(mine.model, classify, mine.optimizer, batch, budget, **options)
+    for _ in range(2):
+        measured = step.measured(batch)
+        assert_equal_losses([measured.loss], [eager.step(batch)])
+        assert budget is None or measured.peak_bytes <= budget
+    assert_same_bits(mine, eager)

@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.measure import CallFacts, OutputFacts
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 def cache_directory() -> Path:
@@ -93,4 +93,5 @@ def _from_json(stored: dict[str, Any]) -> CallFacts:
         ),
         in_place=stored["in_place"],
         in_step_seconds=stored["in_step_seconds"],
+        missing=tuple(stored["missing"]),
     )

@@ -1,9 +1,9 @@
 """Fake results made like the real ones: dtypes and strides that were observed.
 
 PyTorch's fake kernels may be wrong: about the dtype of batch norm's statistics in mixed precision,
-about the strides of batch norm's result where its input is a transposed sequence. A graph that was
-traced with such strides may ask for a view that the real tensor does not have, where eager PyTorch,
-which asks the tensor, copies.
+about gradients that its backward leaves out, about the strides of its result where its input is a
+transposed sequence. A graph that was traced with such strides may ask for a view that the real
+tensor does not have, where eager PyTorch, which asks the tensor, copies.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from packlight.capture.measure import CallFacts
 
 
 def as_observed(value: Any, facts: CallFacts) -> Any:
-    """Return a call's fake results with the dtypes and strides that were seen.
+    """Return a call's fake results with the dtypes and strides seen, without what was not there.
 
     Those who read them are else observed on tensors that they would refuse, or copy.
     """
     seen = iter(facts.outputs)
+    leaves, structure = pytree.tree_flatten(value)
 
-    def corrected(fake: Any) -> Any:
-        output = next(seen, None)
+    def corrected(place: int, fake: Any) -> Any:
+        if place in facts.missing:
+            return None
+        output = next(seen, None) if isinstance(fake, torch.Tensor) else None
         if output is None or not output.dtype:
             return fake
         dtype = getattr(torch, output.dtype)
@@ -37,7 +40,9 @@ def as_observed(value: Any, facts: CallFacts) -> Any:
         with fake.fake_mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=fake.device)
 
-    return pytree.tree_map_only(torch.Tensor, corrected, value)
+    return pytree.tree_unflatten(
+        [corrected(place, leaf) for place, leaf in enumerate(leaves)], structure
+    )
 
 
 def same_strides(mine: Any, traced: Any) -> bool:

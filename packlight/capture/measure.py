@@ -60,6 +60,8 @@ class CallFacts:
         outputs: facts of each tensor that it returns, in order, nested lists flattened.
         in_place: index (among the call's tensor arguments) of the argument that it may overwrite.
         in_step_seconds: median duration inside a training step, once one was rehearsed.
+        missing: places among its results (flattened) where it returns nothing: gradients that it
+            was told to leave out, for which fake kernels may return tensors all the same.
     """
 
     seconds: float
@@ -67,6 +69,7 @@ class CallFacts:
     outputs: tuple[OutputFacts, ...]
     in_place: int | None
     in_step_seconds: float | None = None
+    missing: tuple[int, ...] = ()
 
     @property
     def expected_seconds(self) -> float:
@@ -185,14 +188,17 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
         o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None
     )
     is_view = bool(outputs) and all(o.alias_of is not None for o in outputs)
-    del result
+    leaves = pytree.tree_leaves(result)
+    missing = tuple(place for place, leaf in enumerate(leaves) if leaf is None)
+    del result, leaves
     if is_view:
         return CallFacts(0.0, 0, outputs, None)
     seconds = median_seconds(call, device)
     in_place = None
     if len(outputs) == 1 and created > 0:
         in_place = _in_place_argument(target, args, kwargs, device)
-    return CallFacts(seconds, max(0, high_bytes - created), outputs, in_place)
+    workspace_bytes = max(0, high_bytes - created)
+    return CallFacts(seconds, workspace_bytes, outputs, in_place, missing=missing)
 
 
 def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tuple[Any, Any]:

@@ -28,7 +28,7 @@ FAMILIES: dict[str, Family] = {
     for name, maker in makers.items()
 }
 
-# Families that cannot be captured as one step: the error's class, and why it is right.
+# Families that cannot be captured as one step: the error's class, and why.
 KNOWN: dict[str, str] = {
     "ctrl": "GraphBreakError: dynamo cannot trace an nn.Buffer that is assigned to itself",
     "longformer": "GraphBreakError: asks the attention mask's values whether a token is global",
@@ -47,6 +47,8 @@ KNOWN: dict[str, str] = {
     "wav2vec2_ctc": "GraphBreakError: checks the labels' values; without that, dynamo cannot trace "
     "aten._ctc_loss, whose shape depends on them",
     "vilt": "GraphBreakError: sizes of images come from the values of a mask",
+    "recurrent_gemma": "UnsupportedModelError, of fit only: keeps its recurrent states, with their "
+    "gradients, in attributes",
     "autoformer": "GraphBreakError: rolls a series by delays that it computes",
 }
 
