@@ -266,3 +266,13 @@ def test_numbers_that_change_at_every_step_are_told_of_once() -> None:
     assert len(caught) == 1
     assert losses == [eager.step(batch_of(seed=seed)).item() for seed in range(8)]
     assert_same_bits(mine, eager)
+
+
+def test_the_hint_of_a_small_budget_does_not_blame_gradients_of_parameters_on_the_batch() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(128, 128) for _ in range(3)])
+    mine, _ = twins(model, lambda m, b: m(b["x"]).square().mean(), adamw)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fit(mine, {"x": torch.randn(4, 128)}, 1)
+    assert caught.value.peak_operation.startswith("the update of '")
+    assert "even a tiny batch leaves 64.0 KiB of parameter gradients" in caught.value.hint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from packlight.errors import InfeasibleBudgetError
-from packlight.step import Action, Device, Operation, Schedule, StepGraph, simulate
+from packlight.step import Action, Device, Operation, Phase, Schedule, StepGraph, simulate
 from packlight.units import format_bytes
 
 
@@ -20,13 +20,16 @@ def infeasible_budget(
     """
     timeline = simulate(graph, smallest, device)
     operation = operation_at(graph, smallest, timeline.peak_index)
-    where = operation.name + (f" in {operation.layer!r}" if operation.layer else "")
+    where = f"the {operation.phase} of {operation.name}"
+    where += f" in {operation.layer!r}" if operation.layer else ""
+    if operation.phase is Phase.UPDATE:
+        where = f"the update of {operation.layer!r}"
     live = [(graph.buffers[b].name, graph.buffers[b].bytes) for b in timeline.peak_buffers]
     if timeline.peak_workspace_bytes:
         live.append(("workspace", timeline.peak_workspace_bytes))
     live.sort(key=lambda item: -item[1])
     return InfeasibleBudgetError(
-        budget_bytes, timeline.peak_bytes, f"the {operation.phase} of {where}", live,
+        budget_bytes, timeline.peak_bytes, where, live,
         batch_hint(graph, smallest, budget_bytes, device),
     )
 
@@ -43,11 +46,12 @@ def batch_hint(
 ) -> str:
     """Return a hint that says how much of the peak a smaller batch would take away.
 
-    Everything in memory at the peak shrinks with the batch except outputs of the step (gradients of
-    parameters have the parameters' size) and what only goes into making those.
+    Everything in memory at the peak shrinks with the batch except gradients of parameters (outputs
+    of the step, or read by updates) and what lies on a far tier between its uses.
     """
     timeline = simulate(graph, smallest, device)
     constant = {*graph.outputs, *graph.stored}
+    constant.update(b for o in graph.operations if o.mutates for b in o.reads)
     constant_bytes = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in constant)
     scaling_bytes = timeline.peak_bytes - constant_bytes
     if scaling_bytes <= 0:
