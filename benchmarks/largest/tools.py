@@ -148,8 +148,8 @@ def _update_in_hooks(setting: Setting, notes: Notes) -> Train:
     }
 
     def hook(parameter: torch.Tensor) -> None:
-        optimizers[parameter].step()  # type: ignore[index]
-        optimizers[parameter].zero_grad()  # type: ignore[index]
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
 
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(hook)
