@@ -18,8 +18,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, load_model
+import torch.nn.functional as F
+from safetensors.torch import load_file, load_model, save_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils import _pytree as pytree
+
+import packlight
+from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
+from tests.oracles.eager_loop import assert_same_bits, twins
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MARK = "# the one line"
@@ -179,3 +186,88 @@ def test_what_a_script_saved_can_be_loaded_again(small: Any, tmp_path: Path) -> 
 def test_a_script_has_one_line_that_is_marked(script: str) -> None:
     lines = (EXAMPLES / f"{script}.py").read_text(encoding="utf-8").splitlines()
     assert sum(MARK in line for line in lines) == 1
+
+
+# -- packlight.fit beside the same libraries
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    wide = nn.Linear(512, 512)
+    return nn.Sequential(nn.Linear(64, 512), nn.GELU(), wide, nn.GELU(), nn.Linear(512, 8))
+
+
+def loss_of(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(64, 64, generator=generator), torch.randint(8, (64,), generator=generator))
+        for _ in range(NUM_UPDATES)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_fit_trains_what_accelerate_prepared_with_the_optimizer_inside(precision: str) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra 'hf'")
+    accelerate.state.AcceleratorState._reset_state(True)
+    accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision)
+    mine, eager = twins(network(), loss_of, adamw)
+    for training in (mine, eager):
+        training.model, training.optimizer = accelerator.prepare(
+            training.model, training.optimizer
+        )
+    groups = mine.optimizer.param_groups
+    with pytest.raises(UnsupportedModelError, match="fit the optimizer inside, optimizer.optim"):
+        packlight.fit(mine.model, loss_of, mine.optimizer, batches()[0], progress=False)
+    assert mine.optimizer.param_groups is groups, "looking at it has changed nothing"
+    inside = mine.optimizer.optimizer
+    step = packlight.fit(mine.model, loss_of, inside, batches()[0], progress=False)
+    for batch in batches():
+        assert step(batch).item() == eager.step(batch).item()
+    assert_same_bits(mine, eager)
+    accelerate.state.AcceleratorState._reset_state(True)
+
+
+def test_parameters_on_the_disk_are_averaged_saved_and_loaded(tmp_path: Path) -> None:
+    mine, eager = twins(network(), loss_of, adamw)
+    disk = {"moves": packlight.EXACT_MOVES, "offload_directory": tmp_path, "progress": False}
+    arguments = (mine.model, loss_of, mine.optimizer, batches()[0])
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        packlight.fit(*arguments, 1024, **disk)
+    step = packlight.fit(*arguments, caught.value.smallest_bytes, **disk)
+    assert step.is_on_disk(mine.model[2].weight)
+    averages = [
+        AveragedModel(t.model, multi_avg_fn=get_ema_multi_avg_fn(0.9)) for t in (mine, eager)
+    ]
+    for batch in batches():
+        assert step(batch).item() == eager.step(batch).item()
+        for training, average in zip((mine, eager), averages, strict=True):
+            average.update_parameters(training.model)
+    ours, theirs = (average.state_dict() for average in averages)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    save_model(mine.model, str(tmp_path / "model.safetensors"))
+    torch.save((mine.model.state_dict(), mine.optimizer.state_dict()), tmp_path / "training.pt")
+    assert (tmp_path / "training.pt").stat().st_size < 1.1 * 3 * sum(
+        p.nbytes for p in mine.model.parameters()
+    ), "tensors, and not the file that they lie in"
+    again = network()
+    load_model(again, str(tmp_path / "model.safetensors"))
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), eager.model.parameters(),
+                                                 strict=True))
+    # Back to the start, and to the end again.
+    mine.model.load_state_dict(network().state_dict())
+    weights, state = torch.load(tmp_path / "training.pt")
+    mine.model.load_state_dict(weights)
+    mine.optimizer.load_state_dict(state)
+    assert step.is_on_disk(mine.model[2].weight)
+    assert step(batches()[0]).item() == eager.step(batches()[0]).item()
+    assert_same_bits(mine, eager)
