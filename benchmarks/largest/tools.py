@@ -164,9 +164,10 @@ def _update_in_hooks(setting: Setting, notes: Notes) -> Train:
 
 # -- Packlight
 
-# What is the process's and not the step's: the captured graph, plans, the heap's own accounts.
+# What is the process's and not the step's: captured graphs and plans as Python objects, the heap's
+# own accounts. More ways to run the step are captured and kept where all moves are allowed.
 RESERVED_BYTES = 32 * MEBIBYTE
-RESERVED_BYTES_PER_BLOCK = 5 * MEBIBYTE
+RESERVED_BYTES_PER_BLOCK = {"exact": 5 * MEBIBYTE // 2, "all moves": 5 * MEBIBYTE}
 
 
 def _packlight(
@@ -183,8 +184,8 @@ def _packlight(
 
     budget_bytes = None
     if setting.limit_bytes is not None:
-        reserved = RESERVED_BYTES + RESERVED_BYTES_PER_BLOCK * setting.depth
-        budget_bytes = setting.spare_bytes() - reserved
+        per_block = RESERVED_BYTES_PER_BLOCK["exact" if is_exact else "all moves"]
+        budget_bytes = setting.spare_bytes() - RESERVED_BYTES - per_block * setting.depth
     notes["budget_bytes"] = budget_bytes
     model, batch, loss_fn = build(setting, dtype, on_disk=offloads)
     updates: torch.optim.Optimizer = _adamw(model)
