@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni bench-largest clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,6 +43,10 @@ bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
 	$(BIN)/python -m benchmarks.sohoni
 	$(BIN)/python -m benchmarks.sohoni.report
+
+bench-largest: $(READY) ## rerun the search for the largest model in 2, 4 and 8 GiB (hours)
+	$(BIN)/python -m benchmarks.largest
+	$(BIN)/python -m benchmarks.largest.report
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
