@@ -47,15 +47,15 @@ def main() -> None:
         accelerator.backward(value)
         return value.detach()
 
-    peak = None
-    num_updates = 0
+    num_updates = peak_bytes = 0
     for batch in data:
         with accelerator.accumulate(network):
-            if num_updates == 1 and peak is None:  # the first batch is captured and planned
+            if num_updates == 1:  # the first batch is captured and planned
                 peak = packlight.measure_peak(
                     lambda b=batch: forward_and_backward(b), accelerator.device
                 )
                 value = peak.result
+                peak_bytes = max(peak_bytes, peak.peak_bytes)
             else:
                 value = forward_and_backward(batch)
             if accelerator.sync_gradients:
@@ -67,8 +67,7 @@ def main() -> None:
         print(f"update {num_updates}: loss {value.item():.6f}", flush=True)
         if num_updates == arguments.updates:
             break
-    if peak is not None:
-        print(f"measured peak {peak.peak_bytes / 2**20:.1f} MiB, budget {arguments.budget}")
+    print(f"measured peak {peak_bytes / 2**20:.1f} MiB, budget {arguments.budget}")
     if arguments.save:
         accelerator.save_model(network, str(arguments.save))  # safetensors
         accelerator.save_state(str(arguments.save))

@@ -54,6 +54,7 @@ def main() -> None:
         return loss.detach()
 
     data = char_gpt.batches()
+    peak_bytes = 0
     for update in range(arguments.updates):
         total = torch.zeros((), device=device)
         for _ in range(NUM_ACCUMULATED):
@@ -62,6 +63,7 @@ def main() -> None:
             if update == 1:  # the first batch is captured and planned
                 peak = packlight.measure_peak(lambda b=batch: forward_and_backward(b), device)
                 total += peak.result
+                peak_bytes = max(peak_bytes, peak.peak_bytes)
             else:
                 total += forward_and_backward(batch)
         scaler.unscale_(optimizer)
@@ -72,7 +74,7 @@ def main() -> None:
         schedule.step()
         average.update_parameters(model)
         print(f"update {update}: loss {total.item():.6f}", flush=True)
-    print(f"measured peak {peak.peak_bytes / 2**20:.1f} MiB, budget {arguments.budget}")
+    print(f"measured peak {peak_bytes / 2**20:.1f} MiB, budget {arguments.budget}")
 
     if arguments.save:
         arguments.save.mkdir(parents=True, exist_ok=True)

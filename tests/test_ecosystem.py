@@ -41,7 +41,7 @@ MIXED = {
     "plain_loop": "bf16", "hf_trainer": "bf16", "accelerate_loop": "bf16",
     "lightning_module": "bf16-mixed",
 }
-NUM_UPDATES = 3
+NUM_UPDATES = 2
 
 
 @dataclass
@@ -65,7 +65,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.syspath_prepend(EXAMPLES)
     before = set(sys.modules)
     char_gpt = importlib.import_module("char_gpt")
-    char_gpt.WIDTH, char_gpt.CONTEXT, char_gpt.NUM_LAYERS, char_gpt.BATCH = 64, 32, 3, 8
+    char_gpt.WIDTH, char_gpt.CONTEXT, char_gpt.NUM_LAYERS, char_gpt.BATCH = 64, 32, 2, 8
     hf_gpt2 = None
     if importlib.util.find_spec("transformers"):
         hf_gpt2 = importlib.import_module("hf_gpt2")
