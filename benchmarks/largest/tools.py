@@ -22,6 +22,7 @@ LEARNING_RATE = 1e-4
 # What a tool reports beside training: see the attributes of `trial.Trial`.
 Notes = dict[str, Any]
 Train = Callable[[], torch.Tensor]
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]  # of parameters
 
 
 @dataclass(frozen=True)
@@ -99,13 +100,13 @@ def _to_disk(module: nn.Module, directory: Path) -> None:
         parameter.data = mapped.view_as(parameter).copy_(parameter.data)
 
 
-def _adamw(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+def _adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
 
-def _of_library(module: str, model: nn.Module) -> torch.optim.Optimizer:
+def _of_library(module: str, parameters: Any) -> torch.optim.Optimizer:
     library = __import__(module, fromlist=["AdamW8bit"])
-    made = library.AdamW8bit(model.parameters(), lr=LEARNING_RATE)
+    made = library.AdamW8bit(parameters, lr=LEARNING_RATE)
     assert isinstance(made, torch.optim.Optimizer)
     return made
 
@@ -116,13 +117,13 @@ def _of_library(module: str, model: nn.Module) -> torch.optim.Optimizer:
 def _eager(
     setting: Setting,
     notes: Notes,
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = _adamw,
+    make_optimizer: MakeOptimizer = _adamw,
     checkpoints: bool = True,
 ) -> Train:
     model, batch, loss_fn = build(setting)
     if checkpoints:
         _checkpoint_blocks(model)
-    optimizer = make_optimizer(model)
+    optimizer = make_optimizer(model.parameters())
 
     def step() -> torch.Tensor:
         loss: torch.Tensor = loss_fn(model, batch)
@@ -139,13 +140,13 @@ def _checkpoint_blocks(model: Any) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-def _update_in_hooks(setting: Setting, notes: Notes) -> Train:
+def _update_in_hooks(
+    setting: Setting, notes: Notes, make_optimizer: MakeOptimizer = _adamw
+) -> Train:
     """PyTorch's tutorial on fusing the optimizer's step into the backward: one for each tensor."""
     model, batch, loss_fn = build(setting)
     _checkpoint_blocks(model)
-    optimizers = {
-        p: torch.optim.AdamW([p], lr=LEARNING_RATE, fused=True) for p in model.parameters()
-    }
+    optimizers = {p: make_optimizer([p]) for p in model.parameters()}
 
     def hook(parameter: torch.Tensor) -> None:
         optimizers[parameter].step()
@@ -188,7 +189,7 @@ def _packlight(
         budget_bytes = setting.spare_bytes() - RESERVED_BYTES - per_block * setting.depth
     notes["budget_bytes"] = budget_bytes
     model, batch, loss_fn = build(setting, dtype, on_disk=offloads)
-    updates: torch.optim.Optimizer = _adamw(model)
+    updates: torch.optim.Optimizer = _adamw(model.parameters())
     if optimizer == "8bit":
         updates = AdamW8bit(model.parameters(), lr=LEARNING_RATE)
     elif optimizer:
@@ -219,6 +220,10 @@ TOOLS = {
         Tool(
             "checkpoint + torchao 8-bit", functools.partial(_eager, make_optimizer=_AO),
             11.0, _8BIT, "torchao",
+        ),
+        Tool(
+            "checkpoint + update in hooks + bitsandbytes 8-bit",
+            functools.partial(_update_in_hooks, make_optimizer=_BNB), 6.6, _8BIT, "bitsandbytes",
         ),
         Tool("Packlight, exact", functools.partial(_packlight, is_exact=True), 12.5),
         Tool("Packlight, all moves", _packlight, 12.5, "order of sums"),
