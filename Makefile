@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo docs clean
+.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -51,6 +51,10 @@ bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (nee
 bench-zoo: $(READY) ## rerun the matrix of model families (hours)
 	$(BIN)/python -m benchmarks.zoo
 	$(BIN)/python -m benchmarks.zoo.report
+
+bench-largest: $(READY) ## rerun the search for the largest model in 2, 4 and 8 GiB (hours)
+	$(BIN)/python -m benchmarks.largest
+	$(BIN)/python -m benchmarks.largest.report
 
 docs: $(READY) ## build the documentation's site into site/, and check it
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'

@@ -28,6 +28,7 @@ from packlight.runtime.precision import (
 from packlight.runtime.prepare import Preparer
 from packlight.runtime.run_step import StepRunner
 from packlight.runtime.step_capture import CapturedAgainError, LossFunction
+from packlight.runtime.twin import forwards_to
 from packlight.runtime.ways import MOVES, TECHNIQUES, Request, Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
@@ -389,6 +390,7 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None)
         )
     if optimizer is None:
         return
+    _refuse_forwarding(optimizer)
     mine = {id(p) for p in model.parameters()}
     strange = [
         tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in mine
@@ -398,3 +400,18 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None)
             f"the optimizer holds {len(strange)} parameters that are not the model's, the first of "
             f"shape {strange[0]}\nhint: build the optimizer from model.parameters()"
         )
+
+
+def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:
+    """An optimizer that hands everything on decides when to step: a planned step cannot ask it."""
+    inside = forwards_to(optimizer)
+    if inside is None:
+        return
+    name = type(optimizer).__name__
+    held = f"that it holds as {inside!r}" if inside else "of another object"
+    hint = f"fit the optimizer inside, optimizer.{inside}" if inside else "fit that one"
+    raise UnsupportedModelError(
+        f"{name} has no parameters and state of its own, but those {held}\nhint: {hint}; "
+        "accumulating gradients over batches is fit's own (one larger batch in microbatches), as "
+        "are clipping and scaling (clip_grad_norm=, scaler=)"
+    )

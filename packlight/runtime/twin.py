@@ -134,6 +134,21 @@ def wrapped_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
+def forwards_to(optimizer: torch.optim.Optimizer) -> str | None:
+    """Return what an optimizer that has no parameter groups or state of its own takes them from.
+
+    Libraries hand out such optimizers (accelerate's, Lightning's) to decide when the one inside
+    steps. A twin of one would reach the original's groups.
+
+    Returns:
+        The attribute that holds the optimizer inside, "" if there is none to be seen; None for an
+        optimizer that has its own.
+    """
+    if {"param_groups", "state"} <= optimizer.__dict__.keys():
+        return None
+    return wrapped_optimizer(optimizer) or ""
+
+
 def settings(optimizer: torch.optim.Optimizer) -> dict[str, list[Any]]:
     """Return everything an optimizer holds besides parameters and their state, to be compared.
 
