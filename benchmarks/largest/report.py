@@ -149,7 +149,8 @@ def chart(records: list[Record]) -> Any:
             for place, held in zip(places, tools.values(), strict=True):
                 if limit in held:
                     axes.annotate(
-                        f"{_sign(held[limit])}{held[limit].depth}", (held[limit].depth, place), (3, 0),
+                        f"{_sign(held[limit])}{held[limit].depth}",
+                        (held[limit].depth, place), (3, 0),
                         textcoords="offset points", va="center", fontsize=7.5,
                     )
         axes.set_yticks(range(len(tools)), list(tools))
