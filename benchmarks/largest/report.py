@@ -58,8 +58,8 @@ def full_report(records: list[Record]) -> list[str]:
     return [
         f"![Blocks that train within each limit](../../docs/{CHART.name})", "",
         *depth_table(records), "",
-        "`>`: deeper models were stopped by the time limit of a trial, not by memory. `-`: not "
-        "run.", "",
+        "`>`: deeper models were stopped by the time limit of a trial, not by memory. `>=`: the "
+        "search was not carried to its end, deeper models may train. `-`: not run.", "",
         *promise_lines(records), "",
         *(line for limit in limits.values() for line in detail(records, limit)),
         f"{made['hardware']}, {made['cores']} cores of which trials use one, {versions}, commit "
@@ -85,8 +85,12 @@ def _depth(one: Found | None) -> str:
         return f"failed: {first_line(one.error)}"
     if one.best is None or one.best.num_parameters is None:
         return "0"
-    more = "> " if one.stopped_by_time else ""
-    return f"{more}{one.depth} blocks, {one.best.num_parameters / 1e6:.0f} M"
+    return f"{_sign(one)}{one.depth} blocks, {one.best.num_parameters / 1e6:.0f} M"
+
+
+def _sign(one: Found) -> str:
+    """Return what stands before a depth that need not be the greatest."""
+    return "> " if one.stopped_by_time else ">= " if one.failed is None else ""
 
 
 def promise_lines(records: list[Record]) -> list[str]:
@@ -144,9 +148,9 @@ def chart(records: list[Record]) -> Any:
             )
             for place, held in zip(places, tools.values(), strict=True):
                 if limit in held:
-                    more = "> " if held[limit].stopped_by_time else ""
                     axes.annotate(
-                        f"{more}{held[limit].depth}", (held[limit].depth, place), (3, 0),
+                        f"{_sign(held[limit])}{held[limit].depth}",
+                        (held[limit].depth, place), (3, 0),
                         textcoords="offset points", va="center", fontsize=7.5,
                     )
         axes.set_yticks(range(len(tools)), list(tools))
