@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def chart(records: list[Record]) -> Any:
                         (held[limit].depth, place), (3, 0),
                         textcoords="offset points", va="center", fontsize=7.5,
                     )
-        axes.set_yticks(range(len(tools)), list(tools))
+        axes.set_yticks(range(len(tools)), [textwrap.fill(tool, 36) for tool in tools])
         axes.invert_yaxis()
         axes.set_xlabel("blocks that train")
         figure.legend(loc="upper right", bbox_to_anchor=(0.95, 1.0), ncols=3, fontsize=8.0)
