@@ -104,7 +104,10 @@ class _Search:
             self.tool, depth, self.limit_bytes, arguments.seconds, arguments.directory,
             self.width, cache,
         )
-        command = " ".join([f"python -m {MODULE}", *sys.argv[1:]])
+        command = (
+            f'python -m {MODULE} --limits {self.limit_bytes} --tools "{self.tool}" '
+            f"--seconds {arguments.seconds:g}" + " --quick" * arguments.quick
+        )
         record = Record(
             self.tool, self.width, self.limit_bytes, arguments.seconds, vars(trial),
             provenance(0, "cpu", command),

@@ -122,8 +122,8 @@ def detail(records: list[Record], limit_bytes: int) -> list[str]:
             ", ".join(best.moves) if best and best.moves else "-",
         ])
     header = [
-        "tool", "trained", "the next that did not", "process before, MiB", "budget", "predicted",
-        "moves",
+        "tool", "blocks", "the next that did not train", "process before, MiB", "budget",
+        "predicted", "moves",
     ]
     return [f"### {format_bytes(limit_bytes)}", "", *table(header, rows), ""]
 
@@ -137,7 +137,7 @@ def chart(records: list[Record]) -> Any:
         figure = matplotlib.figure.Figure(figsize=(8.4, 1.2 + 0.24 * len(limits) * len(tools)))
         top = 1 - 0.55 / figure.get_figheight()
         bottom = 0.5 / figure.get_figheight()
-        axes = figure.add_axes((0.3, bottom, 0.64, top - bottom))
+        axes = figure.add_axes((0.42, bottom, 0.52, top - bottom))
         axes.grid(visible=False, axis="y")
         axes.grid(visible=True, axis="x")
         for index, limit in enumerate(limits):
