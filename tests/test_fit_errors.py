@@ -19,6 +19,7 @@ from packlight.errors import (
     OptionError,
     UnsupportedModelError,
 )
+from packlight.runtime.plan_way import WayPlanner
 from tests.oracles.eager_loop import Training, assert_no_gradients, assert_same_bits, twins
 
 Batch = dict[str, torch.Tensor]
@@ -276,3 +277,20 @@ def test_the_hint_of_a_small_budget_does_not_blame_gradients_of_parameters_on_th
         fit(mine, {"x": torch.randn(4, 128)}, 1)
     assert caught.value.peak_operation.startswith("the update of '")
     assert "even a tiny batch leaves 64.0 KiB of parameter gradients" in caught.value.hint
+
+
+def test_the_smallest_budget_is_enough_for_microbatches_of_both_sizes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One row may need more than two: a kernel's workspace does not have to grow with the batch."""
+    needed_bytes = {3: 900_000, 2: 500_000, 1: 600_000}
+
+    def refused(self: Any, step: Any, loss: Any, *arguments: Any) -> Any:
+        rows = max(t.shape[0] for t in loss.arguments if t.shape[1:] == (4,))
+        raise InfeasibleBudgetError(1, needed_bytes[rows], "", [], "")
+
+    monkeypatch.setattr(WayPlanner, "_planned", refused)
+    mine, _ = twins(nn.Linear(4, 1), lambda m, b: m(b["x"]).square().mean(), adamw)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        fit(mine, {"x": torch.randn(3, 4)}, 1, moves=("microbatch",))
+    assert caught.value.smallest_bytes == 600_000

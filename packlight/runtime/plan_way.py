@@ -148,6 +148,7 @@ class WayPlanner:
         pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
         sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
         parts: list[Part] = []
+        errors: list[InfeasibleBudgetError] = []
         layers: dict[str, int] = {}
         memory: StepMemory | None = None
         for size in dict.fromkeys(sizes):
@@ -158,12 +159,18 @@ class WayPlanner:
             least_bytes = memory.peak_bytes(least_peak_bytes(step.joint.graph))
             if not explains and least_bytes > (self.request.budget_bytes or least_bytes):
                 raise HopelessError
-            step, plan = self._planned(step, loss, memory, profiler, rehearses)
+            try:
+                step, plan = self._planned(step, loss, memory, profiler, rehearses)
+            except InfeasibleBudgetError as error:
+                errors.append(error)  # the other size may need more
+                continue
             plan = replace(plan, num_microbatches=num_microbatches)
             layers = layers or captured.rewriter.layers(choice.rewriting)
             trained = self.costs.parameters(loss.arguments)
             streamed = streamed_primals(loss, streaming)
             parts.append(Part(size, captured.capture, loss, step, plan, trained, streamed))
+        if errors:
+            raise max(errors, key=lambda error: error.smallest_bytes)
         assert memory is not None
         finish_seconds = 0.0
         if num_microbatches > 1 and self.costs.steps_alone:
