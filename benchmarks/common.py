@@ -211,6 +211,16 @@ def root_cause(error: BaseException) -> str:
 # -- tables
 
 
+def models_of(records: Iterable[Any]) -> list[str]:
+    """Return the names of the models that records are about, in the order of the file."""
+    return list(dict.fromkeys(r.model for r in records))
+
+
+def of_model(records: Iterable[Line], model: str) -> list[Line]:
+    """Return one model's records."""
+    return [r for r in records if r.model == model]  # type: ignore[attr-defined]
+
+
 def mebibytes(num_bytes: int | None) -> str:
     """Return bytes as MiB, short; a dash for None."""
     if num_bytes is None:

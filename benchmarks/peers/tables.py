@@ -8,6 +8,8 @@ from benchmarks.common import (
     first_line,
     mebibytes,
     median_and_quartiles,
+    models_of,
+    of_model,
     percent_off,
     table,
 )
@@ -18,16 +20,6 @@ from benchmarks.peers.records import EAGER, HALF, Record
 from benchmarks.peers.rivals import CHECKPOINT, EXACT, PER_BLOCK, SUMS
 
 Reasons = dict[str, dict[str, str]]
-
-
-def models_of(records: list[Record]) -> list[str]:
-    """Return the models' names in the order of the file."""
-    return list(dict.fromkeys(r.model for r in records))
-
-
-def of_model(records: list[Record], model: str) -> list[Record]:
-    """Return one model's records."""
-    return [r for r in records if r.model == model]
 
 
 def eager_of(records: list[Record]) -> Record:

@@ -8,6 +8,8 @@ from benchmarks.common import (
     first_line,
     mebibytes,
     median_and_quartiles,
+    models_of,
+    of_model,
     percent_off,
     table,
 )
@@ -45,16 +47,6 @@ class Duel:
         if mine is None or theirs is None:
             return False
         return mine[0] <= theirs[1] and theirs[0] <= mine[1]
-
-
-def models_of(records: list[Record]) -> list[str]:
-    """Return the models' names in the order of the file."""
-    return list(dict.fromkeys(r.model for r in records))
-
-
-def of_model(records: list[Record], model: str) -> list[Record]:
-    """Return one model's records."""
-    return [r for r in records if r.model == model]
 
 
 def eager_of(records: list[Record]) -> Record:

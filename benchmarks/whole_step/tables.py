@@ -6,22 +6,14 @@ from benchmarks.common import (
     first_line,
     mebibytes,
     median_and_quartiles,
+    models_of,
+    of_model,
     percent_off,
     table,
 )
 from benchmarks.whole_step.records import EAGER, JOINT, SMALLEST, Record
 
 BY_HAND = "by hand: "
-
-
-def models_of(records: list[Record]) -> list[str]:
-    """Return the models' names in the order of the file."""
-    return list(dict.fromkeys(r.model for r in records))
-
-
-def of_model(records: list[Record], model: str) -> list[Record]:
-    """Return one model's records."""
-    return [r for r in records if r.model == model]
 
 
 def eager_of(records: list[Record]) -> Record:
