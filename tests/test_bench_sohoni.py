@@ -89,7 +89,7 @@ def test_a_run_that_was_cut_short_ends_where_a_whole_one_does(
 
 def test_a_row_keeps_to_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wrn_cifar10, "model", Tiny)
-    row = Row("tiny", "tiny", None, torch.bfloat16, 3_000_000,
+    row = Row("tiny", "tiny", None, torch.bfloat16, budget_bytes=3_000_000,
               allow=frozenset({"microbatch-batch-norm"}))
     trainee = Trainee(row, 0, 0.1, example_batch())
     batch = row.batch(*example_batch())

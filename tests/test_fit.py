@@ -13,7 +13,7 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError
-from packlight.step import Action, BufferKind
+from packlight.step import Action, BufferKind, Phase
 from tests import models
 from tests.oracles.eager_loop import (
     MakeOptimizer,
@@ -126,19 +126,24 @@ def test_training_is_eagers_to_the_bit_within_any_budget(family: str) -> None:
     assert max(step.plan.schedule.compute_counts().values()) > 1, "something is recomputed"
 
 
-def test_with_batch_norm_no_gradient_waits_for_the_end_of_the_backward() -> None:
+ACCUMULATING = {"moves": ("microbatch",), "allow": {"microbatch-batch-norm"}}
+
+
+@pytest.mark.parametrize(("rows", "options"), [(256, {"moves": IN_BACKWARD}), (8, ACCUMULATING)])
+def test_with_batch_norm_no_gradient_waits_for_the_end_of_the_backward(
+    rows: int, options: dict[str, Any]
+) -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(128, 128), nn.BatchNorm1d(128), nn.ReLU()) for _ in range(5)]
     model = nn.Sequential(*layers, nn.Linear(128, 10))
-    batch = torch.randn(256, 128), torch.randint(0, 10, (256,))
-    smallest_bytes = smallest_budget(model, models.classify, sgd, batch)
+    batch = torch.randn(rows, 128), torch.randint(0, 10, (rows,))
+    smallest_bytes = smallest_budget(model, models.classify, sgd, batch, **options)
     step = packlight.fit(
-        model, models.classify, sgd(model), batch, smallest_bytes, moves=IN_BACKWARD,
-        progress=False,
+        model, models.classify, sgd(model), batch, smallest_bytes, progress=False, **options
     )
     graph = step.profile.graph
     gradients = {
-        b for o in graph.operations if o.mutates for b in o.reads
+        b for o in graph.operations if o.phase is Phase.UPDATE for b in o.reads
         if graph.buffers[b].kind is BufferKind.GRADIENT
     }
     live: set[int] = set()

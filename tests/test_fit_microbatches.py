@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
+from packlight.runtime import prepare
 from packlight.runtime.update import ParameterUpdates
+from tests import models
 from tests.oracles.eager_loop import (
     LossFunction,
     MakeOptimizer,
@@ -185,6 +188,47 @@ def test_batch_norm_is_refused_by_name_unless_it_is_allowed() -> None:
     torch.testing.assert_close(mine.model.norm.running_var, other.norm.running_var)
     step(batch)
     assert mine.model.norm.num_batches_tracked == 2 * step.way.num_microbatches
+
+
+@pytest.mark.parametrize(
+    ("has_batch_norm", "seconds_of_eleven", "chosen"),
+    [(True, 1.0, 11), (True, 1.03, 11), (True, 1.1, 12), (False, 1.0, 16)],
+)
+def test_batch_norm_gets_as_many_rows_as_fit_unless_that_takes_long(
+    monkeypatch: Any, has_batch_norm: bool, seconds_of_eleven: float, chosen: int
+) -> None:
+    """Eleven microbatches fit, fewer do not; from there on the times are alike."""
+
+    def ways(_: Any, count: int) -> dict[prepare.Choice, Any]:
+        if count < 11:
+            return {}
+        seconds = {11: seconds_of_eleven, 16: 0.99}.get(count, 1.0)
+        way = SimpleNamespace(
+            num_microbatches=count, seconds=seconds, is_bit_exact=False, is_plain=False
+        )
+        return {prepare.Choice(count): way}
+
+    monkeypatch.setattr(prepare._Search, "_with_microbatches", ways)
+    monkeypatch.setattr(prepare._Search, "_counts", lambda _: iter([1, 2, 4, 8, 16, 32]))
+    monkeypatch.setattr(
+        prepare._Search, "_way", lambda search, choice, rehearses: search.found[choice]
+    )
+    search = prepare._Search(SimpleNamespace(request=None), None, {})  # type: ignore[arg-type]
+    search._normalises_microbatches = has_batch_norm
+    assert search.fastest().num_microbatches == chosen
+
+
+def test_microbatches_end_where_the_model_cannot_run_on_fewer_rows() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 10))
+    batch = torch.randn(8, 64), torch.randint(0, 10, (8,))
+    with pytest.raises(InfeasibleBudgetError) as caught:  # batch norm needs two rows
+        packlight.fit(
+            model, models.classify, sgd(model), batch, 1024, moves=("microbatch",),
+            allow={"microbatch-batch-norm"}, progress=False,
+        )
+    assert "without microbatch: 8 of them: " in caught.value.hint
+    assert "Expected more than 1 value per channel" in caught.value.hint
 
 
 def rows_of_microbatches(step: packlight.TrainStep) -> list[int]:

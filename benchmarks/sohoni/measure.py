@@ -96,10 +96,15 @@ class Trainee:
         self.optimizer.step()
         return loss.detach()
 
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer."""
+        return tensors_bytes([t for s in self.optimizer.state.values() for t in tensors_of(s)])
+
     def resident_bytes(self, batch: Batch) -> int:
         """Return what is there before a step."""
-        state = [t for s in self.optimizer.state.values() for t in tensors_of(s)]
-        return tensors_bytes([*self.model.parameters(), *self.model.buffers(), *state, *batch])
+        held = tensors_bytes([*self.model.parameters(), *self.model.buffers(), *batch])
+        return held + self.state_bytes
 
     def accuracy(self, num_tested: int) -> float:
         """Return percent of the test set's first images that the model gets right."""
@@ -134,7 +139,8 @@ def measure_memory(record: Record, num_rounds: int) -> None:
         before = trainee.resident_bytes(mine)
         peaks.append(before + packlight.measure_peak(partial(trainee.step, mine)).peak_bytes)
     record.peak_bytes = max(peaks)
-    states_bytes = 3 * sum(p.nbytes for p in trainee.model.parameters())
+    # Weights, gradients and momentum.
+    states_bytes = 2 * sum(p.nbytes for p in trainee.model.parameters()) + trainee.state_bytes
     if trainee.fitted is None:
         record.paper_bytes = states_bytes + _saved_bytes(trainee.model, mine)
     else:

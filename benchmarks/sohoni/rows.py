@@ -35,7 +35,8 @@ class Row:
         name: for the command line.
         title: for the table.
         paper: its row there, None for those that it does not have.
-        dtype: of weights, gradients, momentum and activations; batch norms stay float32.
+        dtype: of weights, gradients and activations; batch norms stay float32.
+        states: of the momentum, where weights are in low precision.
         budget_bytes: for everything that a step holds; None for none.
         is_eager: a plain PyTorch loop.
         allow: approximate techniques.
@@ -45,6 +46,7 @@ class Row:
     title: str
     paper: Paper | None
     dtype: torch.dtype
+    states: str = "bf16"
     budget_bytes: int | None = None
     is_eager: bool = False
     allow: frozenset[str] = frozenset()
@@ -68,7 +70,7 @@ class Row:
             {"params": others, "weights": "bf16-stochastic"},
             {"params": norms, "weights": "fp32"},
         ]
-        return LowBit(groups, sgd(lr=learning_rate, **settings), states="bf16")  # type: ignore[arg-type]
+        return LowBit(groups, sgd(lr=learning_rate, **settings), states=self.states)  # type: ignore[arg-type]
 
     def batch(
         self, images: torch.Tensor, labels: torch.Tensor
@@ -85,23 +87,28 @@ def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch
     return nn.functional.cross_entropy(model(images).float(), labels)
 
 
+_PLAIN, _LOW = torch.float32, torch.bfloat16
 _MICROBATCHES = frozenset({"microbatch-batch-norm"})
 
 ROWS = {
     row.name: row
     for row in (
-        Row("fp32", "fp32, nothing recomputed", Paper(404.8, 94.37), torch.float32, is_eager=True),
-        Row("fp32-fit", "fp32, planned, no budget", None, torch.float32),
+        Row("fp32", "fp32, nothing recomputed", Paper(404.8, 94.37), _PLAIN, is_eager=True),
+        Row("fp32-fit", "fp32, planned, no budget", None, _PLAIN),
         Row(
-            "bf16", "bf16 throughout, recomputation", Paper(42.6, 94.43), torch.bfloat16,
-            int(42.6 * MEGABYTE),
+            "bf16", "bf16 throughout, recomputation", Paper(42.6, 94.43), _LOW,
+            budget_bytes=int(42.6 * MEGABYTE),
         ),
         Row(
-            "bf16-microbatch", "bf16 throughout, recomputation, microbatches",
-            Paper(12.2, 94.28), torch.bfloat16, int(12.2 * MEGABYTE), allow=_MICROBATCHES,
+            "bf16-microbatch", "the same with 8-bit momentum and microbatches", Paper(12.2, 94.28),
+            _LOW, "8bit", int(12.2 * MEGABYTE), allow=_MICROBATCHES,
         ),
         Row(
-            "bf16-smallest", "the same in as little as it takes", None, torch.bfloat16, 1,
+            "bf16-10mb", "the same in 10 MB", None, _LOW, "8bit", 10 * MEGABYTE,
+            allow=_MICROBATCHES,
+        ),
+        Row(
+            "bf16-smallest", "the same in as little as it takes", None, _LOW, "8bit", 1,
             allow=_MICROBATCHES,
         ),
     )

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from packlight.planner.facts import Facts, Segment
 from packlight.planner.options import add_options
-from packlight.step import Action, Instruction, Operation, Schedule, StepGraph
+from packlight.step import Action, Instruction, Operation, Phase, Schedule, StepGraph
 
 
 def cut_points(graph: StepGraph, max_segments: int) -> list[int]:
@@ -88,7 +88,7 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
             if buffer in label_of_buffer:
                 ready = min(ready, label_of_buffer[buffer])
                 has_gradient = True
-            elif operation.mutates and buffer in kept:
+            elif operation.phase is Phase.UPDATE and buffer in kept:
                 pass  # updates wait for the step's results, which stay in memory anyway
             elif 0 <= facts.maker[buffer] < graph.num_forward:
                 forward_reads.append(buffer)

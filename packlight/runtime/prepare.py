@@ -3,11 +3,13 @@
 Every way to run the step (how many microbatches, masks packed or not, loss head and layers in how
 many chunks, updates in the backward or after it, what lies on the disk) is planned by the one
 planner; the fastest way that fits is taken. Ways that change how sums are rounded (microbatches,
-chunks) must be faster by a margin than ways that keep every bit.
+chunks) must be faster by a margin than ways that keep every bit. Where batch norm sees microbatches
+only, its statistics are the noisier the more there are, and more of them must be worth that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,7 +19,12 @@ import torch
 from packlight.capture.batch_statistics import batch_statistics
 from packlight.capture.loss_weight import find_denominator
 from packlight.capture.profiler import CallProfiler
-from packlight.errors import BatchError, InfeasibleBudgetError, MicrobatchError
+from packlight.errors import (
+    BatchError,
+    InfeasibleBudgetError,
+    MicrobatchError,
+    UnsupportedModelError,
+)
 from packlight.runtime.independence import few_rows, settle
 from packlight.runtime.microbatch import LossWeight, leaves_of_primals, num_rows
 from packlight.runtime.offload.link import measure_link
@@ -118,6 +125,7 @@ class _Search:
         # how much they would need takes long to find out, and matters only if nothing fits.
         self.hopeless: dict[tuple[int, bool, bool], Choice] = {}
         self._loss_weight: LossWeight | None = None
+        self._normalises_microbatches = False
 
     def fastest(self) -> Way:
         """Return the fastest way found.
@@ -126,12 +134,21 @@ class _Search:
             InfeasibleBudgetError: there is none.
         """
         for num_microbatches in self._counts():
-            ways = self._with_microbatches(num_microbatches)
+            try:
+                ways = self._with_microbatches(num_microbatches)
+            except UnsupportedModelError as error:
+                if num_microbatches == 1:
+                    raise
+                # Some models do not run on so few rows.
+                self.not_made["microbatch"] = f"{num_microbatches} of them: {error}"
+                break
             if self.found and not ways and self._is_full_at_once(Choice(num_microbatches)):
                 break  # gradients are accumulated: more microbatches hold no less
             self.found.update(ways)
             if ways and self._is_enough(ways.values()):
                 break
+        if self._normalises_microbatches and self.found:
+            self._look_for_fewer_microbatches()
         hopeless = sorted(self.hopeless.values(), key=self._resident_bytes)
         for choice in hopeless if not self.found else ():
             smallest = min((e.smallest_bytes for e in self.errors), default=None)
@@ -143,7 +160,7 @@ class _Search:
         while True:
             # A rehearsal takes several steps: only ways that may win are worth it. The others stay
             # with times estimated from calls alone.
-            best = min(self.found, key=lambda c: _handicapped_seconds(self.found[c]))
+            best = min(self.found, key=lambda c: self._handicapped_seconds(self.found[c]))
             if best in rehearsed:
                 return self.found[best]
             rehearsed.add(best)
@@ -172,8 +189,18 @@ class _Search:
             self.errors.append(error)
 
     def _is_enough(self, latest: Iterable[Way]) -> bool:
-        way = min(latest, key=lambda w: w.seconds)
-        return way.is_plain or way.seconds > 1.1 * min(w.seconds for w in self.found.values())
+        way = min(latest, key=self._handicapped_seconds)
+        best = min(map(self._handicapped_seconds, self.found.values()))
+        return way.is_plain or self._handicapped_seconds(way) > 1.1 * best
+
+    def _handicapped_seconds(self, way: Way) -> float:
+        """Return a way's duration, longer by as much as it is worth to do without what it changes.
+
+        The standard error of batch norm's statistics grows with the square root of the number of
+        microbatches, and so does what they cost here.
+        """
+        seconds = way.seconds * (1.0 if way.is_bit_exact else ROUNDING_MARGIN)
+        return seconds * (math.sqrt(way.num_microbatches) if self._normalises_microbatches else 1.0)
 
     def _with_reasons(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
         hints = [f"without {name}: {why}" for name, why in self.not_made.items()]
@@ -247,6 +274,16 @@ class _Search:
             yield min(count, rows)
             count *= 2
 
+    def _look_for_fewer_microbatches(self) -> None:
+        """Look between the fewest that fit and the next number that did not."""
+        fewest = min(choice.num_microbatches for choice in self.found)
+        too_few = fewest // 2
+        while fewest - too_few > 1:
+            between = (too_few + fewest) // 2
+            ways = self._with_microbatches(between)
+            self.found.update(ways)
+            too_few, fewest = (too_few, between) if ways else (between, fewest)
+
     def _may_split(self) -> bool:
         """Whether microbatches give the whole batch's gradients; remembers why not."""
         if self._loss_weight is None and "microbatch" not in self.not_made:
@@ -271,6 +308,7 @@ class _Search:
                 f"{statistics[0]} and {len(statistics) - 1} other layers normalise over the batch",
                 hint=f"allow={{{MICROBATCH_BATCH_NORM!r}}} lets them normalise over microbatches",
             )
+        self._normalises_microbatches = bool(statistics)
         weight: LossWeight
         if request.loss_weight is not None:
             weight = request.loss_weight
@@ -282,7 +320,3 @@ class _Search:
         # Few rows: this forward is eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(batch, weight, max_rows=2 if rows <= 8 else 4)
         return settle(request.model, request.loss_fn, rows_looked_at, weight)
-
-
-def _handicapped_seconds(way: Way) -> float:
-    return way.seconds * (1.0 if way.is_bit_exact else ROUNDING_MARGIN)
