@@ -133,6 +133,7 @@ class _Search:
         Raises:
             InfeasibleBudgetError: there is none.
         """
+        too_few = 0
         for num_microbatches in self._counts():
             try:
                 ways = self._with_microbatches(num_microbatches)
@@ -145,10 +146,12 @@ class _Search:
             if self.found and not ways and self._is_full_at_once(Choice(num_microbatches)):
                 break  # gradients are accumulated: more microbatches hold no less
             self.found.update(ways)
+            if not self.found:
+                too_few = num_microbatches
             if ways and self._is_enough(ways.values()):
                 break
         if self._normalises_microbatches and self.found:
-            self._look_for_fewer_microbatches()
+            self._look_for_fewer_microbatches(too_few)
         hopeless = sorted(self.hopeless.values(), key=self._resident_bytes)
         for choice in hopeless if not self.found else ():
             smallest = min((e.smallest_bytes for e in self.errors), default=None)
@@ -274,10 +277,9 @@ class _Search:
             yield min(count, rows)
             count *= 2
 
-    def _look_for_fewer_microbatches(self) -> None:
-        """Look between the fewest that fit and the next number that did not."""
+    def _look_for_fewer_microbatches(self, too_few: int) -> None:
+        """Look between the largest number that did not fit and the fewest that did."""
         fewest = min(choice.num_microbatches for choice in self.found)
-        too_few = fewest // 2
         while fewest - too_few > 1:
             between = (too_few + fewest) // 2
             ways = self._with_microbatches(between)
