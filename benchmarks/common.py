@@ -137,11 +137,23 @@ def status_apart(
 # -- measuring and comparing
 
 
-def timed(function: Callable[[], Any], device: torch.device) -> float:
-    """Return how many seconds a call takes; the garbage collector is off meanwhile."""
+def timed(
+    function: Callable[[], Any], device: torch.device, *, follows_itself: bool = False
+) -> float:
+    """Return how many seconds a call takes; the garbage collector is off meanwhile.
+
+    Args:
+        function: is called.
+        device: that it runs on.
+        follows_itself: time a call right after another one, as in a loop. A call that needs
+            much memory after one that needs little, or after a pause, pays for getting it back from
+            the system.
+    """
     gc.collect()
     gc.disable()
     try:
+        if follows_itself:
+            function()
         synchronize(device)
         begin = time.perf_counter()
         function()

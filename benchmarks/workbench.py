@@ -248,16 +248,9 @@ class Workbench:
     # -- how long it takes
 
     def timed_step(self, step: Step) -> float:
-        """Return how many seconds a later step takes.
-
-        A step goes before that is not timed. A step that needs little memory leaves the allocator
-        with little, and one that needs much would pay for getting it back from the system, which
-        in a loop of steps of one kind happens to neither.
-        """
+        """Return how many seconds a later step takes, right after another one of its kind."""
         self.begin()
-        step(self.built.batch)
-        self.begin()
-        return timed(lambda: step(self.built.batch), self.device)
+        return timed(lambda: step(self.built.batch), self.device, follows_itself=True)
 
     def time_beside_eager(
         self, measured: Measured, step: Step, num_rounds: int, say: Callable[[str], None]
