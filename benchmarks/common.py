@@ -264,6 +264,17 @@ def table(header: list[str], rows: list[list[str]], right_from: int = 1) -> list
     return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]
 
 
+def ratio_or_reason(record: Any) -> str:
+    """Return a timed record's ratio with its interquartile range, or why it has none."""
+    if record is None:
+        return "-"
+    if record.smallest_bytes is not None:
+        return f"infeasible; {mebibytes(record.smallest_bytes)} MiB would do"
+    if record.error is not None:
+        return first_line(record.error)
+    return median_and_quartiles(record.ratio_median, record.ratio_quartiles)
+
+
 def first_line(text: str | None) -> str:
     """Return the first line of an error, fit for a table."""
     line = (text or "").strip().splitlines()[0] if (text or "").strip() else ""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.common import (
-    first_line,
     mebibytes,
-    median_and_quartiles,
     models_of,
     of_model,
     percent_off,
+    ratio_or_reason,
     table,
 )
 from benchmarks.peers.duels import Duel, duels_of, reason_for
@@ -48,17 +47,6 @@ def smallest(records: Iterable[Record]) -> Record | None:
 # -- cells of tables
 
 
-def ratio(record: Record | None) -> str:
-    """Return a time ratio with its interquartile range, or why there is none."""
-    if record is None:
-        return "-"
-    if record.smallest_bytes is not None:
-        return f"infeasible; {mebibytes(record.smallest_bytes)} MiB would do"
-    if record.error is not None:
-        return first_line(record.error)
-    return median_and_quartiles(record.ratio_median, record.ratio_quartiles)
-
-
 def at(record: Record | None) -> str:
     """Return "peak MiB at ratio x"."""
     if record is None or not record.was_timed:
@@ -90,14 +78,14 @@ def duel_table(records: list[Record]) -> list[str]:
         ours = duel.ours
         rows.append([
             duel.rival.name, duel.rival.changes, mebibytes(duel.rival.peak_bytes),
-            ratio(duel.rival), bits(duel.rival), _seconds(duel.rival.prepare_seconds),
+            ratio_or_reason(duel.rival), bits(duel.rival), _seconds(duel.rival.prepare_seconds),
             "-" if duel.exact is None else f"{duel.exact.ratio:.3f}",
-            _absence(duel) if ours is None else mebibytes(ours.peak_bytes), ratio(ours),
+            _absence(duel) if ours is None else mebibytes(ours.peak_bytes), ratio_or_reason(ours),
             "-" if ours is None else ours.tool.removeprefix("Packlight, "), duel.verdict,
         ])
     for rival in rivals_of(records):
         if not rival.was_timed:
-            rows.append([rival.name, rival.changes, "failed", ratio(rival), *["-"] * 7])
+            rows.append([rival.name, rival.changes, "failed", ratio_or_reason(rival), *["-"] * 7])
     header = ["rival", "changes", "its peak, MiB", "its time", "eager's bits", "first step, s",
               "Packlight exact there", "Packlight's peak, MiB", "Packlight's time", "as", "better"]
     return table(header, rows, right_from=2)
@@ -119,7 +107,7 @@ def plan_table(records: list[Record]) -> list[str]:
             (", ".join(record.moves) or "-") + (f" (as {record.same_as})" * bool(record.same_as)),
             mebibytes(record.budget_bytes),
             mebibytes(record.peak_bytes) + " **over**" * is_over,
-            percent_off(record.predicted_peak_bytes, record.peak_bytes), ratio(record),
+            percent_off(record.predicted_peak_bytes, record.peak_bytes), ratio_or_reason(record),
             percent_off(record.predicted_seconds, record.seconds_median),
             _seconds(record.prepare_seconds), bits(record),
         ])

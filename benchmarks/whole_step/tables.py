@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from benchmarks.common import (
-    first_line,
     mebibytes,
-    median_and_quartiles,
     models_of,
     of_model,
     percent_off,
+    ratio_or_reason,
     table,
 )
 from benchmarks.whole_step.records import EAGER, JOINT, SMALLEST, Record
@@ -50,17 +49,6 @@ def _by_budget(records: list[Record]) -> list[Record]:
 
 
 # -- cells of tables
-
-
-def ratio(record: Record | None) -> str:
-    """Return a time ratio with its interquartile range, or why there is none."""
-    if record is None:
-        return "-"
-    if record.smallest_bytes is not None:
-        return f"infeasible; {mebibytes(record.smallest_bytes)} MiB would do"
-    if record.error is not None:
-        return first_line(record.error)
-    return median_and_quartiles(record.ratio_median, record.ratio_quartiles)
 
 
 def moves(record: Record) -> str:
@@ -115,7 +103,7 @@ def budget_table(records: list[Record]) -> list[str]:
             share(record.peak_bytes, eager),
             above_parameters(record),
             percent_off(record.predicted_peak_bytes, record.peak_bytes),
-            ratio(record),
+            ratio_or_reason(record),
             percent_off(record.predicted_seconds, record.seconds_median),
             "-" if record.fit_seconds is None else f"{record.fit_seconds:.0f}",
             exactness(record),
@@ -131,7 +119,7 @@ def by_hand_table(records: list[Record]) -> list[str]:
     rows = [
         [
             r.variant.removeprefix(BY_HAND), mebibytes(r.peak_bytes), share(r.peak_bytes, eager),
-            above_parameters(r), ratio(r), exactness(r),
+            above_parameters(r), ratio_or_reason(r), exactness(r),
         ]
         for r in (eager, *by_hand_of(records))
     ]
@@ -151,7 +139,7 @@ def variant_table(records: list[Record]) -> list[str]:
         for record in [*([together] if together else []), *here]:
             rows.append([
                 setting, record.variant, moves(record), mebibytes(record.peak_bytes),
-                ratio(record), exactness(record),
+                ratio_or_reason(record), exactness(record),
             ])
     header = ["budget", "allowed", "moves", "peak, MiB", "time",
               "eager's bits"]
