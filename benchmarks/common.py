@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 MEBIBYTE = 2**20
 
+# For glibc, in every process that is timed: memory that was freed stays with the process. Else
+# blocks of 32 MiB and more go back to the system at once, and what is timed is also how often the
+# system clears pages: up to a quarter of an eager step, and less the leaner a step is.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
 Line = TypeVar("Line")
 
 # -- results as JSON lines
@@ -83,6 +88,7 @@ def provenance(
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load_at_start": round(os.getloadavg()[0], 2),
         "versions": versions,
+        "keeps_freed_memory": KEEP_FREED_MEMORY.items() <= os.environ.items(),
         "commit": _commit(),
         "seed": seed,
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -113,8 +119,8 @@ def status_apart(
 ) -> int:
     """Run `python -m module` in a process of its own and return its exit status.
 
-    The process returns all of its memory when it ends, and has a cache of its own: what Packlight
-    predicts in it comes from times measured in it.
+    The process keeps what it frees and returns all of it when it ends, and has a cache of its own:
+    what Packlight predicts in it comes from times measured in it.
 
     Args:
         module: to run.
@@ -127,7 +133,7 @@ def status_apart(
     """
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, "-m", module, *arguments]
-        environment = {**os.environ, "PACKLIGHT_CACHE": cache}
+        environment = {**os.environ, **KEEP_FREED_MEMORY, "PACKLIGHT_CACHE": cache}
         if path_first is not None:
             paths = [str(path_first.resolve()), os.environ.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -137,23 +143,11 @@ def status_apart(
 # -- measuring and comparing
 
 
-def timed(
-    function: Callable[[], Any], device: torch.device, *, follows_itself: bool = False
-) -> float:
-    """Return how many seconds a call takes; the garbage collector is off meanwhile.
-
-    Args:
-        function: is called.
-        device: that it runs on.
-        follows_itself: time a call right after another one, as in a loop. A call that needs
-            much memory after one that needs little, or after a pause, pays for getting it back from
-            the system.
-    """
+def timed(function: Callable[[], Any], device: torch.device) -> float:
+    """Return how many seconds a call takes; the garbage collector is off meanwhile."""
     gc.collect()
     gc.disable()
     try:
-        if follows_itself:
-            function()
         synchronize(device)
         begin = time.perf_counter()
         function()

@@ -248,9 +248,9 @@ class Workbench:
     # -- how long it takes
 
     def timed_step(self, step: Step) -> float:
-        """Return how many seconds a later step takes, right after another one of its kind."""
+        """Return how many seconds a later step takes."""
         self.begin()
-        return timed(lambda: step(self.built.batch), self.device, follows_itself=True)
+        return timed(lambda: step(self.built.batch), self.device)
 
     def time_beside_eager(
         self, measured: Measured, step: Step, num_rounds: int, say: Callable[[str], None]

@@ -20,7 +20,7 @@ class Case(models.Case):
     """
 
     segments: tuple[int, ...] = (2, 4)
-    memory_budgets: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1, 0.0)
+    memory_budgets: tuple[float, ...] = (0.7, 0.4, 0.2, 0.0)
     inductor_budgets: tuple[float, ...] = (1.0, 0.5)
     microbatches: int = 1
 

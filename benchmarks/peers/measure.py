@@ -54,7 +54,7 @@ PACKAGES = ("bitsandbytes", "torchao", "rockmate", "rkgb", "numba")
 # So many cells are timed together, each round in another order, with an eager step around them.
 CELLS_TOGETHER = 5
 # Each takes a plan, and those of the larger models take a minute.
-MOST_BUDGETS = 5
+MOST_BUDGETS = 3
 
 
 @dataclass
