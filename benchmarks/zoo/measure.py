@@ -108,7 +108,10 @@ class CompiledStep:
     @cached_property
     def traced(self) -> tuple[Outcome, bool]:
         """What the traced step without a plan computes; whether PyTorch ran it, or Packlight."""
-        return run_traced(self.loss_fn, lambda loss_fn: observe(self.model, self.batch, loss_fn))
+        return run_traced(
+            self.loss_fn, lambda loss_fn: observe(self.model, self.batch, loss_fn),
+            lambda outcome: outcome.gradient_error(self.eager),
+        )
 
     def measure(self, record: Record) -> None:
         """Plan for a record's budget, run the step and fill in what it shows."""

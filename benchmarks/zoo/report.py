@@ -81,7 +81,8 @@ def summary(found: ByFamily) -> list[str]:
         f"- Bits: {bits['eager']} of {len(compared)} cells have eager PyTorch's, {bits['traced']} "
         "those of the traced step, which differs from eager PyTorch's without a plan already; "
         f"{bits['unplanned']} those of Packlight's step without a budget, where PyTorch cannot run "
-        f"what it traced; {bits['other']} have others.",
+        "what it traced, or computes something else than eager PyTorch; "
+        f"{bits['other']} have others.",
         f"- Predicted peaks are off by at most {max(errors, default=0.0):.2%}.",
     ]
     if rounded:

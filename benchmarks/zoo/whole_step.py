@@ -12,7 +12,7 @@ import torch
 import packlight
 from benchmarks.common import same_bits
 from benchmarks.workbench import whole_peak
-from benchmarks.zoo.outcome import LossFn, Start, run_traced
+from benchmarks.zoo.outcome import LossFn, Start, norm_of_difference, run_traced
 from benchmarks.zoo.records import EXACT, SMALLEST, Record
 from packlight.errors import InfeasibleBudgetError
 from packlight.runtime.describe import moves_of
@@ -50,11 +50,7 @@ class Trained:
 
     def gradient_error(self, other: Trained) -> float:
         """Return how far the first step's gradients are from others', over the norm of those."""
-        off = total = 0.0
-        for name, theirs in other.first_moments.items():
-            off += float((self.first_moments[name] - theirs).abs().double().square().sum())
-            total += float(theirs.abs().double().square().sum())
-        return (off / total) ** 0.5 if total else 0.0
+        return norm_of_difference(self.first_moments, other.first_moments)
 
 
 class Trainee:
@@ -165,7 +161,8 @@ def measure_fit(record: Record, seed: int) -> None:
     unplanned = eager
     if record.differences:
         unplanned, record.is_traced_by_torch = run_traced(
-            trainee.loss_fn, lambda loss_fn: trainee.train(trainee.loop(loss_fn))
+            trainee.loss_fn, lambda loss_fn: trainee.train(trainee.loop(loss_fn)),
+            lambda trained: trained.gradient_error(eager),
         )
         record.traced_differences = mine.differences(unplanned)
     record.relative_error = mine.gradient_error(unplanned)
