@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench-spine bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
+.PHONY: help demo test lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,9 +29,6 @@ lint: $(READY) ## style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
-
-bench-spine: $(READY) ## rerun the memory and time tables beside the peers
-	$(BIN)/python -m benchmarks.spine
 
 bench-peers: $(READY) ## rerun the tables of whole steps beside the rivals (two hours)
 	$(BIN)/python -m benchmarks.peers
