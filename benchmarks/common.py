@@ -209,9 +209,10 @@ def innermost(error: BaseException) -> BaseException:
 
 
 def root_cause(error: BaseException) -> str:
-    """Return what was raised first, in words."""
+    """Return what was raised first, in words; files of libraries without where those lie."""
     error = innermost(error)
-    return f"{type(error).__name__}: {error}".strip()[:500]
+    words = re.sub(r"\S*/site-packages/", "", f"{type(error).__name__}: {error}")
+    return words.strip()[:500]
 
 
 # -- tables

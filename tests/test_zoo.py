@@ -226,14 +226,15 @@ def test_an_error_is_a_line_and_the_next_cell_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(record: Record, seed: int) -> None:
-        raise ValueError(f"{record.setting} is not for me")
+        raise ValueError(f"{record.setting} is not for me, says /home/me/site-packages/net.py")
 
     monkeypatch.setattr("benchmarks.zoo.whole_step.measure_fit", refuse)
     out = tmp_path / "lines.jsonl"
     cells = [Cell(FP32, EXACT, HALF_WAY), Cell(FP32, ALL, SMALLEST)]
     measure_family("gpt2", cells, out, 0, "a test", lambda what: None)
     first, second = read_records(out)
-    assert first.error == "ValueError: 50% is not for me" and first.failure == "ValueError"
+    assert first.error == "ValueError: 50% is not for me, says net.py"  # wherever that lies
+    assert first.failure == "ValueError"
     assert second.cell == cells[1] and second.provenance["command"] == "a test"
 
 
