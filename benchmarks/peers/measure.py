@@ -24,6 +24,7 @@ from benchmarks.peers.ours import ALL_ROW, BACKEND, EXACT_ROW, ROWS, Ours
 from benchmarks.peers.records import (
     ABOVE_SMALLEST,
     EAGER,
+    FULL,
     HALF,
     SMALLEST,
     Record,
@@ -161,7 +162,8 @@ class Bench:
             peaks = distinct_peaks(against, 1 if self.quick else MOST_BUDGETS)
             budgets = {f"at the peak of {r.name}": r.peak_bytes or 0 for r in peaks}
             if row is EXACT_ROW:
-                budgets[HALF] = (self.done[EAGER, ""].peak_bytes or 0) // 2
+                eager_bytes = self.done[EAGER, ""].peak_bytes or 0
+                budgets |= {FULL: eager_bytes, HALF: eager_bytes // 2}
             for setting, budget_bytes in budgets.items():
                 record = self._fit(row, setting, budget_bytes)
                 if row is EXACT_ROW and record.smallest_bytes is not None:

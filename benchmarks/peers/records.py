@@ -14,7 +14,7 @@ RESULTS = FOLDER / "results.jsonl"
 QUICK_RESULTS = ROOT / ".cache" / "peers-quick.jsonl"
 
 EAGER = "eager"
-HALF = "half of eager's"
+FULL, HALF = "all of eager's", "half of eager's"
 SMALLEST, ABOVE_SMALLEST = "smallest", "smallest + 10%"
 
 
