@@ -74,11 +74,14 @@ def _conditions(records: list[Record]) -> str:
     low, high = eager.ratio_quartiles or (1.0, 1.0)
     commits = " and ".join(dict.fromkeys(r.provenance["commit"] for r in records))
     rounds = max(r.num_rounds for r in records)
+    by_group = [r.eager_seconds_median for r in records if r.eager_seconds_median is not None]
     return (
         f"{made['hardware']}, {versions}, commit {commits}, seed {made['seed']}, "
         f"{made['timestamp']}; {rounds} rounds. Eager holds {tables.mebibytes(eager.peak_bytes)} "
         f"MiB and takes {eager.seconds_median:.3f} s; an eager step against another one in the "
-        f"same round: {low:.3f} to {high:.3f} (the machine's noise)."
+        f"same round: {low:.3f} to {high:.3f} (the machine's noise). Beside the other cells its "
+        f"median was {min(by_group):.3f} to {max(by_group):.3f} s (the machine's drift: small "
+        "differences between cells that were not timed together say little)."
     )
 
 
