@@ -170,11 +170,16 @@ def run_traced(
 def norm_of_difference(
     mine: Mapping[str, torch.Tensor | None], theirs: Mapping[str, torch.Tensor | None]
 ) -> float:
-    """Return the norm of the difference of named tensors over the norm of the others'."""
+    """Return the norm of the difference of named tensors over the norm of the others'.
+
+    What is lacking counts as zeros.
+    """
     off = total = 0.0
     for name, other in theirs.items():
-        if other is not None and (own := mine[name]) is not None:
-            off += float((own - other).abs().double().square().sum())
+        if other is not None:
+            own = mine[name]
+            difference = other if own is None else own - other
+            off += float(difference.abs().double().square().sum())
             total += float(other.abs().double().square().sum())
     return (off / total) ** 0.5 if total else 0.0
 
