@@ -22,7 +22,15 @@ from benchmarks.peers.hooks import on_disk
 from benchmarks.peers.measure import Bench
 from benchmarks.peers.optimizers import make_optimizers
 from benchmarks.peers.ours import ALL_ROW, EXACT_ROW, ROWS, fair_rows
-from benchmarks.peers.records import EAGER, HALF, RESULTS, SMALLEST, Record, read_records
+from benchmarks.peers.records import (
+    EAGER,
+    FULL,
+    HALF,
+    RESULTS,
+    SMALLEST,
+    Record,
+    read_records,
+)
 from benchmarks.peers.report import full_report, main, measured, plot_name
 from benchmarks.peers.rivals import (
     BF16,
@@ -302,6 +310,7 @@ def test_cells_keep_to_rivals_peaks_and_are_not_measured_twice(
     assert "ImportError" in (found["no such library", ""].error or "")
     ours = [r for r in found.values() if r.is_ours]
     assert (EXACT_ROW.tool, SMALLEST) in found
+    assert found[EXACT_ROW.tool, FULL].budget_bytes == eager.peak_bytes
     assert any(r.budget_bytes == found[CHECKPOINT, PER_BLOCK].peak_bytes for r in ours)
     for cell in ours:
         assert cell.budget_bytes is not None

@@ -15,7 +15,13 @@ from benchmarks.common import write_lines
 from benchmarks.zoo import __main__ as run
 from benchmarks.zoo import measure, report
 from benchmarks.zoo.measure import CompiledStep, cells_to_measure, measure_family, new_record
-from benchmarks.zoo.outcome import MAX_TRACED_ERROR, NUM_WARM_UPS, observe, traced
+from benchmarks.zoo.outcome import (
+    MAX_TRACED_ERROR,
+    NUM_WARM_UPS,
+    norm_of_difference,
+    observe,
+    traced,
+)
 from benchmarks.zoo.records import (
     ALL,
     COMPILE,
@@ -157,6 +163,12 @@ def test_a_traced_step_of_pytorchs_that_computes_something_else_is_no_reference(
     reference, is_by_torch = compiled.traced
     assert not is_by_torch
     assert reference.gradient_error(compiled.eager) < 0.01
+
+
+def test_a_gradient_that_is_lacking_is_as_far_off_as_zeros() -> None:
+    theirs = {"a": torch.full((4,), 3.0), "b": torch.full((4,), 4.0), "frozen": None}
+    assert norm_of_difference(theirs, theirs) == 0.0
+    assert norm_of_difference({**theirs, "b": None}, theirs) == pytest.approx(4 / 5)
 
 
 # -- lines
