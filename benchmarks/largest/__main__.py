@@ -25,7 +25,7 @@ from benchmarks.largest.records import (
     found,
     read_records,
 )
-from benchmarks.largest.search import greatest
+from benchmarks.largest.search import extrapolated, greatest
 from benchmarks.largest.tools import TOOLS, WIDTH
 from benchmarks.largest.trial import FAILED, TRAINED, Trial, num_parameters, run_trial
 from packlight.units import format_bytes, parse_bytes
@@ -121,18 +121,23 @@ class _Search:
         return trial
 
     def _guess(self, smaller: list[Record]) -> int:
-        """Return where to begin: by what a smaller limit held, else by bytes for a parameter."""
-        per_parameter = TOOLS[self.tool].bytes_per_parameter
+        """Return where to begin: by what smaller limits held, else by bytes for a parameter."""
         base, block = num_parameters(0, self.width), num_parameters(1, self.width)
         block -= base
-        if smaller:
-            limit_bytes = max(r.limit_bytes for r in smaller)
-            depth = found([r for r in smaller if r.limit_bytes == limit_bytes]).depth
-            if depth:
-                spare = limit_bytes - USUAL_HELD_BYTES
-                per_parameter = spare / (base + depth * block)
-        spare = self.limit_bytes - USUAL_HELD_BYTES
-        return max(1, min(LARGEST, int((spare / per_parameter - base) / block)))
+        known = [
+            (limit, held)
+            for limit in sorted({r.limit_bytes for r in smaller})
+            if (held := found([r for r in smaller if r.limit_bytes == limit]).depth)
+        ]
+        if len(known) > 1:
+            depth = extrapolated(known, self.limit_bytes)
+        else:
+            per_parameter = TOOLS[self.tool].bytes_per_parameter
+            for limit_bytes, held in known:
+                per_parameter = (limit_bytes - USUAL_HELD_BYTES) / (base + held * block)
+            spare = self.limit_bytes - USUAL_HELD_BYTES
+            depth = int((spare / per_parameter - base) / block)
+        return max(1, min(LARGEST, depth))
 
 
 def _parser() -> argparse.ArgumentParser:

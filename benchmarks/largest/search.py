@@ -46,3 +46,17 @@ def greatest(works: Callable[[int], bool], guess: int, largest: int) -> int:
         else:
             fails_at = depth
     return works_at
+
+
+def extrapolated(known: list[tuple[int, int]], limit_bytes: int) -> int:
+    """Return the depth on the line through the last two of `known`.
+
+    Args:
+        known: limits in bytes, ascending, and the depth that each holds; at least two.
+        limit_bytes: the one asked about.
+
+    >>> extrapolated([(200, 1), (2_000, 11), (4_000, 31)], 8_000)
+    71
+    """
+    (less, shallow), (more, deep) = known[-2:]
+    return int(deep + (limit_bytes - more) * (deep - shallow) / (more - less))
