@@ -14,9 +14,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from benchmarks.common import append_line, write_lines
 from benchmarks.models import adamw
-from benchmarks.peers import measure, tables
+from benchmarks.peers import duels, measure, tables
 from benchmarks.peers.cases import CASES, Case
-from benchmarks.peers.duels import duels_of, read_reasons, reason_for
+from benchmarks.peers.duels import duels_of, read_reasons, reason_for, rematch_key
 from benchmarks.peers.front import CLOSE, best_within, distinct_peaks, front
 from benchmarks.peers.hooks import on_disk
 from benchmarks.peers.measure import Bench
@@ -29,8 +29,11 @@ from benchmarks.peers.records import (
     RESULTS,
     SMALLEST,
     Record,
+    Rematch,
     read_records,
+    read_rematches,
 )
+from benchmarks.peers.rematch import Rematches
 from benchmarks.peers.report import full_report, main, measured, plot_name
 from benchmarks.peers.rivals import (
     BF16,
@@ -155,6 +158,33 @@ def test_duels_are_lost_by_size_and_by_time_beyond_the_spread(records: list[Reco
     close = dataclasses.replace(faster.rival, ratio_median=1.19, ratio_quartiles=(1.18, 1.205))
     (duel,) = duels_of([*(r for r in records if r.is_ours), close])
     assert duel.is_within_spread and not duel.is_lost
+
+
+def test_side_by_side_decides_whoever_was_ahead(records: list[Record]) -> None:
+    lost = next(d for d in duels_of(records) if d.is_lost and d.ours is not None)
+    won = next(d for d in duels_of(records) if d.verdict == "Packlight")
+    for before, ratio, spread, verdict in (
+        (lost, 0.9, (0.88, 0.95), "Packlight"), (lost, 1.15, (1.05, 1.2), "rival"),
+        (won, 1.15, (1.05, 1.2), "rival"), (won, 1.01, (0.99, 1.2), "rival, within the spread"),
+    ):
+        assert before.ours is not None
+        key = rematch_key(before.rival, before.ours)
+        again = Rematch(*key, ratio_median=ratio, ratio_quartiles=spread, num_rounds=5)
+        after = {d.rival.name: d for d in duels_of(records, [again])}[before.rival.name]
+        assert after.rematch is again and after.verdict == verdict
+        assert after.is_lost == (verdict == "rival")
+        row = next(r for r in tables.duel_table(records, [again]) if f"{ratio:.3f} (" in r)
+        assert before.rival.name in row and row.endswith(f"| {verdict} |")
+        failed = dataclasses.replace(again, error="no such library")
+        assert duels_of(records, [failed]) == duels_of(records)
+
+
+def test_duels_are_close_if_a_tenth_apart_or_lost(records: list[Record]) -> None:
+    by_rival = {d.rival.name: d for d in duels_of(records)}
+    assert by_rival[f"{CHECKPOINT}, {PER_BLOCK}"].is_close, "1.2 beside 1.3"
+    assert by_rival[f"{CHECKPOINT}, every second block"].is_close, "1.2 beside 1.02"
+    assert not by_rival["bf16 autocast"].is_close, "0.5 beside 0.7"
+    assert not by_rival["saved-tensor hooks, to disk"].is_close, "nothing to time"
 
 
 def test_lost_duels_have_a_reason_or_say_that_there_is_none(records: list[Record]) -> None:
@@ -296,12 +326,12 @@ def test_cells_keep_to_rivals_peaks_and_are_not_measured_twice(
     monkeypatch.setattr(measure, "ROWS", (EXACT_ROW, ALL_ROW))
     out = tmp_path / "lines.jsonl"
 
-    def run() -> int:
+    def bench() -> Bench:
         return Bench(
             TINY, out, True, 1, "cpu", 0, "a test", Progress(disable=True), tmp_path / "disk"
-        ).run()
+        )
 
-    num_added = run()
+    num_added = bench().run()
     found = {r.key: r for r in read_records(out)}
     assert len(found) == num_added
     eager = found[EAGER, ""]
@@ -325,8 +355,19 @@ def test_cells_keep_to_rivals_peaks_and_are_not_measured_twice(
 
     lines = out.read_text().splitlines()
     out.write_text("\n".join(lines[:-1]) + "\n")  # as if it had been interrupted
-    assert run() == 1
+    assert bench().run() == 1
     assert {r.key for r in read_records(out)} == set(found)
+
+    monkeypatch.setattr(duels, "CLOSE_TIMES", 1e9)
+    again = tmp_path / "again.jsonl"
+    for _ in range(2):  # the second time all lines are there
+        Rematches(bench(), again, 2).run()
+    rematches = read_rematches(again)
+    pairs = [(d.rival, d.ours) for d in duels_of(read_records(out)) if d.ours is not None]
+    assert [r.key for r in rematches] == [rematch_key(*pair) for pair in pairs] != []
+    for rematch in rematches:
+        assert rematch.error is None and rematch.num_rounds == 2
+        assert (rematch.ratio_median or 0) > 0 and (rematch.rival_seconds_median or 0) > 0
 
 
 def _missing(bench: Workbench, loss_fn: object) -> object:

@@ -128,7 +128,7 @@ class Bench:
         def measure(record: Record) -> None:
             step = self.main.eager_step(self.built.loss_fn)
             self.main.look_at(record, step)
-            self.main.time_beside_eager(record, step, self.num_rounds, self._say)
+            self.main.time_beside_eager(record, step, self.num_rounds, self.say)
 
         record = self._cell(Record(self.case.name, self.title, EAGER, changes=EXACT), measure)
         if record.peak_bytes is None:
@@ -136,22 +136,27 @@ class Bench:
 
     def _rival(self, rival: Rival) -> None:
         def measure(record: Record) -> Cell:
-            bench = self._bench(rival.optimizer)
-            bench.begin(is_first=True)
             begin = time.perf_counter()
+            bench, step = self.prepared_rival(rival)
             if rival.is_compiled or rival.is_apart:
-                with time_limit(COMPILE_LIMIT_SECONDS):
-                    step = rival.run(bench, rival.prepare(bench.built))
-                    step(bench.built.batch)
                 record.prepare_seconds = time.perf_counter() - begin
-            else:
-                step = rival.run(bench, rival.prepare(bench.built))
             bench.look_at(record, step, self.main.reference)
             return Cell(record, bench, step)
 
         self._cell(
             Record(self.case.name, self.title, rival.tool, rival.setting, rival.changes), measure
         )
+
+    def prepared_rival(self, rival: Rival) -> tuple[Workbench, Step]:
+        """Return a rival's step; what is compiled has run once."""
+        bench = self._bench(rival.optimizer)
+        bench.begin(is_first=True)
+        if not (rival.is_compiled or rival.is_apart):
+            return bench, rival.run(bench, rival.prepare(bench.built))
+        with time_limit(COMPILE_LIMIT_SECONDS):
+            step = rival.run(bench, rival.prepare(bench.built))
+            step(bench.built.batch)
+        return bench, step
 
     def _packlight(self) -> None:
         rivals = [r for r in self.done.values() if not r.is_ours]
@@ -181,8 +186,8 @@ class Bench:
         """Return the cell of one row at a budget, or in as little as it takes if that is None."""
 
         def measure(record: Record) -> Cell | None:
-            bench = self._bench(row.optimizer, row.in_bf16, row.has_disk)
-            fit = functools.partial(self._fitted, row, bench)
+            bench = self._bench_of(row)
+            fit = functools.partial(self.fitted, row)
             begin = time.perf_counter()
             if budget_bytes is None:
                 record.budget_bytes = smallest_bytes(fit)
@@ -210,7 +215,19 @@ class Bench:
             measure,
         )
 
-    def _fitted(self, row: Ours, bench: Workbench, budget_bytes: int) -> packlight.TrainStep:
+    def prepared_ours(self, record: Record) -> tuple[Workbench, Step]:
+        """Return the step that a record of Packlight's is about."""
+        assert record.budget_bytes is not None
+        if record.tool == BACKEND:
+            step = self._backend_step(self._backend_budget(record.budget_bytes))
+            step(self.built.batch)
+            return self.main, step
+        row = next(row for row in ROWS if row.tool == record.tool)
+        return self._bench_of(row), self.fitted(row, record.budget_bytes)
+
+    def fitted(self, row: Ours, budget_bytes: int) -> packlight.TrainStep:
+        """Return the step that one of Packlight's rows has for a budget."""
+        bench = self._bench_of(row)
         bench.begin(is_first=True)
         built = bench.built
         return packlight.fit(
@@ -235,15 +252,12 @@ class Bench:
         return True
 
     def _backend(self, setting: str, peak_bytes: int) -> None:
-        """Packlight's backend gets what a peak leaves above what is there between steps."""
+        """Measure Packlight's backend, as much as possible in the bytes of a peak."""
 
         def measure(record: Record) -> Cell:
-            self.main.begin(is_first=True)
-            self.main.eager_step(self.built.loss_fn)(self.built.batch)  # makes optimizer state
-            self.main.begin()
-            budget_bytes = peak_bytes - self.main.resident_bytes()
+            budget_bytes = self._backend_budget(peak_bytes)
             begin = time.perf_counter()
-            step = self.main.eager_step(packlight_backend(self.built, budget_bytes))
+            step = self._backend_step(budget_bytes)
             try:
                 step(self.built.batch)
             except Exception as error:
@@ -261,13 +275,23 @@ class Bench:
             measure,
         )
 
+    def _backend_budget(self, peak_bytes: int) -> int:
+        """Return what a peak leaves above what is there between steps."""
+        self.main.begin(is_first=True)
+        self.main.eager_step(self.built.loss_fn)(self.built.batch)  # makes optimizer state
+        self.main.begin()
+        return peak_bytes - self.main.resident_bytes()
+
+    def _backend_step(self, budget_bytes: int) -> Step:
+        return self.main.eager_step(packlight_backend(self.built, budget_bytes))
+
     def _cell(self, record: Record, measure: Callable[[Record], Cell | None]) -> Record:
         """Return a cell's record: the known one, or a new one, which may have to wait for times."""
         if record.key in self.done:
             return self.done[record.key]
         record.parameter_bytes = sum(p.nbytes for p in self.main.parameters)
         record.provenance = self.provenance
-        self._say(record.name)
+        self.say(record.name)
         begin = time.perf_counter()
         cell = None
         try:
@@ -288,6 +312,9 @@ class Bench:
     def _note(self, record: Record) -> None:
         append_line(self.out, record)
         self.done[record.key] = record
+
+    def _bench_of(self, row: Ours) -> Workbench:
+        return self._bench(row.optimizer, row.in_bf16, row.has_disk)
 
     def _bench(self, choice: str, in_bf16: bool = False, is_alone: bool = False) -> Workbench:
         """Return the bench with an optimizer; a copy of the model where it is changed for good."""
@@ -311,7 +338,7 @@ class Bench:
             before = self.main.timed_step(eager)
             taken: list[tuple[Cell, float]] = []
             for cell in self.shuffler.sample(cells, len(cells)):
-                self._say(f"round {round_index + 1}: {cell.record.name}")
+                self.say(f"round {round_index + 1}: {cell.record.name}")
                 taken.append((cell, cell.bench.timed_step(cell.step)))
             after = self.main.timed_step(eager)
             for cell, seconds in taken:
@@ -326,7 +353,8 @@ class Bench:
         torch._dynamo.reset()  # what was compiled for these cells holds their programs
         gc.collect()
 
-    def _say(self, what: str) -> None:
+    def say(self, what: str) -> None:
+        """Show what runs."""
         self.progress.update(self.task, description=f"{self.case.name}: {what}")
 
 

@@ -12,6 +12,8 @@ from benchmarks.workbench import Measured
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results.jsonl"
 QUICK_RESULTS = ROOT / ".cache" / "peers-quick.jsonl"
+REMATCHES = FOLDER / "rematches.jsonl"
+QUICK_REMATCHES = ROOT / ".cache" / "peers-rematches-quick.jsonl"
 
 EAGER = "eager"
 FULL, HALF = "all of eager's", "half of eager's"
@@ -91,6 +93,48 @@ class Record(Measured):
         return 1.0 if self.tool == EAGER else self.ratio_median
 
 
+@dataclass
+class Rematch:
+    """A rival and one of Packlight's cells, timed in the same rounds.
+
+    Attributes:
+        model, title: as in `Record`.
+        rival, ours: names of the two records.
+        ratio_median, ratio_quartiles: Packlight's time over the rival's.
+        num_rounds: how many rounds those are taken over.
+        seconds_median, rival_seconds_median: durations of a step.
+        error: why there is no result.
+        provenance: see `benchmarks.common.provenance`.
+    """
+
+    model: str
+    title: str
+    rival: str
+    ours: str
+    ratio_median: float | None = None
+    ratio_quartiles: tuple[float, float] | None = None
+    num_rounds: int = 0
+    seconds_median: float | None = None
+    rival_seconds_median: float | None = None
+    error: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What names the two among all."""
+        return self.model, self.title, self.rival, self.ours
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether there is no result."""
+        return self.error is not None
+
+
 def read_records(path: Path) -> list[Record]:
     """Return the records of a file; none if it does not exist."""
     return read_lines(path, Record)
+
+
+def read_rematches(path: Path) -> list[Rematch]:
+    """Return the rematches of a file; none if it does not exist."""
+    return read_lines(path, Rematch)

@@ -12,13 +12,21 @@ from benchmarks.common import ROOT, replace_between_markers
 from benchmarks.peers import tables
 from benchmarks.peers.duels import read_reasons
 from benchmarks.peers.plot import plot
-from benchmarks.peers.records import EAGER, RESULTS, Record, read_records
+from benchmarks.peers.records import (
+    EAGER,
+    REMATCHES,
+    RESULTS,
+    Record,
+    read_records,
+    read_rematches,
+)
 
 
 def main() -> None:
     """Regenerate everything that is made from the results."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--rematches", type=Path, default=REMATCHES)
     parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
     arguments = parser.parse_args()
     records = measured(read_records(arguments.results))
@@ -29,7 +37,8 @@ def main() -> None:
         figure = plot(tables.of_model(records, model))
         figure.savefig(docs / plot_name(model), dpi=110, metadata={"Software": None})
     readme = arguments.root / "benchmarks" / "peers" / "README.md"
-    replace_between_markers(readme, "peers", full_report(records, read_reasons()))
+    report = full_report(records, read_reasons(), read_rematches(arguments.rematches))
+    replace_between_markers(readme, "peers", report)
     replace_between_markers(arguments.root / "README.md", "peers", tables.summary_table(records))
 
 
@@ -44,11 +53,14 @@ def plot_name(model: str) -> str:
     return f"peers_{model}.png"
 
 
-def full_report(records: list[Record], reasons: tables.Reasons) -> list[str]:
+def full_report(
+    records: list[Record], reasons: tables.Reasons, rematches: tables.Rematches = ()
+) -> list[str]:
     """Return the lines of all tables."""
     lines = ["", "### How small each model gets", "", *tables.smallest_table(records), ""]
-    lines += ["### Where a rival wins at its own peak", "", tables.duel_counts(records), ""]
-    lines += [*tables.lost_table(records, reasons), ""]
+    lines += ["### Where a rival wins at its own peak", ""]
+    lines += [tables.duel_counts(records, rematches), ""]
+    lines += [*tables.lost_table(records, reasons, rematches), ""]
     lines += [*tables.budget_lines(records), ""]
     lines += ["### How long the benchmark takes", "", *tables.wall_table(records), ""]
     for model in tables.models_of(records):
@@ -58,7 +70,7 @@ def full_report(records: list[Record], reasons: tables.Reasons) -> list[str]:
             f"![{model}: peak against time](../../docs/{plot_name(model)})", "",
             _conditions(mine), "",
             "Each rival, and the fastest of Packlight's cells that hold no more:", "",
-            *tables.duel_table(mine), "",
+            *tables.duel_table(mine, rematches), "",
             "All Packlight cells:", "",
             *tables.plan_table(mine), "",
         ]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.common import (
     mebibytes,
+    median_and_quartiles,
     models_of,
     of_model,
     percent_off,
@@ -15,10 +16,11 @@ from benchmarks.common import (
 from benchmarks.peers.duels import Duel, duels_of, reason_for
 from benchmarks.peers.front import best_within
 from benchmarks.peers.ours import ALL_ROW, EXACT_ROW
-from benchmarks.peers.records import EAGER, HALF, Record
+from benchmarks.peers.records import EAGER, HALF, Record, Rematch
 from benchmarks.peers.rivals import CHECKPOINT, EXACT, PER_BLOCK, SUMS
 
 Reasons = dict[str, dict[str, str]]
+Rematches = Sequence[Rematch]
 
 
 def eager_of(records: list[Record]) -> Record:
@@ -71,24 +73,32 @@ def _seconds(seconds: float | None) -> str:
 # -- one model
 
 
-def duel_table(records: list[Record]) -> list[str]:
+def duel_table(records: list[Record], rematches: Rematches = ()) -> list[str]:
     """Return one model's rivals, each beside Packlight at that rival's peak."""
     rows = []
-    for duel in duels_of(records):
+    for duel in duels_of(records, rematches):
         ours = duel.ours
         rows.append([
             duel.rival.name, duel.rival.changes, mebibytes(duel.rival.peak_bytes),
             ratio_or_reason(duel.rival), bits(duel.rival), _seconds(duel.rival.prepare_seconds),
             "-" if duel.exact is None else f"{duel.exact.ratio:.3f}",
             _absence(duel) if ours is None else mebibytes(ours.peak_bytes), ratio_or_reason(ours),
-            "-" if ours is None else ours.tool.removeprefix("Packlight, "), duel.verdict,
+            "-" if ours is None else ours.tool.removeprefix("Packlight, "), _side_by_side(duel),
+            duel.verdict,
         ])
     for rival in rivals_of(records):
         if not rival.was_timed:
-            rows.append([rival.name, rival.changes, "failed", ratio_or_reason(rival), *["-"] * 7])
+            rows.append([rival.name, rival.changes, "failed", ratio_or_reason(rival), *["-"] * 8])
     header = ["rival", "changes", "its peak, MiB", "its time", "eager's bits", "first step, s",
-              "Packlight exact there", "Packlight's peak, MiB", "Packlight's time", "as", "better"]
+              "Packlight exact there", "Packlight's peak, MiB", "Packlight's time", "as",
+              "ours over theirs, side by side", "better"]
     return table(header, rows, right_from=2)
+
+
+def _side_by_side(duel: Duel) -> str:
+    if duel.rematch is None or duel.rematch.ratio_median is None:
+        return "-"
+    return median_and_quartiles(duel.rematch.ratio_median, duel.rematch.ratio_quartiles)
 
 
 def _absence(duel: Duel) -> str:
@@ -145,30 +155,37 @@ def smallest_table(records: list[Record]) -> list[str]:
     return table(header, rows, right_from=2)
 
 
-def lost_table(records: list[Record], reasons: Reasons) -> list[str]:
+def lost_table(
+    records: list[Record], reasons: Reasons, rematches: Rematches = ()
+) -> list[str]:
     """Return all cells in which a rival wins at its own peak, with the reason."""
     rows = []
     for model in models_of(records):
-        for duel in duels_of(of_model(records, model)):
+        for duel in duels_of(of_model(records, model), rematches):
             if duel.is_lost:
                 ours = f"not below {mebibytes(duel.smallest_bytes)}"
                 rows.append([
                     model, duel.rival.name, duel.rival.changes, at(duel.rival),
-                    ours if duel.ours is None else at(duel.ours),
+                    ours if duel.ours is None else at(duel.ours), _side_by_side(duel),
                     reason_for(reasons, duel.rival),
                 ])
-    header = ["model", "rival", "changes", "its MiB", "Packlight there", "why"]
+    header = ["model", "rival", "changes", "its MiB", "Packlight there",
+              "ours over theirs, side by side", "why"]
     return table(header, rows, right_from=len(header)) if rows else ["None."]
 
 
-def duel_counts(records: list[Record]) -> str:
+def duel_counts(records: list[Record], rematches: Rematches = ()) -> str:
     """Return how many duels there were, and how they ended."""
-    duels = [d for model in models_of(records) for d in duels_of(of_model(records, model))]
+    duels = [
+        d for model in models_of(records) for d in duels_of(of_model(records, model), rematches)
+    ]
+    again = [d for d in duels if d.rematch is not None]
     lost = [d for d in duels if d.is_lost]
     close = [d for d in duels if not d.is_lost and d.is_within_spread]
     return (
         f"{len(duels)} rivals ran; {len(lost)} win at their own peak, {len(close)} are within the "
-        f"spread, Packlight is faster beside {len(duels) - len(lost) - len(close)}."
+        f"spread, Packlight is faster beside {len(duels) - len(lost) - len(close)}. "
+        f"{len(again)} of them were timed again side by side, which decides."
     )
 
 
