@@ -30,8 +30,9 @@ lint: $(READY) ## style, types and import rules
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-bench-peers: $(READY) ## rerun the tables of whole steps beside the rivals (two hours)
+bench-peers: $(READY) ## rerun the tables of whole steps beside the rivals (hours)
 	$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.peers.rematch
 	$(BIN)/python -m benchmarks.peers.report
 
 bench-whole-step: $(READY) ## rerun the tables of a whole step's time against its budget

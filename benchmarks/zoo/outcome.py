@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from functorch.compile import min_cut_rematerialization_partition
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 
 import packlight
 from benchmarks.common import same_bits
+from packlight.capture.dropout import use_eager_dropout
 from packlight.runtime.backend import PacklightBackend
 
 Result = TypeVar("Result")
@@ -128,11 +132,17 @@ def traced(loss_fn: LossFn) -> LossFn:
     """Return the loss traced as for Packlight, and run by PyTorch's own code without a plan.
 
     A model may compute something else when it is traced: transformers' models ask whether they are,
-    and recurrent layers run their time steps instead of one fused kernel.
+    and recurrent layers run their time steps instead of one fused kernel. So do dropouts on a CPU;
+    they are given back eager PyTorch's bits, as Packlight does.
     """
-    compiled: LossFn = torch.compile(
-        loss_fn, backend="aot_eager", fullgraph=True, dynamic=False
+    def partitioned(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        use_eager_dropout(joint)
+        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+
+    backend = aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partitioned
     )
+    compiled: LossFn = torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False)
     return compiled
 
 

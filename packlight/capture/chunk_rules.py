@@ -30,12 +30,11 @@ def rule_of(node: fx.Node) -> Rule | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target._schema.is_mutable:
         return None
-    if torch.Tag.nondeterministic_seeded in target.tags or target.namespace != "aten":
+    if torch.Tag.nondeterministic_seeded in target.tags:
         return None
-    name = target._schema.name.split("::")[1]
     if torch.Tag.pointwise in target.tags:
         return _pointwise
-    return _RULES.get(name)
+    return _RULES.get(target._opname) if target.namespace == "aten" else None
 
 
 def is_label_loss(node: fx.Node) -> bool:

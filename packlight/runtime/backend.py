@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.capture.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
@@ -191,6 +192,7 @@ def check_allowed(allow: Any, known: Collection[str] = ()) -> tuple[str, ...]:
 
 def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:
     """Return the step behind AOTAutograd's joint graph."""
+    use_eager_dropout(joint)
     mutated_inputs = mutations(joint, num_forward_outputs)
     return read_joint_graph(
         joint,

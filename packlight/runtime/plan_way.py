@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +31,7 @@ from packlight.step import Device, Plan, StepMemory
 
 
 class HopelessError(Exception):
-    """A single operation of a way needs more than the budget: no schedule has to be looked for."""
+    """A single operation of a way needs too much: no schedule has to be looked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +128,7 @@ class WayPlanner:
         profiler: CallProfiler,
         *,
         rehearses: bool = False,
-        explains: bool = False,
+        hopeless_above: float | None = None,
     ) -> Way:
         """Return a way with its plans.
 
@@ -137,12 +138,16 @@ class WayPlanner:
             profiler: observes calls.
             rehearses: measure calls inside the step that were never seen there; else their times
                 are estimated, as long as any others are known.
-            explains: look for the smallest budget of a way that is hopeless, too.
+            hopeless_above: so many bytes for a single operation make a way hopeless; by default,
+                more than the budget.
 
         Raises:
             InfeasibleBudgetError: in terms of the whole step.
-            HopelessError: the same, found out at once; not if it should be explained.
+            HopelessError: the way is hopeless.
         """
+        if hopeless_above is None:
+            budget_bytes = self.request.budget_bytes
+            hopeless_above = math.inf if budget_bytes is None else budget_bytes
         num_microbatches, streaming = choice.num_microbatches, choice.streaming
         batch = self.batch
         pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
@@ -157,7 +162,7 @@ class WayPlanner:
             memory = memory or self.costs.memory(batch, loss, num_microbatches, streaming)
             step = self._completed(captured, choice, profiler)
             least_bytes = memory.peak_bytes(least_peak_bytes(step.joint.graph))
-            if not explains and least_bytes > (self.request.budget_bytes or least_bytes):
+            if least_bytes > hopeless_above:
                 raise HopelessError
             try:
                 step, plan = self._planned(step, loss, memory, profiler, rehearses)

@@ -121,9 +121,9 @@ class _Search:
         self.request = planner.request
         self.found: dict[Choice, Way] = {}
         self.errors: list[InfeasibleBudgetError] = []
-        # Ways that cannot fit whatever the schedule, the most thoroughly rewritten of each kind:
-        # how much they would need takes long to find out, and matters only if nothing fits.
-        self.hopeless: dict[tuple[int, bool, bool], Choice] = {}
+        # Ways that cannot fit whatever the schedule, by kind: how much they would need takes long
+        # to find out, and matters only if nothing fits.
+        self.hopeless: dict[tuple[int, bool, bool], list[Choice]] = {}
         self._loss_weight: LossWeight | None = None
         self._normalises_microbatches = False
 
@@ -152,12 +152,8 @@ class _Search:
                 break
         if self._normalises_microbatches and self.found:
             self._look_for_fewer_microbatches(too_few)
-        hopeless = sorted(self.hopeless.values(), key=self._resident_bytes)
-        for choice in hopeless if not self.found else ():
-            smallest = min((e.smallest_bytes for e in self.errors), default=None)
-            if smallest is None or self._resident_bytes(choice) < smallest:
-                self._try(choice, self.found, explains=True)
         if not self.found:
+            self._explain_hopeless()
             raise self._with_reasons(min(self.errors, key=lambda error: error.smallest_bytes))
         rehearsed: set[Choice] = set()
         while True:
@@ -172,22 +168,41 @@ class _Search:
             except InfeasibleBudgetError:
                 pass  # other times led the search elsewhere: what was found before still fits
 
-    def _way(self, choice: Choice, *, rehearses: bool = False, explains: bool = False) -> Way:
+    def _explain_hopeless(self) -> None:
+        """Find out how much those would need that may need least, the most rewritten ones first.
+
+        Rewriting costs a little where what it cuts is not the most that is held, so of each kind
+        the least thoroughly rewritten is looked at, too.
+        """
+        ends = [*(choices[-1] for choices in self.hopeless.values()),
+                *(choices[0] for choices in self.hopeless.values())]
+        for choice in sorted(dict.fromkeys(ends), key=self._resident_bytes):
+            smallest = min((e.smallest_bytes for e in self.errors), default=math.inf)
+            if self._resident_bytes(choice) < smallest:
+                try:
+                    self._way(choice, hopeless_above=smallest)
+                except HopelessError:
+                    pass
+                except InfeasibleBudgetError as error:
+                    self.errors.append(error)
+
+    def _way(
+        self, choice: Choice, *, rehearses: bool = False, hopeless_above: float | None = None
+    ) -> Way:
         return self.planner.way(
-            choice, self._loss_weight, self.profiler, rehearses=rehearses, explains=explains
+            choice, self._loss_weight, self.profiler, rehearses=rehearses,
+            hopeless_above=hopeless_above,
         )
 
-    def _try(
-        self, choice: Choice, found: dict[Choice, Way], *, explains: bool = False
-    ) -> None:
+    def _try(self, choice: Choice, found: dict[Choice, Way]) -> None:
         try:
-            if self._is_full_at_once(choice) and not explains:
+            if self._is_full_at_once(choice):
                 raise HopelessError
-            found[choice] = self._way(choice, explains=explains)
+            found[choice] = self._way(choice)
         except HopelessError:
             streaming = choice.streaming
             kind = (choice.num_microbatches, bool(streaming.states), bool(streaming.parameters))
-            self.hopeless[kind] = choice
+            self.hopeless.setdefault(kind, []).append(choice)
         except InfeasibleBudgetError as error:
             self.errors.append(error)
 

@@ -17,6 +17,7 @@ import torch
 from torch import fx, nn
 
 from packlight.capture.casts import merge_casts
+from packlight.capture.dropout import use_eager_dropout
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.runtime.aot import num_tangents, user_results, written_back
 from packlight.runtime.dynamo import (
@@ -137,6 +138,7 @@ class StepCapture:
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
+        use_eager_dropout(joint)
         mutated = written_back(joint, num_forward_outputs)
         returned = user_results(joint, num_forward_outputs)
         loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
