@@ -25,21 +25,24 @@ class Duel:
         rival: its record.
         exact: with exact moves only, by `fit`; None where they do not get there.
         ours: that changes no more than the rival does; None where Packlight does not get there.
+        planned: of those, the one that the planner expects to be fastest.
         smallest_bytes: the smallest peak of the cells that `ours` is chosen from, None for none.
-        rematch: the two side by side, where that was done; it decides.
+        rematch: the two side by side, where that was done; it decides, and where it was done with
+            several cells of Packlight's, the fastest is `ours`.
     """
 
     rival: Record
     exact: Record | None
     ours: Record | None
+    planned: Record | None
     smallest_bytes: int | None
     rematch: Rematch | None = None
 
     @property
     def ratio(self) -> float:
         """Packlight's time over the rival's."""
-        if self.rematch is not None and self.rematch.ratio_median is not None:
-            return self.rematch.ratio_median
+        if self.rematch is not None:
+            return self.rematch.ratio
         assert self.ours is not None
         return self.ours.ratio / self.rival.ratio
 
@@ -87,11 +90,17 @@ def duels_of(records: Sequence[Record], rematches: Sequence[Rematch] = ()) -> li
         mine = [r for r in records if r.is_ours and r.tool in fair and r.was_timed]
         exact = [r for r in mine if r.tool in (EXACT_ROW.tool, BACKEND)]
         peak_bytes = rival.peak_bytes or 0
-        ours = best_within(mine, peak_bytes)
-        rematch = None if ours is None else by_key.get(rematch_key(rival, ours))
+        within = [r for r in mine if (r.peak_bytes or 0) <= peak_bytes]
+        ours = best_within(within, peak_bytes)
+        again = [(by_key[key], r) for r in within if (key := rematch_key(rival, r)) in by_key]
+        rematch, ours = min(again, key=lambda pair: pair[0].ratio, default=(None, ours))
+        planned = min(
+            (r for r in within if r.predicted_seconds), key=lambda r: r.predicted_seconds or 0,
+            default=None,
+        )
         found.append(
             Duel(
-                rival, best_within(exact, peak_bytes), ours,
+                rival, best_within(exact, peak_bytes), ours, planned,
                 min((r.peak_bytes or 0 for r in mine), default=None), rematch,
             )
         )

@@ -125,6 +125,12 @@ class Rematch:
         return self.model, self.title, self.rival, self.ours
 
     @property
+    def ratio(self) -> float:
+        """The median; there is one."""
+        assert self.ratio_median is not None
+        return self.ratio_median
+
+    @property
     def has_failed(self) -> bool:
         """Whether there is no result."""
         return self.error is not None

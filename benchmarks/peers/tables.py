@@ -96,7 +96,7 @@ def duel_table(records: list[Record], rematches: Rematches = ()) -> list[str]:
 
 
 def _side_by_side(duel: Duel) -> str:
-    if duel.rematch is None or duel.rematch.ratio_median is None:
+    if duel.rematch is None:
         return "-"
     return median_and_quartiles(duel.rematch.ratio_median, duel.rematch.ratio_quartiles)
 
