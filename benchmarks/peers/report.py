@@ -68,7 +68,7 @@ def full_report(
         lines += [
             f"### {tables.eager_of(mine).title}", "",
             f"![{model}: peak against time](../../docs/{plot_name(model)})", "",
-            _conditions(mine), "",
+            _conditions(mine, [r for r in rematches if r.model == model]), "",
             "Each rival, and the fastest of Packlight's cells that hold no more:", "",
             *tables.duel_table(mine, rematches), "",
             "All Packlight cells:", "",
@@ -77,7 +77,7 @@ def full_report(
     return lines
 
 
-def _conditions(records: list[Record]) -> str:
+def _conditions(records: list[Record], rematches: tables.Rematches) -> str:
     eager = tables.eager_of(records)
     made = eager.provenance
     # A rival that runs in an environment of its own brings versions of its own.
@@ -86,6 +86,8 @@ def _conditions(records: list[Record]) -> str:
     low, high = eager.ratio_quartiles or (1.0, 1.0)
     commits = " and ".join(dict.fromkeys(r.provenance["commit"] for r in records))
     rounds = max(r.num_rounds for r in records)
+    again = " and ".join(dict.fromkeys(r.provenance["commit"] for r in rematches))
+    side_by_side = f" Side by side: commit {again}." if again else ""
     by_group = [r.eager_seconds_median for r in records if r.eager_seconds_median is not None]
     return (
         f"{made['hardware']}, {versions}, commit {commits}, seed {made['seed']}, "
@@ -93,7 +95,7 @@ def _conditions(records: list[Record]) -> str:
         f"MiB and takes {eager.seconds_median:.3f} s; an eager step against another one in the "
         f"same round: {low:.3f} to {high:.3f} (the machine's noise). Beside the other cells its "
         f"median was {min(by_group):.3f} to {max(by_group):.3f} s (the machine's drift: small "
-        "differences between cells that were not timed together say little)."
+        "differences between cells that were not timed together say little)." + side_by_side
     )
 
 
