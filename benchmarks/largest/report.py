@@ -56,6 +56,7 @@ def full_report(records: list[Record]) -> list[str]:
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     commits = " and ".join(dict.fromkeys(r.provenance["commit"] for r in records))
     limits = {format_bytes(limit): limit for limit in limits_of(records)}
+    hours = sum(r.result.seconds or 0.0 for r in records) / 3600
     return [
         f"![Blocks that train within each limit](../../docs/{CHART.name})", "",
         *depth_table(records), "",
@@ -65,7 +66,8 @@ def full_report(records: list[Record]) -> list[str]:
         *(line for limit in limits.values() for line in detail(records, limit)),
         f"{made['hardware']}, {made['cores']} cores of which trials use one, {versions}, commit "
         f"{commits}, seed {made['seed']}; {len(records)} trials of at most "
-        f"{max(r.time_limit_seconds for r in records):.0f} s until {made['timestamp']}.",
+        f"{max(r.time_limit_seconds for r in records):.0f} s, {hours:.1f} hours in all, until "
+        f"{made['timestamp']}.",
     ]
 
 

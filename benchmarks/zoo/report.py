@@ -73,6 +73,7 @@ def summary(found: ByFamily) -> list[str]:
     over = [r for r in measured if r.is_over_budget]
     kinds = ("eager", "traced", "unplanned", "other")
     bits = {whose: sum(r.bits == whose for r in compared) for whose in kinds}
+    seconds = sum((r.capture_seconds or 0.0) + (r.plan_seconds or 0.0) for r in records)
     lines = [
         f"{len(found) - len(missing)} of {len(found)} families measured in {len(records)} cells, "
         f"{len(measured)} of which ran.",
@@ -84,6 +85,7 @@ def summary(found: ByFamily) -> list[str]:
         "what it traced, or computes something else than eager PyTorch; "
         f"{bits['other']} have others.",
         f"- Predicted peaks are off by at most {max(errors, default=0.0):.2%}.",
+        f"- Capture, profiling and planning took {seconds / 60:.0f} minutes in all.",
     ]
     if rounded:
         worst = max(r.relative_error or 0.0 for r in rounded)
