@@ -508,8 +508,8 @@ def test_offloading_needs_less_memory_and_changes_no_bit(
     example.write_text(EXAMPLE.replace("nn.Linear(32, 1)", deeper))
     with pytest.raises(InfeasibleBudgetError) as caught:
         plan_within(example, 1, packlight.EXACT_MOVES)
-    # Below what is possible while all of AdamW's state is in memory.
-    budget = caught.value.smallest_bytes - 1024
+    # So far below that offloading activations is not enough while AdamW's state is in memory.
+    budget = caught.value.smallest_bytes - 3584
     common = ("train", example, "--exact", "--steps", 3, "--checkpoint")
     assert run(*common, tmp_path / "free") == 0
     assert_error(capsys, run("plan", example, "--exact", "--budget", budget), "smallest feasible")
