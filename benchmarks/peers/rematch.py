@@ -141,8 +141,9 @@ def _contenders(duel: Duel) -> list[Record]:
     """Return the cell that was fastest and the one that should be, if they are two."""
     ours, planned = duel.ours, duel.planned
     assert ours is not None
-    is_another = planned is not None and planned.way_digest != ours.way_digest
-    return [ours, planned] if planned is not None and is_another else [ours]
+    if planned is None or planned.way_digest == ours.way_digest:
+        return [ours]
+    return [ours, planned]
 
 
 if __name__ == "__main__":
