@@ -166,9 +166,9 @@ def _update_in_hooks(
 # -- Packlight
 
 # What is the process's and not the step's: captured graphs and plans as Python objects, the heap's
-# own accounts. More ways to run the step are captured and kept where all moves are allowed.
-RESERVED_BYTES = 32 * MEBIBYTE
-RESERVED_BYTES_PER_BLOCK = {"exact": 5 * MEBIBYTE // 2, "all moves": 5 * MEBIBYTE}
+# own accounts. More ways to run the step are looked at where all moves are allowed.
+RESERVED_BYTES = {"exact": 32 * MEBIBYTE, "all moves": 64 * MEBIBYTE}
+RESERVED_BYTES_PER_BLOCK = 5 * MEBIBYTE // 2
 
 
 def _packlight(
@@ -185,8 +185,9 @@ def _packlight(
 
     budget_bytes = None
     if setting.limit_bytes is not None:
-        per_block = RESERVED_BYTES_PER_BLOCK["exact" if is_exact else "all moves"]
-        budget_bytes = setting.spare_bytes() - RESERVED_BYTES - per_block * setting.depth
+        reserved_bytes = RESERVED_BYTES["exact" if is_exact else "all moves"]
+        reserved_bytes += RESERVED_BYTES_PER_BLOCK * setting.depth
+        budget_bytes = setting.spare_bytes() - reserved_bytes
     notes["budget_bytes"] = budget_bytes
     model, batch, loss_fn = build(setting, dtype, on_disk=offloads)
     updates: torch.optim.Optimizer = _adamw(model.parameters())
