@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from functorch.compile import min_cut_rematerialization_partition
+from functorch.compile import default_partition
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
@@ -133,11 +133,12 @@ def traced(loss_fn: LossFn) -> LossFn:
 
     A model may compute something else when it is traced: transformers' models ask whether they are,
     and recurrent layers run their time steps instead of one fused kernel. So do dropouts on a CPU;
-    they are given back eager PyTorch's bits, as Packlight does.
+    they are given back eager PyTorch's bits, as Packlight does. PyTorch's other partitioner would
+    make one of two such dropouts of the same values, which draw different numbers.
     """
     def partitioned(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         use_eager_dropout(joint)
-        return min_cut_rematerialization_partition(joint, *args, **kwargs)
+        return default_partition(joint, *args, **kwargs)
 
     backend = aot_autograd(
         fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partitioned
