@@ -204,18 +204,39 @@ def test_batch_norm_gets_as_many_rows_as_fit_unless_that_takes_long(
             return {}
         seconds = {11: seconds_of_eleven, 16: 0.99}.get(count, 1.0)
         way = SimpleNamespace(
-            num_microbatches=count, seconds=seconds, is_bit_exact=False, is_plain=False
+            num_microbatches=count, seconds=seconds, is_bit_exact=False, slowdown=2.0
         )
         return {prepare.Choice(count): way}
 
+    search = search_among(monkeypatch, ways, [1, 2, 4, 8, 16, 32])
+    search._normalises_microbatches = has_batch_norm
+    assert search.fastest().num_microbatches == chosen
+
+
+@pytest.mark.parametrize(("slowdown", "looked_at"), [(1.0, [1]), (1.04, [1]), (1.06, [1, 2])])
+def test_no_microbatches_are_captured_where_they_could_hardly_be_faster(
+    monkeypatch: Any, slowdown: float, looked_at: list[int]
+) -> None:
+    counts = []
+
+    def ways(_: Any, count: int) -> dict[prepare.Choice, Any]:
+        counts.append(count)
+        way = SimpleNamespace(
+            num_microbatches=count, seconds=slowdown, is_bit_exact=count == 1, slowdown=slowdown
+        )
+        return {prepare.Choice(count): way}
+
+    assert search_among(monkeypatch, ways, [1, 2]).fastest().num_microbatches == 1
+    assert counts == looked_at
+
+
+def search_among(monkeypatch: Any, ways: Any, counts: list[int]) -> prepare._Search:
     monkeypatch.setattr(prepare._Search, "_with_microbatches", ways)
-    monkeypatch.setattr(prepare._Search, "_counts", lambda _: iter([1, 2, 4, 8, 16, 32]))
+    monkeypatch.setattr(prepare._Search, "_counts", lambda _: iter(counts))
     monkeypatch.setattr(
         prepare._Search, "_way", lambda search, choice, rehearses: search.found[choice]
     )
-    search = prepare._Search(SimpleNamespace(request=None), None, {})  # type: ignore[arg-type]
-    search._normalises_microbatches = has_batch_norm
-    assert search.fastest().num_microbatches == chosen
+    return prepare._Search(SimpleNamespace(request=None), None, {})  # type: ignore[arg-type]
 
 
 def test_microbatches_end_where_the_model_cannot_run_on_fewer_rows() -> None:

@@ -207,9 +207,10 @@ class _Search:
             self.errors.append(error)
 
     def _is_enough(self, latest: Iterable[Way]) -> bool:
+        """Whether more microbatches, which have to be captured first, are not worth looking at."""
         way = min(latest, key=self._handicapped_seconds)
         best = min(map(self._handicapped_seconds, self.found.values()))
-        return way.is_plain or self._handicapped_seconds(way) > 1.1 * best
+        return way.slowdown <= ROUNDING_MARGIN or self._handicapped_seconds(way) > 1.1 * best
 
     def _handicapped_seconds(self, way: Way) -> float:
         """Return a way's duration, longer by as much as it is worth to do without what it changes.
