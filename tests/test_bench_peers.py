@@ -180,14 +180,14 @@ def test_side_by_side_decides_whoever_was_ahead(records: list[Record]) -> None:
 
 
 def test_of_several_cells_side_by_side_the_fastest_counts(records: list[Record]) -> None:
-    duel = next(d for d in duels_of(records) if d.is_lost and d.ours is not None)
-    assert duel.ours is not None
+    duels = duels_of(records)
+    rival, mine = next((d.rival, d.ours) for d in duels if d.is_lost and d.ours is not None)
     other = next(r for r in records if r.tool == EXACT_ROW.tool and r.setting == SMALLEST)
     again = [
-        Rematch(*rematch_key(duel.rival, ours), ratio_median=ratio, ratio_quartiles=(ratio, ratio))
-        for ours, ratio in ((duel.ours, 1.2), (other, 0.9))
+        Rematch(*rematch_key(rival, ours), ratio_median=ratio, ratio_quartiles=(ratio, ratio))
+        for ours, ratio in ((mine, 1.2), (other, 0.9))
     ]
-    decided = next(d for d in duels_of(records, again) if d.rival is duel.rival)
+    decided = next(d for d in duels_of(records, again) if d.rival is rival)
     assert decided.ours is other and decided.rematch is again[1] and not decided.is_lost
 
 
@@ -198,8 +198,7 @@ def test_the_cell_that_should_be_fastest_is_timed_too(records: list[Record]) -> 
         for r in records
     ]
     duel = next(d for d in duels_of(planned) if d.rival.name == f"{CHECKPOINT}, {PER_BLOCK}")
-    assert duel.ours is not None and duel.planned is not None
-    assert (duel.ours.setting, duel.planned.setting) == (HALF, SMALLEST)
+    assert [cell and cell.setting for cell in (duel.ours, duel.planned)] == [HALF, SMALLEST]
 
 
 def test_duels_are_close_if_a_tenth_apart_or_lost(records: list[Record]) -> None:

@@ -133,8 +133,9 @@ def traced(loss_fn: LossFn) -> LossFn:
 
     A model may compute something else when it is traced: transformers' models ask whether they are,
     and recurrent layers run their time steps instead of one fused kernel. So do dropouts on a CPU;
-    they are given back eager PyTorch's bits, as Packlight does. PyTorch's other partitioner would
-    make one of two such dropouts of the same values, which draw different numbers.
+    they are given back eager PyTorch's bits, as Packlight does. PyTorch's min-cut partitioner,
+    that of "aot_eager", would make one of two such dropouts of the same values, which draw
+    different numbers.
     """
     def partitioned(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         use_eager_dropout(joint)
@@ -152,10 +153,9 @@ def run_traced(
 ) -> tuple[Result, bool]:
     """Return what comes of a loss that is traced and not planned, and whether PyTorch ran it.
 
-    Where a fake kernel is wrong about strides, PyTorch cannot run what it traced; where a forward
-    counts up a buffer and computes with it, PyTorch's partitioner may have the backward compute
-    that again from the new count (sqrt(n + 1) becomes sqrt(n + 2)). Then it is Packlight's plain
-    step, without a budget, that planned ones are compared with.
+    Where a fake kernel is wrong about strides, PyTorch cannot run what it traced; and what it runs
+    may compute something else. Then it is Packlight's plain step, without a budget, that planned
+    ones are compared with.
 
     Args:
         loss_fn: eager.
