@@ -15,6 +15,7 @@ from torch import fx
 
 from packlight.capture.chunk_rows import Dims, Reduced, Share, tensor_inputs
 from packlight.capture.chunk_rules import flow, is_label_loss, rule_of
+from packlight.capture.span import Span
 
 # A tensor is wide if it has more than this share of the elements of the group's largest one; the
 # input of the product that a group grows from must not be.
@@ -25,8 +26,8 @@ class Growth:
     """One attempt to close a region.
 
     Args:
-        spans: the parts of the step, each in the order of the graph, that members run in: what lies
-            on a path between members of one part is a member, too.
+        spans: the parts of the step that members run in: what lies on a path between members of
+            one part is a member, too.
         seed: the product to grow from, its rows in its first dim.
         units: number of units.
 
@@ -35,7 +36,7 @@ class Growth:
         is_hopeless: smaller or larger units would not help.
     """
 
-    def __init__(self, spans: Sequence[Sequence[fx.Node]], seed: fx.Node, units: int) -> None:
+    def __init__(self, spans: Sequence[Span], seed: fx.Node, units: int) -> None:
         self.spans = spans
         self.units = units
         self.num_wide = num_elements(seed) * WIDE_SHARE
@@ -116,33 +117,26 @@ class Growth:
 
     def _between(self) -> list[fx.Node]:
         """Return the nodes that are no members although they lie on a path between members."""
-        found: list[fx.Node] = []
-        for span in self.spans:
-            members = {n for n in span if self._has_rows(n)}
-            below = nodes_below(span, members) | members
-            above: set[fx.Node] = set()
-            for node in reversed(span):
-                if any(u in above for u in node.users) or node in self.shares:
-                    above.add(node)
-            found += [n for n in span if n in below and n in above and n not in self.shares]
-        return found
+        with_rows = [n for n in self.shares if self._has_rows(n)]
+        return [n for span in self.spans for n in span.between(self.shares, with_rows)]
 
     def _join(self) -> None:
         """Take in what only joins members' results: then one tensor leaves the region, not two."""
         for span in self.spans:
-            here = {n for n in span if n in self.shares}
-            for node in span:
+            users = [u for n in span.ordered(self.shares) for u in n.users]
+            while users:
+                node = users.pop()
                 inputs = node.all_input_nodes
                 if (
-                    inputs
+                    node in span
                     and node not in self.shares
-                    and all(i in here and self._has_rows(i) for i in inputs)
+                    and all(i in span and self._has_rows(i) for i in inputs)
                     and all(len(i.users) == 1 for i in inputs)
                     and num_elements(node) <= sum(map(num_elements, inputs))
                     and not self.is_wide(node)
                     and self._take(node)
                 ):
-                    here.add(node)
+                    users += node.users
 
     def _has_rows(self, node: fx.Node) -> bool:
         return node in self.shares and self.shares[node] is not Reduced.COUNT
@@ -159,14 +153,7 @@ class Growth:
             # Labels are counted before the first chunk.
             if is_label_loss(node) and any(i in self.shares for i in tensor_inputs(node)[1:]):
                 return False
-        return not any(
-            argument in below
-            for span in self.spans
-            for below in [nodes_below(span, self.shares)]
-            for node in span
-            if node in self.shares
-            for argument in node.all_input_nodes
-        )
+        return not any(span.between(self.shares, self.shares) for span in self.spans)
 
 
 def nodes_below(nodes: Sequence[fx.Node], members: Container[fx.Node]) -> set[fx.Node]:

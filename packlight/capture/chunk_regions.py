@@ -20,6 +20,7 @@ from torch import fx
 from packlight.capture.chunk_growth import WIDE_SHARE, Growth, nodes_below, num_elements
 from packlight.capture.chunk_rows import Dims, Share, shape_of, tensor_inputs
 from packlight.capture.layers import layers_of_nodes
+from packlight.capture.span import Span
 
 LATE_KEY = "packlight_late"
 
@@ -80,7 +81,7 @@ def find_heads(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]
         return not any(n in forward and growth.is_wide(n) for n in below)
 
     targets = {torch.ops.aten.mm.default: Kind.HEAD, torch.ops.aten.addmm.default: Kind.HEAD}
-    return _grown_regions(nodes, forward, (nodes,), targets, is_head)
+    return _grown_regions(nodes, forward, (Span(nodes),), targets, is_head)
 
 
 def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]:
@@ -97,7 +98,8 @@ def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Re
     nodes = list(module.graph.nodes)
     forward = forward_nodes(nodes)
     early = [n for n in nodes if n in forward and LATE_KEY not in n.meta]
-    rest = [n for n in nodes if n.op == "call_function" and n not in set(early)]
+    is_early = set(early)
+    rest = [n for n in nodes if n.op == "call_function" and n not in is_early]
     in_heads = {n for head in find_heads(module, num_forward_outputs) for n in head.nodes}
     targets = {
         torch.ops.aten.mm.default: Kind.MLP,
@@ -108,7 +110,7 @@ def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Re
     def is_no_head(growth: Growth) -> bool:
         return not in_heads.intersection(growth.shares)
 
-    return _grown_regions(nodes, early, (early, rest), targets, is_no_head)
+    return _grown_regions(nodes, early, (Span(early), Span(rest)), targets, is_no_head)
 
 
 def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -130,7 +132,7 @@ def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
 def _grown_regions(
     nodes: list[fx.Node],
     seeds: Iterable[fx.Node],
-    spans: Sequence[Sequence[fx.Node]],
+    spans: Sequence[Span],
     kinds: dict[torch._ops.OpOverload, Kind],
     is_accepted: Callable[[Growth], bool],
 ) -> list[Region]:
@@ -149,7 +151,7 @@ def _grown_regions(
         if growth is None or taken.intersection(growth.shares) or not is_accepted(growth):
             continue
         taken.update(growth.shares)
-        runs = [tuple(n for n in span if n in growth.shares) for span in spans]
+        runs = [tuple(span.ordered(growth.shares)) for span in spans]
         region = Region(
             kinds[product.target],  # type: ignore[index]
             layers.get(product, product.name),
@@ -163,7 +165,7 @@ def _grown_regions(
     return sorted(found, key=lambda region: -region.bytes)
 
 
-def _grown(spans: Sequence[Sequence[fx.Node]], seed: fx.Node) -> Growth | None:
+def _grown(spans: Sequence[Span], seed: fx.Node) -> Growth | None:
     """Return the region around a product, in the smallest units that it allows."""
     units = shape_of(seed)[0]
     tried: set[int] = set()
