@@ -105,7 +105,9 @@ def test_tables_say_what_stopped_a_search_and_which_promises_broke(tmp_path: Pat
     assert read_records(path) == [dataclasses.replace(r) for r in records]
     rows = depth_table(records)[2:]
     assert rows[0] == "| plain PyTorch | nothing | 9 blocks, 9 M | > 20 blocks, 20 M |"
-    assert rows[1].endswith("| >= 14 blocks, 14 M | - |"), "nothing deeper was tried"
+    assert rows[1].endswith(2 * "| >= 14 blocks, 14 M " + "|"), "nothing deeper was tried"
+    late = [record(PLAIN, 9, TRAINED), record(EXACT, 20, TRAINED, 2 * GIB)]
+    assert depth_table(late)[-1].endswith("| - | >= 20 blocks, 20 M |"), "that needed more memory"
     assert "refused memory to none" in promise_lines(records)[0]
     broken = record(EXACT, 15, OUT_OF_MEMORY, predicted_bytes=GIB)
     assert "to 1 of them: Packlight, exact with 15 blocks" in promise_lines([*records, broken])[0]

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.common import ROOT, first_line, mebibytes, replace_between_markers, table
 from benchmarks.largest.records import FOLDER, RESULTS, Found, Record, found, read_records
 from benchmarks.largest.tools import TOOLS
-from benchmarks.largest.trial import OUT_OF_MEMORY
+from benchmarks.largest.trial import OUT_OF_MEMORY, TRAINED
 from packlight.report.style import LIGHT, drawing
 from packlight.units import format_bytes
 
@@ -38,15 +38,18 @@ def limits_of(records: list[Record]) -> list[int]:
 
 
 def by_tool(records: list[Record]) -> dict[str, dict[int, Found]]:
-    """Return what was found, for each tool that was tried, by limit."""
+    """Return what was found, for each tool that was tried, by limit.
+
+    What trains within a smaller limit stands where a tool was not tried itself.
+    """
     result: dict[str, dict[int, Found]] = {}
     for tool in TOOLS:
         mine = [r for r in records if r.tool == tool]
-        if mine:
-            result[tool] = {
-                limit: found([r for r in mine if r.limit_bytes == limit])
-                for limit in limits_of(mine)
-            }
+        for limit in limits_of(records):
+            smaller = [r for r in mine if r.limit_bytes < limit and r.result.outcome == TRAINED]
+            tried = [r for r in mine if r.limit_bytes == limit] or smaller
+            if tried:
+                result.setdefault(tool, {})[limit] = found(tried)
     return result
 
 
@@ -61,7 +64,8 @@ def full_report(records: list[Record]) -> list[str]:
         f"![Blocks that train within each limit](../../docs/{CHART.name})", "",
         *depth_table(records), "",
         "`>`: deeper models were stopped by the time limit of a trial, not by memory. `>=`: the "
-        "search was not carried to its end, deeper models may train. `-`: not run.", "",
+        "search was not carried to its end, deeper models may train; or not begun, and this is "
+        "what trains within a smaller limit. `-`: not run.", "",
         *promise_lines(records), "",
         *(line for limit in limits.values() for line in detail(records, limit)),
         f"{made['hardware']}, {made['cores']} cores of which trials use one, {versions}, commit "
