@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,22 @@ def test_a_branch_that_depends_on_values_is_shown() -> None:
     with pytest.raises(GraphBreakError, match="`if is_any:` depends on the values") as caught:
         packlight.fit(model, classify, sgd(model), batch_of(), progress=False)
     assert caught.value.file == __file__
+
+
+def test_torchs_decoder_trains_when_told_that_its_mask_is_causal() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.TransformerDecoder(layer, 1)
+    batch = torch.randn(2, 5, 16)
+
+    def loss_fn(is_causal: bool | None) -> Callable[[nn.Module, torch.Tensor], torch.Tensor]:
+        mask = nn.Transformer.generate_square_subsequent_mask(5)
+        return lambda decoder, x: (
+            decoder(x, x, tgt_mask=mask, tgt_is_causal=is_causal).square().mean()
+        )
+
+    with pytest.raises(GraphBreakError, match="multi_head_attention_forward.*\n.*tgt_is_causal="):
+        packlight.fit(model, loss_fn(None), sgd(model), batch, progress=False)
+    expected = loss_fn(True)(model, batch).detach()
+    step = packlight.fit(model, loss_fn(True), sgd(model), batch, progress=False)
+    assert torch.equal(step(batch), expected)

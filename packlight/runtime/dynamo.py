@@ -19,6 +19,8 @@ from torch import fx, nn
 from packlight.errors import GraphBreakError, UnsupportedModelError
 
 VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
+# nn.Transformer compares a mask's values with a causal one's, unless it is told.
+CAUSAL_HINT = "tell torch's attention whether its mask is causal: tgt_is_causal= or is_causal="
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -176,6 +178,8 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
     hint = useful[0] if useful else GRAPH_BREAK_HINT
     branch = re.search(r"data-dependent expression.*Caused by: (.*?)\s+#", message, re.DOTALL)
     if branch is not None:
-        cause, hint = f"`{branch[1]}` depends on the values of a tensor", VALUES_HINT
+        cause = f"`{branch[1]}` depends on the values of a tensor"
+        is_attention = "multi_head_attention_forward" in branch[1]
+        hint = CAUSAL_HINT if is_attention else VALUES_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)
