@@ -18,11 +18,11 @@ class Span:
     """
 
     def __init__(self, nodes: Iterable[fx.Node]) -> None:
-        self.nodes = tuple(nodes)
-        self._positions = {node: i for i, node in enumerate(self.nodes)}
+        self._nodes = tuple(nodes)
+        self._positions = {node: i for i, node in enumerate(self._nodes)}
         self._inputs = [
             [self._positions[i] for i in node.all_input_nodes if i in self._positions]
-            for node in self.nodes
+            for node in self._nodes
         ]
 
     def __contains__(self, node: fx.Node) -> bool:
@@ -30,7 +30,7 @@ class Span:
 
     def ordered(self, nodes: Iterable[fx.Node]) -> list[fx.Node]:
         """Return those of some nodes that are in the span, in its order."""
-        return [self.nodes[i] for i in self._places(nodes)]
+        return [self._nodes[i] for i in self._places(nodes)]
 
     def between(self, members: Iterable[fx.Node], sources: Iterable[fx.Node]) -> list[fx.Node]:
         """Return the nodes on a path from a source to a member that are no members, in order.
@@ -56,7 +56,7 @@ class Span:
                     above[j] = True
         here = set(ends)
         return [
-            self.nodes[i]
+            self._nodes[i]
             for i in range(first, last + 1)
             if below[i] and above[i] and i not in here
         ]
