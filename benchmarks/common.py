@@ -76,7 +76,7 @@ def provenance(
     """
     import torch
 
-    from packlight.capture.cache import device_name
+    from packlight.costs.cache import device_name
 
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for name in ("transformers", *packages):

@@ -18,8 +18,8 @@ import packlight
 from benchmarks.common import quartiles, same_bits, timed
 from benchmarks.models import Built, LossFn
 from packlight.errors import InfeasibleBudgetError
-from packlight.runtime.accounting import batch_bytes, tensors_bytes
-from packlight.runtime.ways import Way
+from packlight.search.ways import Way
+from packlight.updates.accounting import batch_bytes, tensors_bytes
 
 Step = Callable[[Any], torch.Tensor]
 

@@ -34,12 +34,12 @@ from packlight.cli import build_parser, main  # noqa: E402
 from packlight.cli.options import moves  # noqa: E402
 from packlight.cli.profile import planned  # noqa: E402
 from packlight.planner import plain_schedule, plan_schedule  # noqa: E402
-from packlight.report.accounts import curve  # noqa: E402
+from packlight.planner.accounts import curve  # noqa: E402
 from packlight.report.figures import memory_over_time  # noqa: E402
 from packlight.report.style import LIGHT, drawing  # noqa: E402
 from packlight.report.transfers import link_lane  # noqa: E402
-from packlight.runtime.train_step import TrainStep, planned_step  # noqa: E402
 from packlight.step import Action, Schedule, StepGraph, simulate  # noqa: E402
+from packlight.train_step import TrainStep, planned_step  # noqa: E402
 from tests.browser import Browser, find_chromium  # noqa: E402
 from tests.models import make  # noqa: E402
 

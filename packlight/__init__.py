@@ -17,20 +17,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from packlight.capture.peak import MemoryPeak, measure_peak
-    from packlight.runtime.train_step import TrainStep, fit, plan, profile
-    from packlight.runtime.ways import EXACT_MOVES, MOVES
+    from packlight.costs.peak import MemoryPeak, measure_peak
+    from packlight.search.ways import EXACT_MOVES, MOVES
+    from packlight.train_step import TrainStep, fit, plan, profile
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
-    "EXACT_MOVES": "packlight.runtime.ways",
-    "MOVES": "packlight.runtime.ways",
-    "MemoryPeak": "packlight.capture.peak",
-    "TrainStep": "packlight.runtime.train_step",
-    "fit": "packlight.runtime.train_step",
-    "measure_peak": "packlight.capture.peak",
-    "plan": "packlight.runtime.train_step",
-    "profile": "packlight.runtime.train_step",
+    "EXACT_MOVES": "packlight.search.ways",
+    "MOVES": "packlight.search.ways",
+    "MemoryPeak": "packlight.costs.peak",
+    "TrainStep": "packlight.train_step",
+    "fit": "packlight.train_step",
+    "measure_peak": "packlight.costs.peak",
+    "plan": "packlight.train_step",
+    "profile": "packlight.train_step",
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from packlight.backend import PacklightBackend, backend_from_options
+from packlight.capture.dynamo import plain_errors
 from packlight.errors import BudgetFormatError, GraphBreakError, OptionError
 from packlight.planner import Planner
-from packlight.runtime.backend import PacklightBackend, backend_from_options
-from packlight.runtime.dynamo import plain_errors
 from packlight.step import Action
 
 
@@ -272,7 +272,7 @@ def test_unknown_options_and_techniques_are_named() -> None:
 
 
 def test_each_combination_of_in_place_overloads_was_checked_for_equal_bits() -> None:
-    from packlight.capture.measure import in_place_call, observe_call
+    from packlight.costs.measure import in_place_call, observe_call
 
     x = torch.randn(64, 32)
     calls = [

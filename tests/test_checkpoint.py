@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from packlight.errors import FormatError, PacklightError
-from packlight.runtime import checkpoint as checkpoint_module
-from packlight.runtime.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
+from packlight.run import checkpoint as checkpoint_module
+from packlight.run.checkpoint import newest_checkpoint, read_checkpoint, save_checkpoint
 
 OptimizerMaker = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -204,7 +204,7 @@ def test_a_failed_write_leaves_the_old_checkpoint_and_no_rubbish(
 KILLED_WRITER = """
 import os, sys
 import torch
-from packlight.runtime import checkpoint
+from packlight.run import checkpoint
 checkpoint._flush = lambda path: os._exit(9)
 model = torch.nn.Linear(2, 2)
 checkpoint.save_checkpoint(sys.argv[1], model, torch.optim.SGD(model.parameters()), step=2)

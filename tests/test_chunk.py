@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from packlight.capture.chunk import LATE_KEY, Region, chunked, find_heads
 from packlight.capture.joint import JointStep, read_joint_graph
-from packlight.capture.profiler import CallProfiler
+from packlight.costs.profiler import CallProfiler
+from packlight.moves.chunk.rewrite import LATE_KEY, Region, chunked, find_heads
 from packlight.planner.plain import plain_schedule
 from packlight.step import Phase, simulate
 from tests.models import make

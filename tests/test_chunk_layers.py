@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import packlight
-from packlight.capture.chunk import Kind, chunked, find_heads, find_row_groups
 from packlight.errors import InfeasibleBudgetError
+from packlight.moves.chunk.rewrite import Kind, chunked, find_heads, find_row_groups
 from packlight.planner.plan import smallest_peak_bytes
 from packlight.step import Phase
 from tests.models import make

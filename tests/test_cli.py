@@ -17,8 +17,8 @@ import torch
 import packlight
 from packlight.cli import main
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
-from packlight.runtime.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from packlight.runtime.train_step import MeasuredStep
+from packlight.run.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
+from packlight.train_step import MeasuredStep
 from packlight.units import parse_bytes
 
 EXAMPLE = '''
@@ -491,8 +491,8 @@ def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(
 @pytest.fixture
 def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a directory to offload to, which may lie in memory here."""
-    from packlight.runtime import prepare, run_step
-    from packlight.runtime.offload.disk import DiskTier
+    from packlight.memory.disk import DiskTier
+    from packlight.search import prepare, run_step
     from packlight.step import Link
 
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))

@@ -19,9 +19,9 @@ import torch
 
 import packlight
 from packlight import errors
+from packlight.backend import packlight_backend
 from packlight.cli import build_parser
 from packlight.planner import plain_schedule, plan_schedule
-from packlight.runtime.backend import packlight_backend
 from packlight.step import Action, Schedule, StepGraph, simulate
 from tests.browser import Browser, find_chromium
 
@@ -95,7 +95,7 @@ def test_figures_of_the_moves_are_those_of_the_benchmark() -> None:
 
 
 def test_every_technique_is_explained() -> None:
-    from packlight.runtime.ways import TECHNIQUES
+    from packlight.search.ways import TECHNIQUES
 
     text = (DOCS / "moves.md").read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in text for name in TECHNIQUES)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import packlight
+from packlight.backend import PacklightBackend
 from packlight.capture.dropout import dropout, dropout_backward
-from packlight.capture.measure import observe_call, same_bits
-from packlight.runtime.backend import PacklightBackend
+from packlight.costs.measure import observe_call, same_bits
 
 SHAPE = (4, 6, 5, 3)
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from packlight.capture.embedding import with_added_rows
-from packlight.runtime.step_capture import CapturedLoss, StepCapture
+from packlight.capture.step_capture import CapturedLoss, StepCapture
+from packlight.moves.chunk.embedding import with_added_rows
 from tests.models import make
 
 

@@ -15,9 +15,9 @@ import torch
 
 import packlight
 from benchmarks.zoo.outcome import observe, traced
+from packlight.backend import PacklightBackend
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
-from packlight.runtime.backend import PacklightBackend
 from packlight.step import StepGraph
 from tests.models import make
 

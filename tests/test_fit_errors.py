@@ -19,7 +19,7 @@ from packlight.errors import (
     OptionError,
     UnsupportedModelError,
 )
-from packlight.runtime.plan_way import WayPlanner
+from packlight.search.plan_way import WayPlanner
 from tests.models import make
 from tests.oracles.eager_loop import Training, assert_no_gradients, assert_same_bits, twins
 

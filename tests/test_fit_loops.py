@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import packlight
 from benchmarks.zoo.outcome import traced
 from packlight.errors import UnsupportedModelError
-from packlight.runtime.prepare import Preparer
+from packlight.search.prepare import Preparer
 from tests.oracles.eager_loop import (
     Training,
     assert_equal_losses,

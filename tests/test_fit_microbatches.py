@@ -13,8 +13,8 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
-from packlight.runtime import prepare
-from packlight.runtime.update import ParameterUpdates
+from packlight.search import prepare
+from packlight.updates.update import ParameterUpdates
 from tests import models
 from tests.oracles.eager_loop import (
     LossFunction,

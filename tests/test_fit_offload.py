@@ -16,12 +16,12 @@ import pytest
 import torch
 
 import packlight
+from packlight.costs.link import measure_link
 from packlight.errors import InfeasibleBudgetError, OffloadError
-from packlight.runtime import prepare, run_step
-from packlight.runtime.offload.disk import DiskTier
-from packlight.runtime.offload.link import measure_link
-from packlight.runtime.train_step import TrainStep
+from packlight.memory.disk import DiskTier
+from packlight.search import prepare, run_step
 from packlight.step import Link
+from packlight.train_step import TrainStep
 from tests.models import make
 
 

@@ -20,7 +20,7 @@ from packlight.errors import (
     PrecisionError,
     UnsupportedModelError,
 )
-from packlight.runtime.precision import PRECISIONS, SMALLEST_SCALE, under_autocast
+from packlight.moves.precision import PRECISIONS, SMALLEST_SCALE, under_autocast
 from packlight.step import StepGraph, simulate
 from tests.oracles.eager_loop import Training, assert_equal_losses, assert_same_bits
 

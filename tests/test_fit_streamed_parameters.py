@@ -17,13 +17,13 @@ import torch
 from torch import nn
 
 import packlight
+from packlight.costs.link import measure_link
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError, OffloadError
-from packlight.runtime import prepare, run_step
-from packlight.runtime.checkpoint import newest_checkpoint, save_checkpoint
-from packlight.runtime.offload.disk import DiskTier
-from packlight.runtime.offload.link import measure_link
-from packlight.runtime.train_step import TrainStep
+from packlight.memory.disk import DiskTier
+from packlight.run.checkpoint import newest_checkpoint, save_checkpoint
+from packlight.search import prepare, run_step
 from packlight.step import BufferKind, simulate
+from packlight.train_step import TrainStep
 from packlight.units import parse_bytes
 from tests.oracles.eager_loop import Training, assert_same_bits, twins
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import packlight
 from benchmarks.zoo.outcome import observe, traced
+from packlight.backend import PacklightBackend
 from packlight.planner import smallest_plan
-from packlight.runtime.backend import PacklightBackend
 
 
 @pytest.fixture(autouse=True)

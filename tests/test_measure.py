@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from packlight.capture.measure import call_signature, observe_call
-from packlight.capture.peak import measure_peak
+from packlight.costs.measure import call_signature, observe_call
+from packlight.costs.peak import measure_peak
 
 aten = torch.ops.aten
 

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from packlight.capture.batch_statistics import batch_statistics
-from packlight.capture.denominator import Denominator
-from packlight.capture.loss_weight import find_denominator
+from packlight.capture.dynamo import prepare_dynamo, specialize
 from packlight.errors import BatchError, MicrobatchError
-from packlight.runtime.dynamo import prepare_dynamo, specialize
-from packlight.runtime.independence import check_rows_independent, few_rows, settle
-from packlight.runtime.microbatch import (
+from packlight.moves.microbatch.batch_statistics import batch_statistics
+from packlight.moves.microbatch.denominator import Denominator
+from packlight.moves.microbatch.independence import check_rows_independent, few_rows, settle
+from packlight.moves.microbatch.loss_weight import find_denominator
+from packlight.moves.microbatch.split import (
     leaves_of_primals,
     loss_weights,
     num_rows,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import packlight
-from packlight.capture.measure import observe_call
-from packlight.capture.peak import measure_peak
+from packlight.costs.measure import observe_call
+from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError
-from packlight.runtime.rng import generator_state, replay
+from packlight.lower.rng import generator_state, replay
 from tests.models import classify
 from tests.oracles.eager_loop import assert_equal_losses, assert_same_bits, twins
 

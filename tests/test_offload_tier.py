@@ -19,11 +19,12 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from packlight.capture.peak import allocator_peak
+from packlight.costs.link import measure_link
+from packlight.costs.peak import allocator_peak
 from packlight.errors import OffloadError
-from packlight.runtime.offload import DiskTier, HostTier, SlotSpec, Tier, measure_link, scratch
-from packlight.runtime.offload import disk as disk_module
-from packlight.runtime.offload.tier import PIECE_BYTES
+from packlight.memory import DiskTier, HostTier, SlotSpec, Tier, scratch
+from packlight.memory import disk as disk_module
+from packlight.memory.tier import PIECE_BYTES
 
 CPU = torch.device("cpu")
 MANY_PIECES_BYTES = 3 * PIECE_BYTES + 777
@@ -615,7 +616,7 @@ def test_a_thread_that_does_not_start_leaves_no_file(
 def test_a_process_that_ends_with_an_open_tier_ends_and_leaves_nothing(tmp_path: Path) -> None:
     program = """
 import sys, torch
-from packlight.runtime.offload import DiskTier, SlotSpec
+from packlight.memory import DiskTier, SlotSpec
 value = torch.zeros(50 * 2**20, dtype=torch.uint8)
 tier = DiskTier(sys.argv[1], [SlotSpec.of(value)], allow_memory=True)
 tier.offload(0, value)

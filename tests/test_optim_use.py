@@ -29,8 +29,8 @@ from packlight.optim import (
     lion,
     sgd,
 )
-from packlight.runtime.checkpoint import newest_checkpoint, save_checkpoint
-from packlight.runtime.update import ParameterUpdates
+from packlight.run.checkpoint import newest_checkpoint, save_checkpoint
+from packlight.updates.update import ParameterUpdates
 from tests.test_optim import gradients, run, started
 
 MANY = (1024, 512)

@@ -12,12 +12,12 @@ from torch import nn
 
 import packlight
 from packlight.capture.joint import read_joint_graph
-from packlight.capture.pack import pack_bits, unpack_bits, with_packed_buffers
-from packlight.capture.profiler import CallProfiler
+from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
+from packlight.moves.pack import pack_bits, unpack_bits, with_packed_buffers
 from packlight.planner.plain import plain_schedule
-from packlight.runtime.rewriting import Rewriter
-from packlight.runtime.ways import Rewriting
+from packlight.search.rewriting import Rewriter
+from packlight.search.ways import Rewriting
 from packlight.step import StepGraph, simulate
 from tests.oracles.joint import Joint, joint_graph
 

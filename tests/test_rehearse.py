@@ -11,14 +11,14 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 import packlight
+from packlight import backend as backend_module
+from packlight.backend import PacklightBackend
 from packlight.capture.joint import RNG_STATE, SNAPSHOT, TANGENT
-from packlight.capture.profiler import CallProfiler
+from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
-from packlight.runtime import backend as backend_module
-from packlight.runtime import plan_way
-from packlight.runtime.backend import PacklightBackend
-from packlight.runtime.rehearse import NUM_REHEARSALS, _Clock
+from packlight.search import plan_way
+from packlight.search.rehearse import NUM_REHEARSALS, _Clock
 from packlight.step import Schedule
 from tests.models import make
 

@@ -18,8 +18,7 @@ import pytest
 
 from packlight.errors import MissingExtraError
 from packlight.planner import plain_schedule
-from packlight.report import write_report
-from packlight.report.accounts import (
+from packlight.planner.accounts import (
     curve,
     layer_accounts,
     layer_groups,
@@ -27,6 +26,7 @@ from packlight.report.accounts import (
     peak_by_layer,
     whole_step_bytes,
 )
+from packlight.report import write_report
 from packlight.report.figures import memory_over_time, peak_breakdown, three_kinds
 from packlight.report.transfers import buffer_transfers, busy
 from packlight.step import (
@@ -355,8 +355,8 @@ def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepP
 
     import packlight
     from packlight.errors import InfeasibleBudgetError
-    from packlight.runtime import prepare, run_step
-    from packlight.runtime.offload.disk import DiskTier
+    from packlight.memory.disk import DiskTier
+    from packlight.search import prepare, run_step
 
     link = Link("a disk", 2e8, 1e-4)
     directory = tmp_path_factory.mktemp("tier")

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from packlight.planner import plain_schedule
+from packlight.planner.accounts import plain_step
 from packlight.report import write_report
-from packlight.report.accounts import plain_step
 from packlight.step import (
     Action,
     BufferKind,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from packlight.capture.span import Span
+from packlight.moves.chunk.span import Span
 
 
 def random_graph(seed: int, num_nodes: int = 24) -> list[fx.Node]:

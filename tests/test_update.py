@@ -12,11 +12,11 @@ import torch
 from torch import nn, optim
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from packlight.capture.peak import allocator_peak
+from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.runtime.accounting import measure_optimizer, tensors_bytes
-from packlight.runtime.slices import like_eager
-from packlight.runtime.update import ParameterUpdates
+from packlight.updates.accounting import measure_optimizer, tensors_bytes
+from packlight.updates.slices import like_eager
+from packlight.updates.update import ParameterUpdates
 
 OptimizerMaker = Callable[[Any], torch.optim.Optimizer]
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks.zoo.outcome import observe
-from packlight.runtime.backend import PacklightBackend
+from packlight.backend import PacklightBackend
 from tests.models import classify
 
 

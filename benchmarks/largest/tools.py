@@ -181,7 +181,7 @@ def _packlight(
 ) -> Train:
     import packlight
     from packlight.optim import AdamW8bit, LowBit, adamw
-    from packlight.runtime.describe import moves_of
+    from packlight.search.words import moves_of
 
     budget_bytes = None
     if setting.limit_bytes is not None:

@@ -14,7 +14,7 @@ from torch._decomp import get_decompositions
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from benchmarks.models import Built, LossFn
-from packlight.runtime.backend import PacklightBackend
+from packlight.backend import PacklightBackend
 
 _ATEN = torch.ops.aten
 _BATCH_NORM = [

@@ -47,9 +47,9 @@ from benchmarks.workbench import (
     smallest_bytes,
     way_digest,
 )
+from packlight.capture.dynamo import prepare_dynamo
 from packlight.errors import InfeasibleBudgetError
-from packlight.runtime.describe import moves_of
-from packlight.runtime.dynamo import prepare_dynamo
+from packlight.search.words import moves_of
 
 PACKAGES = ("bitsandbytes", "torchao", "rockmate", "rkgb", "numba")
 # So many cells are timed together, each round in another order, with an eager step around them.

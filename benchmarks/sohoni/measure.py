@@ -19,11 +19,12 @@ from benchmarks.common import quartiles, timed
 from benchmarks.sohoni.records import Record
 from benchmarks.sohoni.rows import ROWS, Row, loss_fn
 from examples import wrn_cifar10
+from packlight.capture.batch import tensors_of
 from packlight.errors import InfeasibleBudgetError
-from packlight.runtime.accounting import tensors_bytes, tensors_of
-from packlight.runtime.checkpoint import newest_checkpoint, save_checkpoint
-from packlight.runtime.describe import moves_of
+from packlight.run.checkpoint import newest_checkpoint, save_checkpoint
+from packlight.search.words import moves_of
 from packlight.step import live_after_forward
+from packlight.updates.accounting import tensors_bytes
 
 BATCH = wrn_cifar10.BATCH
 CPU = torch.device("cpu")

@@ -29,11 +29,11 @@ from benchmarks.whole_step.steps import TrainingBench
 from benchmarks.workbench import fit_smallest, smallest_bytes, way_digest
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import plan_whole_step
-from packlight.runtime import plan_way
-from packlight.runtime.accounting import tensors_bytes
-from packlight.runtime.describe import moves_of
-from packlight.runtime.ways import MOVES
+from packlight.search import plan_way
+from packlight.search.ways import MOVES
+from packlight.search.words import moves_of
 from packlight.step import Plan, StepGraph
+from packlight.updates.accounting import tensors_bytes
 
 # What `fit` may do beside recomputation, which is never forbidden.
 VARIANTS: dict[str, tuple[str, ...]] = {

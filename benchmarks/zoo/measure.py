@@ -22,11 +22,11 @@ from benchmarks.zoo.records import (
     append_record,
     read_records,
 )
+from packlight.backend import PacklightBackend
+from packlight.capture.dynamo import plain_errors
 from packlight.errors import InfeasibleBudgetError
+from packlight.moves.precision import under_autocast
 from packlight.planner import plan_schedule
-from packlight.runtime.backend import PacklightBackend
-from packlight.runtime.dynamo import plain_errors
-from packlight.runtime.precision import under_autocast
 from packlight.step import StepGraph
 from tests.zoo.families import FAMILIES, make
 

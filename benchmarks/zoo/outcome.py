@@ -17,8 +17,8 @@ from torch._dynamo.backends.debugging import boxed_nop
 
 import packlight
 from benchmarks.common import same_bits
+from packlight.backend import PacklightBackend
 from packlight.capture.dropout import use_eager_dropout
-from packlight.runtime.backend import PacklightBackend
 
 Result = TypeVar("Result")
 

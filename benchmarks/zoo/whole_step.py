@@ -15,7 +15,7 @@ from benchmarks.workbench import whole_peak
 from benchmarks.zoo.outcome import LossFn, Start, norm_of_difference, run_traced
 from benchmarks.zoo.records import EXACT, SMALLEST, Record
 from packlight.errors import InfeasibleBudgetError
-from packlight.runtime.describe import moves_of
+from packlight.search.words import moves_of
 from tests.zoo.families import make
 
 NUM_STEPS = 2

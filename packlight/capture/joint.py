@@ -15,7 +15,6 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from packlight.capture.chunk_regions import LATE_KEY
 from packlight.capture.layers import layers_of_nodes
 from packlight.capture.layouts import (
     as_observed,
@@ -24,7 +23,8 @@ from packlight.capture.layouts import (
     retraced,
     same_strides,
 )
-from packlight.capture.measure import CallFacts, allocated_bytes
+from packlight.capture.marks import LATE_KEY
+from packlight.costs.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
 
@@ -175,7 +175,7 @@ class _Reader:
     def _forward_nodes(self) -> set[fx.Node]:
         """Return calls of the forward: what its outputs need, and all that was traced there.
 
-        Calls marked late (see capture/chunk.py) run with the backward, whatever they are.
+        Calls marked late (see moves/chunk/rewrite.py) run with the backward, whatever they are.
         """
         needed: set[fx.Node] = set()
         stack = [n for n in pytree.tree_leaves(self.forward_results) if isinstance(n, fx.Node)]

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from packlight.capture.measure import CallFacts
+from packlight.costs.measure import CallFacts
 
 
 def as_observed(value: Any, facts: CallFacts) -> Any:

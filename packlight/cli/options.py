@@ -55,7 +55,7 @@ def parsed_budget(arguments: argparse.Namespace) -> int | None:
 
 def moves(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the moves that may be made beside recomputation."""
-    from packlight.runtime.ways import EXACT_MOVES, MOVES
+    from packlight.search.ways import EXACT_MOVES, MOVES
 
     return EXACT_MOVES if arguments.exact else MOVES
 
@@ -76,9 +76,9 @@ def allowed(arguments: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         OptionError: one is unknown, or two exclude each other.
     """
-    from packlight.runtime.backend import check_allowed
-    from packlight.runtime.precision import chosen_precision
-    from packlight.runtime.ways import TECHNIQUES
+    from packlight.backend import check_allowed
+    from packlight.moves.precision import chosen_precision
+    from packlight.search.ways import TECHNIQUES
 
     allow = check_allowed(arguments.allow, TECHNIQUES)
     chosen_precision(allow)

@@ -13,8 +13,8 @@ from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from packlight.cli.breakdown import LayerRow, PeakBreakdown
-    from packlight.runtime.train_step import TrainStep
     from packlight.step.profile import StepProfile
+    from packlight.train_step import TrainStep
 
 HELP = "show where the memory of a training step goes, by kind and by layer"
 KIND_BAR_WIDTH = 40
@@ -55,7 +55,7 @@ def planned(
 ) -> TrainStep:
     """Return the example's step, captured and planned."""
     from packlight.cli.example import BatchStream, build, load_example
-    from packlight.runtime.train_step import planned_step
+    from packlight.train_step import planned_step
 
     allow = options.allowed(arguments)
     example = load_example(arguments.file)

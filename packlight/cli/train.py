@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from packlight.cli.example import BatchStream, Example
-    from packlight.runtime.checkpoint import Checkpoint
+    from packlight.run.checkpoint import Checkpoint
 
 HELP = "train inside a budget; the same command resumes from its last checkpoint"
 
@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     directory = options.offload_directory(arguments)
     import packlight
     from packlight.cli.example import BatchStream, build, load_example, seed_everything
-    from packlight.runtime.checkpoint import newest_checkpoint
+    from packlight.run.checkpoint import newest_checkpoint
 
     allow = options.allowed(arguments)
     console = Console()
@@ -196,7 +196,7 @@ class _Trainer:
 
     def _with_checkpoint(self, error: NonFiniteLossError | LossScaleError) -> PacklightError:
         """Return the error with the name of the checkpoint to go back to."""
-        from packlight.runtime.checkpoint import newest_checkpoint
+        from packlight.run.checkpoint import newest_checkpoint
 
         # The training step counts its own steps, not those before a resumption.
         if isinstance(error, NonFiniteLossError):
@@ -210,7 +210,7 @@ class _Trainer:
         return PacklightError(f"{error}\n  {found.path} is from step {found.step}, before it")
 
     def _save(self, directory: Path) -> Path:
-        from packlight.runtime.checkpoint import save_checkpoint
+        from packlight.run.checkpoint import save_checkpoint
 
         extra = _identity(self.arguments) | {"num_batches": self.num_done}
         if self.step.scaler is not None:

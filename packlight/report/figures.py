@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from packlight.planner.explain import operation_at
-from packlight.report.accounts import (
+from packlight.planner.accounts import (
     Curve,
     PlainStep,
     curve,
@@ -20,6 +19,7 @@ from packlight.report.accounts import (
     plain_step,
     whole_step_bytes,
 )
+from packlight.planner.explain import operation_at
 from packlight.report.style import LIGHT, drawing
 from packlight.step import Device, Plan, StepGraph, simulate
 from packlight.units import format_bytes, format_seconds

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from packlight.report.accounts import (
+from packlight.planner.accounts import (
     PlainStep,
     curve,
     home_layers,

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 
-from packlight.runtime.dynamo import prepare_dynamo, specialize
+from packlight.capture.dynamo import prepare_dynamo, specialize
 
 
 class _Caught(Exception):

@@ -1,0 +1,268 @@
+"""The torch.compile backend: capture, profile, plan, run.
+
+    model = torch.compile(model, backend="packlight", options={"budget": "300MiB"})
+
+The budget covers every byte allocated from the start of the forward to the end of the backward
+above what was there before: saved activations, outputs, gradients, workspace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from packlight.capture.aot import mutations, written_back
+from packlight.capture.dropout import use_eager_dropout
+from packlight.capture.dynamo import (
+    native_upsampling,
+    prepare_dynamo,
+    refuse_graph_break,
+    specialize,
+)
+from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.costs.profiler import CallProfiler
+from packlight.errors import InfeasibleBudgetError, OptionError
+from packlight.lower.emit import OVERWRITTEN_KEY, EmittedStep, emit
+from packlight.planner import lower_bound_seconds, plan_schedule
+from packlight.search.rehearse import fits, rehearse, typical_seconds
+from packlight.step import Plan, PlanStatus, StepGraph, simulate
+from packlight.units import parse_bytes
+
+KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress")
+
+
+class StepCaptured(Exception):  # noqa: N818 - not an error
+    """Ends a dry run: the step is captured and planned, and nothing of it has run."""
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """What was captured and planned for one graph; kept for inspection.
+
+    Attributes:
+        graph: the captured step.
+        plan: what runs.
+    """
+
+    graph: StepGraph
+    plan: Plan
+
+
+@dataclass
+class PacklightBackend:
+    """A torch.compile backend with its options.
+
+    Attributes:
+        budget_bytes: peak of a step above what was there before it; None for no limit.
+        allow: names of approximate techniques.
+        rehearse: time operations inside the step, too (see search/rehearse.py).
+        progress: show what profiling does.
+        choose_budget: asked for each captured graph, where the budget depends on it.
+        compilations: one per captured graph, newest last.
+        is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
+    """
+
+    budget_bytes: int | None = None
+    allow: tuple[str, ...] = ()
+    rehearse: bool = True
+    progress: bool = True
+    choose_budget: Callable[[StepGraph], int | None] | None = None
+    compilations: list[Compilation] = field(default_factory=list)
+    is_dry_run: bool = False
+    _example_inputs: Sequence[Any] = ()
+
+    def __post_init__(self) -> None:
+        prepare_dynamo()
+
+    def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        """Compile one graph."""
+        from torch._dynamo.backends.common import aot_autograd
+
+        refuse_graph_break()
+        specialize(example_inputs)
+        self._example_inputs = example_inputs
+        compiler = aot_autograd(
+            fw_compiler=_boxed,
+            bw_compiler=_boxed,
+            partition_fn=self._partition,
+        )
+        with native_upsampling():
+            compiled: Callable[..., Any] = compiler(module, example_inputs)
+        self._example_inputs = ()
+
+        def run(*arguments: Any) -> Any:
+            if self.is_dry_run:
+                raise StepCaptured
+            return compiled(*arguments)
+
+        return run
+
+    def _partition(
+        self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        with CallProfiler(self.progress) as profiler:
+            step = capture(joint, num_fwd_outputs, profiler)
+            budget = self.budget_bytes
+            if self.choose_budget is not None:
+                budget = self.choose_budget(step.graph)
+            plan = plan_schedule(step.graph, budget)
+            emitted = emit(step, plan.schedule)
+            rehearsed = self._rehearsed(step, plan, emitted, profiler)
+        if rehearsed is not None:
+            step = rehearsed
+            plan = _replanned(step.graph, budget, plan)
+            emitted = emit(step, plan.schedule)
+        self.compilations.append(Compilation(step.graph, plan))
+        return emitted.forward, emitted.backward
+
+    def _rehearsed(
+        self, step: JointStep, plan: Plan, emitted: EmittedStep, profiler: CallProfiler
+    ) -> JointStep | None:
+        """Return the step with times measured inside it; None if they are known or cannot be."""
+        is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
+        if is_known or not self.rehearse or not fits(plan.peak_bytes, step.device):
+            return None
+        primals = _real_inputs(step, self._example_inputs)
+        if primals is None:
+            return None
+        tangents = [n.meta["val"] for n in step.tangents]
+        seconds = typical_seconds(step, rehearse(emitted, primals, tangents, step.device))
+        for index, typical in seconds.items():
+            profiler.note_in_step(*step.call(index), typical)
+        return step.with_seconds(seconds)
+
+
+def packlight_backend(
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: dict[str, Any] | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile a graph (the entry point of `torch.compile(..., backend="packlight")`).
+
+    Args:
+        module: the graph, from dynamo.
+        example_inputs: its inputs.
+        options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names
+            of approximate techniques), `rehearse` (time operations inside the step, too, which
+            takes about four steps; True), `progress` (show what profiling does; True).
+        **unknown: refused.
+
+    Raises:
+        OptionError, BudgetFormatError, InfeasibleBudgetError, GraphBreakError,
+            UnsupportedModelError.
+    """
+    return backend_from_options({**(options or {}), **unknown})(module, example_inputs)
+
+
+def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
+    """Return a backend for an options dictionary, checked."""
+    strange = sorted(set(options) - set(KNOWN_OPTIONS))
+    if strange:
+        raise OptionError(
+            f"unknown option{'s' if len(strange) > 1 else ''} {', '.join(map(repr, strange))} of "
+            f"the packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
+        )
+    allow = check_allowed(options.get("allow", ()))
+    budget = options.get("budget")
+    return PacklightBackend(
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        allow=allow,
+        rehearse=bool(options.get("rehearse", True)),
+        progress=bool(options.get("progress", True)),
+    )
+
+
+def check_allowed(allow: Any, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the names of approximate techniques that were allowed, checked."""
+    names = (allow,) if isinstance(allow, str) else tuple(allow)
+    strange = [name for name in names if name not in known]
+    if strange:
+        hint = f"known techniques here: {', '.join(map(repr, known))}" if known else (
+            "no approximate technique is available here; leave allow empty"
+        )
+        raise OptionError(f"unknown technique {strange[0]!r} in allow\nhint: {hint}")
+    return names
+
+
+def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:
+    """Return the step behind AOTAutograd's joint graph."""
+    use_eager_dropout(joint)
+    mutated_inputs = mutations(joint, num_forward_outputs)
+    return read_joint_graph(
+        joint,
+        num_forward_outputs,
+        profiler.measure,
+        mutated_primals=frozenset(written_back(joint, num_forward_outputs).values()),
+        pinned_outputs=lambda index: index not in mutated_inputs,
+    )
+
+
+def _replanned(graph: StepGraph, budget_bytes: int | None, earlier: Plan) -> Plan:
+    """Return the faster of a new plan and an earlier one, under a graph's newly measured times."""
+    timeline = simulate(graph, earlier.schedule)
+    try:
+        plan = plan_schedule(graph, budget_bytes)
+    except InfeasibleBudgetError:  # the earlier search found what this one does not
+        plan = None
+    if plan is not None and plan.seconds <= timeline.seconds:
+        return plan
+    plain_seconds = graph.seconds
+    bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
+    is_optimal = timeline.seconds <= bound * (1 + 1e-9)
+    return replace(
+        earlier,
+        seconds=timeline.seconds,
+        plain_seconds=plain_seconds,
+        bound_seconds=bound,
+        status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
+    )
+
+
+def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | None:
+    """Return the real tensors behind the joint graph's primals, or None if they cannot be told."""
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    found: list[Any] = []
+    remaining = iter(tensors)
+    for primal in step.primals:
+        fake = primal.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            found.append(fake)
+            continue
+        real = next(remaining, None)
+        if (
+            real is None
+            or isinstance(real, torch._subclasses.FakeTensor)
+            or real.shape != fake.shape
+            or real.dtype != fake.dtype
+            or real.device != fake.device
+            or real.stride() != fake.stride()
+        ):
+            return None
+        found.append(real)
+    return found
+
+
+def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+    """Compile a graph to a function that takes its arguments in a list and empties the list."""
+    module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+    module.recompile()
+    forward = module.forward
+    overwritten = module.meta.get(OVERWRITTEN_KEY, ())
+
+    def run(arguments: list[Any]) -> Any:
+        if overwritten and torch._C._autograd._get_current_graph_task_keep_graph():
+            for place in overwritten:  # retain_graph=True: the next backward needs them, too
+                arguments[place] = arguments[place].clone()
+        return forward(arguments)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+prepare_dynamo()

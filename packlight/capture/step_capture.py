@@ -1,0 +1,283 @@
+"""Captures the joint graph behind `loss_fn(model, batch)`, and later runs a program in its place.
+
+Dynamo traces the call, guards it, and collects its inputs (parameters, model buffers, tensors of
+the batch) at every call; AOTAutograd adds the backward. Both are asked for nothing else: what runs
+is the program that `install` is given.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from packlight.capture.aot import num_tangents, user_results, written_back
+from packlight.capture.casts import merge_casts
+from packlight.capture.dropout import use_eager_dropout
+from packlight.capture.dynamo import (
+    made_traceable,
+    native_upsampling,
+    plain_errors,
+    prepare_dynamo,
+    refuse_graph_break,
+    returned_place,
+    specialize,
+)
+from packlight.errors import GraphBreakError, UnsupportedModelError
+
+LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class CapturedLoss:
+    """The joint graph of one call of a loss function.
+
+    Attributes:
+        joint: placeholders are primals then tangents; outputs are forward results then gradients.
+        num_forward_outputs: how many of the outputs are forward results.
+        written_back: forward result -> primal whose new value it is.
+        loss_index: which forward result is the loss.
+        returned: what dynamo is given back, in order: forward results; among them are tensors that
+            the forward assigns to attributes.
+        arguments: the real primals of the captured call, in order.
+    """
+
+    joint: fx.GraphModule
+    num_forward_outputs: int
+    written_back: dict[int, int]
+    loss_index: int
+    returned: tuple[int, ...]
+    arguments: list[Any]
+
+    @property
+    def same_as_primal(self) -> dict[int, int]:
+        """Returned results that are a primal with its new value: forward result -> primal."""
+        results = self.joint.graph.find_nodes(op="output")[0].args[0]
+        primal_of = {results[i]: primal for i, primal in self.written_back.items()}
+        return {i: primal_of[results[i]] for i in self.returned if results[i] in primal_of}
+
+    @property
+    def assigned(self) -> tuple[torch.Tensor, ...]:
+        """What attributes hold after the step: fake tensors with storages of their own."""
+        results = self.joint.graph.find_nodes(op="output")[0].args[0]
+        others = {*self.returned} - {self.loss_index} - self.same_as_primal.keys()
+        return tuple(
+            results[i].meta["val"] for i in sorted(others) if isinstance(results[i], fx.Node)
+        )
+
+
+class _CapturedError(Exception):
+    """Ends a capture: the joint graph is known and nothing has run."""
+
+
+# From the primals to what dynamo is given back.
+Program = Callable[[list[Any]], Sequence[Any]]
+
+
+class CapturedAgainError(Exception):
+    """A guard of the traced call failed: the step is another one, and nothing of it has run."""
+
+
+@dataclass
+class _Entry:
+    """One graph that dynamo traced, and what runs in its place."""
+
+    joint: tuple[fx.GraphModule, int] | None = None
+    loss_place: int | None = None
+    arguments: list[Any] = field(default_factory=list)
+    program: Program | None = None
+
+
+class StepCapture:
+    """One compiled call of a loss function, for one signature of the batch.
+
+    Calling it runs the installed program under dynamo's guards.
+    """
+
+    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+        prepare_dynamo()
+        self.loss_fn, self.model = loss_fn, model
+        self._entry = _Entry()
+        self._entries: list[_Entry] = []
+        # Dynamo's cache hangs on the code object: each signature gets one of its own.
+        function = FunctionType(_traced_loss.__code__.replace(), globals())
+        # Dynamo remembers every backend for good; what hangs on this one must not live as long.
+        this = weakref.ref(self)
+
+        def backend(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            capture = this()
+            assert capture is not None, "the compiled function belongs to the capture"
+            return capture._backend(module, inputs)
+
+        self._compiled = torch.compile(function, backend=backend, fullgraph=True, dynamic=False)
+
+    def capture(self, batch: Any) -> CapturedLoss:
+        """Return the joint graph of a call without running it.
+
+        Raises:
+            GraphBreakError: the call is not one graph.
+            UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
+        """
+        try:
+            self._trace(batch)
+        except GraphBreakError as error:
+            if not made_traceable(self.model, error):
+                raise
+            self._trace(batch)
+        if self._entry.joint is None:
+            raise UnsupportedModelError(
+                "the loss does not depend on any parameter that needs a gradient"
+            )
+        joint, num_forward_outputs = self._entry.joint
+        arguments, self._entry.arguments = self._entry.arguments, []
+        placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
+        primals = placeholders[: len(arguments)]
+        merge_casts(joint, primals)
+        use_eager_dropout(joint)
+        mutated = written_back(joint, num_forward_outputs)
+        returned = user_results(joint, num_forward_outputs)
+        loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
+        _check_arguments(primals, arguments, len(placeholders))
+        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, returned, arguments)
+
+    def _trace(self, batch: Any) -> None:
+        try:
+            with plain_errors(), torch.enable_grad():
+                self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            pass
+
+    def install(self, program: Program) -> None:
+        """Set what runs with the primals of the latest captured call."""
+        self._entry.program = program
+
+    def __call__(self, batch: Any) -> torch.Tensor:
+        """Run the installed program on a batch of the captured signature.
+
+        Raises:
+            CapturedAgainError: the model or the loss function changed in a way that the traced
+                graph depends on; `capture` must be called again.
+        """
+        try:
+            with plain_errors(), torch.enable_grad():
+                loss: torch.Tensor = self._compiled(self.loss_fn, self.model, batch)
+        except _CapturedError:
+            raise CapturedAgainError from None
+        return loss
+
+    # -- the dynamo backend
+
+    def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._dynamo.backends.common import aot_autograd
+
+        refuse_graph_break()
+        specialize(inputs)
+        entry = self._entry = _Entry(loss_place=returned_place(module))
+        self._entries.append(entry)
+
+        def take_joint(
+            joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+        ) -> tuple[fx.GraphModule, fx.GraphModule]:
+            entry.joint = (joint, num_fwd_outputs)
+            raise _CapturedError
+
+        compiler = aot_autograd(
+            fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=take_joint
+        )
+        try:
+            with native_upsampling():
+                compiler(module, inputs)
+        except _CapturedError:
+            pass
+
+        # Dynamo puts what it is given into the module's globals and leaves it there.
+        this, mine = weakref.ref(self), weakref.ref(entry)
+
+        def run(*arguments: Any) -> Any:
+            capture, entry = this(), mine()
+            assert capture is not None and entry is not None
+            if entry.program is None:
+                capture._entry = entry
+                entry.arguments = list(arguments)
+                raise _CapturedError
+            return entry.program(list(arguments))
+
+        return run
+
+
+def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
+    return loss_fn(model, batch)
+
+
+def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    """Reached where there is no backward: `capture` tells the user."""
+    forward: Callable[..., Any] = module.forward
+    return forward
+
+
+def _check_results(
+    joint: fx.GraphModule,
+    returned: tuple[int, ...],
+    loss_place: int | None,
+    mutated: dict[int, int],
+) -> int:
+    """Return which forward result is the loss.
+
+    Args:
+        joint: the joint graph.
+        returned: the forward results that the traced function returns or assigns to attributes.
+        loss_place: where among them the one tensor is that it returns, if it does.
+        mutated: forward result -> primal whose new value it is.
+    """
+    results = joint.graph.find_nodes(op="output")[0].args[0]
+    nodes = [results[i] for i in returned if isinstance(results[i], fx.Node)]
+    shapes = [tuple(node.meta["val"].shape) for node in nodes]
+    if loss_place is None or not isinstance(results[returned[loss_place]], fx.Node):
+        raise UnsupportedModelError(
+            f"loss_fn must return one scalar tensor, it returned {len(shapes)} tensor"
+            f"{'' if len(shapes) == 1 else 's'} of shape {', '.join(map(str, shapes))}\n"
+            "hint: return the loss alone"
+        )
+    loss_index = returned[loss_place]
+    loss_shape = tuple(results[loss_index].meta["val"].shape)
+    if loss_shape != ():
+        raise UnsupportedModelError(
+            f"loss_fn must return one scalar tensor, it returned 1 tensor of shape {loss_shape}\n"
+            "hint: take the mean or the sum"
+        )
+    new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
+    storages = {node.meta["val"].untyped_storage()._cdata for node in new_values}
+    for node in nodes:
+        value = node.meta["val"]
+        if node not in new_values and value.untyped_storage()._cdata in storages:
+            raise UnsupportedModelError(
+                f"the forward assigns a view of shape {tuple(value.shape)} of a buffer that it "
+                "also changes to an attribute\nhint: clone it"
+            )
+    if num_tangents(joint) > 1:
+        raise UnsupportedModelError(
+            "the forward assigns tensors that need gradients to attributes: nothing could go back "
+            "through them after the step\nhint: detach() what is only looked at"
+        )
+    return loss_index
+
+
+def _check_arguments(primals: list[fx.Node], arguments: list[Any], num_placeholders: int) -> None:
+    """The program is given dynamo's arguments: they must be the joint graph's primals."""
+    same = num_placeholders == len(arguments) + 1
+    for primal, argument in zip(primals, arguments, strict=False):
+        fake = primal.meta.get("val")
+        if isinstance(fake, torch.Tensor):
+            same = same and isinstance(argument, torch.Tensor) and fake.shape == argument.shape
+            same = same and fake.dtype == argument.dtype
+    if not same:
+        raise UnsupportedModelError(
+            f"the traced step takes {num_placeholders - 1} inputs where {len(arguments)} are "
+            "passed: inputs that share memory and are changed by the model cannot be planned as a "
+            "whole step\nhint: torch.compile(model, backend='packlight') plans such models"
+        )

@@ -1,0 +1,1 @@
+"""What calls, links and steps cost, observed: seconds, workspace, aliasing, exact peaks."""

@@ -1,0 +1,118 @@
+"""How fast a directory takes buffers and gives them back, measured as the step will use it."""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from packlight.memory.disk import DiskTier
+from packlight.memory.tier import SlotSpec
+from packlight.step import Link
+
+_SMALL_BYTES = 4096
+_NUM_ROUNDS = 3
+_ALONE_SECONDS = 0.02
+_measured: dict[tuple[str, int, int, bool], Link] = {}
+
+
+def measure_link(
+    directory: str | os.PathLike[str],
+    num_bytes: int = 64 * 2**20,
+    *,
+    while_computing: bool = True,
+    allow_memory: bool = False,
+) -> Link:
+    """Return the link between memory and a directory: medians of three rounds through a `DiskTier`.
+
+    A transfer has to share the cores with the step, so by default this thread multiplies matrices
+    meanwhile, with as many threads as torch is set to use. The first round is dropped: a file's
+    first writes cost more than those of later steps.
+
+    Args:
+        directory: where the tier's file would be; `2 * num_bytes` are reserved there meanwhile.
+        num_bytes: of each of the two buffers that are sent and fetched.
+        while_computing: False measures the disk with idle cores.
+        allow_memory: see `DiskTier`.
+
+    Returns:
+        A link with both directions' speeds and what transfers take from computing. What was
+        measured for a directory is remembered until the process ends.
+
+    Raises:
+        OffloadError: see `DiskTier`.
+    """
+    path = str(Path(directory).resolve())
+    key = (path, num_bytes, torch.get_num_threads(), while_computing)
+    if key not in _measured:
+        _measured[key] = _measure(path, num_bytes, while_computing, allow_memory)
+    return _measured[key]
+
+
+def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: bool) -> Link:
+    large = torch.zeros(num_bytes, dtype=torch.uint8)
+    small = torch.zeros(_SMALL_BYTES, dtype=torch.uint8)
+    slots = [SlotSpec.of(large), SlotSpec.of(large), SlotSpec.of(small)]
+    writes, reads, latencies, shares = [], [], [], []
+    products_per_second = _products_per_second() if while_computing else math.inf
+    with DiskTier(path, slots, allow_memory=allow_memory) as tier:
+
+        def write_large() -> None:
+            tier.offload(0, large)
+            tier.offload(1, large)
+
+        def read_large() -> list[torch.Tensor]:
+            return [tier.fetch(0), tier.fetch(1)]
+
+        def timed(start: Callable[[], object]) -> float:
+            seconds, num_products = _run(tier, start, while_computing)
+            shares.append(1 - num_products / (products_per_second * seconds))
+            return seconds
+
+        for _ in range(1 + _NUM_ROUNDS):
+            writes.append(timed(write_large))
+            reads.append(timed(read_large))
+            latencies.append(_run(tier, lambda: tier.offload(2, small), while_computing)[0])
+            latencies.append(_run(tier, lambda: tier.fetch(2), while_computing)[0])
+    latency = statistics.median(latencies[2:])
+    write, read = (
+        2 * num_bytes / max(statistics.median(seconds[1:]) - latency, 1e-9)
+        for seconds in (writes, reads)
+    )
+    share = min(max(statistics.median(shares[2:]), 0.0), 1.0) if while_computing else 0.0
+    return Link(path, read, latency, write_bytes_per_second=write, compute_share=share)
+
+
+def _run(
+    tier: DiskTier, start: Callable[[], object], while_computing: bool
+) -> tuple[float, int]:
+    """Return how long the transfers that `start` asks for take, and products made meanwhile."""
+    matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    num_products = 0
+    begin = time.perf_counter()
+    kept = start()
+    while while_computing and not tier.is_idle():
+        torch.mm(matrix, matrix, out=product)
+        num_products += 1
+    tier.wait_all()
+    seconds = time.perf_counter() - begin
+    del kept
+    return seconds, num_products
+
+
+def _products_per_second() -> float:
+    """Return how many products of matrices this thread makes when nothing is transferred."""
+    matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    rates = []
+    for _ in range(_NUM_ROUNDS):
+        begin, num_products = time.perf_counter(), 0
+        while time.perf_counter() - begin < _ALONE_SECONDS:
+            torch.mm(matrix, matrix, out=product)
+            num_products += 1
+        rates.append(num_products / (time.perf_counter() - begin))
+    return statistics.median(rates)

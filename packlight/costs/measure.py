@@ -1,0 +1,387 @@
+"""What one ATen call costs on the real device: seconds, workspace, and which storages it makes.
+
+Each call is run on real tensors of the traced shapes, strides and dtypes, one call at a time, so
+measuring never needs more memory than the largest single operation. Whether an output is a view,
+how large its storage is and whether the call may run in place are observed, not looked up.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from packlight.costs.peak import allocator_peak
+from packlight.errors import UnsupportedModelError
+
+MIN_REPEATS = 3
+MAX_REPEATS = 12
+SECONDS_PER_CALL_SITE = 0.06
+
+# Row-wise kernels that read all of a row before they write it. Whether one really may run in place
+# is still checked, bit by bit, on the device (see `_in_place_argument`).
+_ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
+# Kernels that add to their first argument, and so may add to it where it is.
+_ACCUMULATING = ("addmm", "index_add")
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFacts:
+    """One tensor that a call returns.
+
+    Attributes:
+        alias_of: index (among the call's tensor arguments) of the argument whose storage it shares.
+        same_storage_as: index of an earlier output with the same storage.
+        storage_bytes: size of its storage as the allocator counts it.
+        dtype: its name in torch; "" where it was not looked at.
+        stride: of the tensor; None where it was not looked at.
+    """
+
+    alias_of: int | None
+    same_storage_as: int | None
+    storage_bytes: int
+    dtype: str = ""
+    stride: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What was observed when a call ran.
+
+    Attributes:
+        seconds: median duration, alone and warm.
+        workspace_bytes: the most that it held beyond the storages that it returned.
+        outputs: facts of each tensor that it returns, in order, nested lists flattened.
+        in_place: index (among the call's tensor arguments) of the argument that it may overwrite.
+        in_step_seconds: median duration inside a training step, once one was rehearsed.
+        missing: places among its results (flattened) where it returns nothing: gradients that it
+            was told to leave out, for which fake kernels may return tensors all the same.
+    """
+
+    seconds: float
+    workspace_bytes: int
+    outputs: tuple[OutputFacts, ...]
+    in_place: int | None
+    in_step_seconds: float | None = None
+    missing: tuple[int, ...] = ()
+
+    @property
+    def expected_seconds(self) -> float:
+        """The best estimate of the call's duration in a step."""
+        return self.seconds if self.in_step_seconds is None else self.in_step_seconds
+
+    @property
+    def is_view(self) -> bool:
+        """Whether the call allocates nothing that it returns."""
+        return bool(self.outputs) and all(o.alias_of is not None for o in self.outputs)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Leave every tracing mode: inside a compile call, tensors made here are real ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with (
+        _disable_current_modes(),
+        unset_fake_temporarily(),
+        torch._C._DisableTorchDispatch(),
+        torch.no_grad(),
+        torch.amp.autocast("cpu", enabled=False),
+        _preserved_generators(),
+    ):
+        yield
+
+
+@contextmanager
+def _preserved_generators() -> Iterator[None]:
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def tensor_arguments(args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Return the tensors among a call's arguments, in order."""
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str:
+    """Return a text that is equal for two calls that cost the same.
+
+    It names the operator, every literal argument, and dtype, shape, stride and device of every
+    tensor; its storage's size where it is a part of that, and whether it is lazily conjugated or
+    negated. Arguments that are one and the same tensor are told from equal ones.
+    """
+    seen: dict[int, int] = {}
+
+    def describe(leaf: Any) -> str:
+        if isinstance(leaf, torch.Tensor):
+            order = seen.setdefault(id(leaf), len(seen))
+            shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
+            part = f"of{leaf.untyped_storage().nbytes()}" if _is_part(leaf) else ""
+            lazy = "*" * leaf.is_conj() + "-" * leaf.is_neg()
+            return f"{order}:{leaf.dtype}{shape}{stride}{part}{lazy}@{leaf.device}"
+        return repr(leaf)
+
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    return f"{target}|{','.join(map(describe, leaves))}|{spec if kwargs else len(args)}"
+
+
+def _is_part(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage is larger than its shape and strides need."""
+    shape, stride = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
+    return int(tensor.untyped_storage().nbytes()) > _spanned_bytes(shape, stride, tensor.dtype)
+
+
+def _spanned_bytes(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> int:
+    if 0 in shape:
+        return 0
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    return (last + 1) * dtype.itemsize
+
+
+def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallFacts:
+    """Run a call on made-up tensors like its (fake) arguments and return what was seen.
+
+    Args:
+        target: the operator.
+        args: its positional arguments; tensors may be fake, only their metadata is used.
+        kwargs: its keyword arguments, likewise.
+
+    Integer tensors are zeros, which every indexing operator accepts; where zeros are refused
+    (a division), ones are tried.
+    """
+    error: Exception | None = None
+    for integer in (0, 1):
+        try:
+            with real_tensors():
+                return _observe(target, args, kwargs, integer)
+        except (RuntimeError, IndexError, ZeroDivisionError) as caught:
+            error = caught
+    assert error is not None
+    raise error
+
+
+def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int) -> CallFacts:
+    real_args, real_kwargs = _made_up(args, kwargs, integer)
+    inputs = tensor_arguments(real_args, real_kwargs)
+    device = _device_of(inputs, kwargs)
+
+    def call() -> Any:
+        return target(*real_args, **real_kwargs)
+
+    call()  # whatever is set up once (library handles, thread pools) is not workspace
+    result, high_bytes, _ = allocator_peak(call, device)
+    outputs = _output_facts(result, inputs, device)
+    created = sum(
+        o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None
+    )
+    is_view = bool(outputs) and all(o.alias_of is not None for o in outputs)
+    leaves = pytree.tree_leaves(result)
+    missing = tuple(place for place, leaf in enumerate(leaves) if leaf is None)
+    del result, leaves
+    if is_view:
+        return CallFacts(0.0, 0, outputs, None)
+    seconds = median_seconds(call, device)
+    in_place = None
+    if len(outputs) == 1 and created > 0:
+        in_place = _in_place_argument(target, args, kwargs, device)
+    workspace_bytes = max(0, high_bytes - created)
+    return CallFacts(seconds, workspace_bytes, outputs, in_place, missing=missing)
+
+
+def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tuple[Any, Any]:
+    made: dict[int, torch.Tensor] = {}
+
+    def make(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) not in made:
+            shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
+            # Some calls copy the whole storage that they are given a part of.
+            spanned = _spanned_bytes(shape, stride, leaf.dtype)
+            num_bytes = max(spanned, int(leaf.untyped_storage().nbytes()))
+            storage = torch.empty(
+                num_bytes // leaf.dtype.itemsize, dtype=leaf.dtype, device=leaf.device
+            )
+            tensor = storage.as_strided(shape, stride)
+            if leaf.dtype == torch.bool:
+                storage.fill_(True)
+            elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
+                storage.fill_(integer)
+            elif random and leaf.dtype.itemsize >= 2 and storage.numel():
+                storage.uniform_(0.05, 1.0)
+            else:
+                storage.fill_(0.5)
+            # Kernels that do not know lazy conjugation and negation are given copies.
+            tensor = tensor.conj() if leaf.is_conj() else tensor
+            made[id(leaf)] = torch._neg_view(tensor) if leaf.is_neg() else tensor
+        return made[id(leaf)]
+
+    return pytree.tree_map(make, args), pytree.tree_map(make, kwargs)
+
+
+def _device_of(inputs: list[torch.Tensor], kwargs: Any) -> torch.device:
+    for tensor in inputs:
+        if tensor.device.type != "cpu":
+            return tensor.device
+    return torch.device(kwargs.get("device") or "cpu")
+
+
+def _output_facts(
+    result: Any, inputs: list[torch.Tensor], device: torch.device
+) -> tuple[OutputFacts, ...]:
+    input_storages = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(inputs)))}
+    seen: dict[int, int] = {}
+    facts = []
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    for index, tensor in enumerate(tensors):
+        if tensor.layout is not torch.strided:
+            raise UnsupportedModelError(
+                f"a tensor of layout {tensor.layout} and shape {tuple(tensor.shape)} has no "
+                "storage whose bytes could be planned\n"
+                "hint: nn.Embedding(..., sparse=False) and dense tensors can be"
+            )
+        storage = tensor.untyped_storage()
+        same = seen.get(storage._cdata)
+        seen.setdefault(storage._cdata, index)
+        size = allocated_bytes(storage.nbytes(), tensor.device)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        alias_of = input_storages.get(storage._cdata)
+        facts.append(OutputFacts(alias_of, same, size, dtype, tuple(tensor.stride())))
+    return tuple(facts)
+
+
+def allocated_bytes(num_bytes: int, device: torch.device) -> int:
+    """Return what the device's allocator counts for a storage of so many bytes."""
+    return -(-num_bytes // 512) * 512 if device.type == "cuda" else num_bytes
+
+
+def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Return the median duration of a few runs of `call()`."""
+    samples: list[float] = []
+    while len(samples) < MIN_REPEATS or (
+        len(samples) < MAX_REPEATS and sum(samples) < SECONDS_PER_CALL_SITE
+    ):
+        if device.type == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            torch.cuda.synchronize(device)
+            samples.append(start.elapsed_time(end) / 1e3)
+        else:
+            begin = time.perf_counter()
+            call()
+            samples.append(time.perf_counter() - begin)
+    return statistics.median(samples)
+
+
+# ---------------------------------------------------------------------------------------------
+# In place
+
+
+def in_place_call(
+    target: torch._ops.OpOverload, tensor_index: int, num_args: int
+) -> tuple[torch._ops.OpOverload, str | None] | None:
+    """Return the overload of an operator that writes into one of its inputs.
+
+    Args:
+        target: the functional operator.
+        tensor_index: which tensor argument to overwrite.
+        num_args: how many positional arguments the call has.
+
+    Returns:
+        (overload, keyword that takes the output), keyword None for `add_`-like calls that write
+        into their first argument; None where there is no such overload.
+    """
+    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1], None)
+    if packet is None or target.namespace != "aten":
+        return None
+    names = [a.name for a in target._schema.arguments]
+    types = [str(a.type) for a in target._schema.arguments]
+    if tensor_index == 0 and num_args > 0:
+        inplace = getattr(torch.ops.aten, packet.__name__ + "_", None)
+        candidate = getattr(inplace, target._overloadname, None) if inplace is not None else None
+        if candidate is not None and [a.name for a in candidate._schema.arguments] == names:
+            return candidate, None
+    for overload_name in packet.overloads():
+        candidate = getattr(packet, overload_name)
+        extra = [a for a in candidate._schema.arguments if a.is_out]
+        plain = [a for a in candidate._schema.arguments if not a.is_out]
+        if len(extra) == 1 and [a.name for a in plain] == names:
+            if [str(a.type) for a in plain] == types:
+                return candidate, extra[0].name
+    return None
+
+
+def _in_place_argument(
+    target: torch._ops.OpOverload, args: Any, kwargs: Any, device: torch.device
+) -> int | None:
+    """Return the tensor argument that the call may overwrite with bit-identical results, if any."""
+    name = target._schema.name.split("::")[1]
+    if torch.Tag.pointwise not in target.tags and name not in (*_ROW_WISE, *_ACCUMULATING):
+        return None
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return None
+    num_tensors = len(tensor_arguments(args, kwargs))
+    for index in range(1 if name in _ACCUMULATING else num_tensors):
+        found = in_place_call(target, index, len(args))
+        if found is None:
+            continue
+        real_args, real_kwargs = _made_up(args, kwargs, 1, random=True)
+        inputs = tensor_arguments(real_args, real_kwargs)
+        victim = inputs[index]
+        if sum(t is victim for t in inputs) > 1:
+            continue
+        try:
+            expected = target(*real_args, **real_kwargs)
+            if not _same_layout(expected, victim):
+                continue
+            overload, keyword = found
+            out = {} if keyword is None else {keyword: victim}
+
+            def call(
+                overload: Any = overload, out: Any = out, a: Any = real_args, k: Any = real_kwargs
+            ) -> Any:
+                return overload(*a, **k, **out)
+
+            result, high_bytes, _ = allocator_peak(call, device)
+        except (RuntimeError, NotImplementedError):
+            continue
+        is_cheaper = high_bytes < expected.untyped_storage().nbytes()
+        shares = result.untyped_storage()._cdata == victim.untyped_storage()._cdata
+        if is_cheaper and shares and same_bits(result, expected):
+            return index
+    return None
+
+
+def _same_layout(expected: torch.Tensor, victim: torch.Tensor) -> bool:
+    return (
+        expected.dtype == victim.dtype
+        and expected.shape == victim.shape
+        and expected.stride() == victim.stride()
+        and expected.device == victim.device
+        and expected.untyped_storage().nbytes() == victim.untyped_storage().nbytes()
+    )
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one dtype agree in shape and in every bit, NaNs and -0.0 included."""
+    if a.dtype.is_complex:
+        return torch.equal(torch.view_as_real(a), torch.view_as_real(b))
+    if a.dtype.is_floating_point and a.dtype.itemsize in (2, 4, 8):
+        integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+        return torch.equal(a.view(integer), b.view(integer))
+    return torch.equal(a, b)

@@ -1,0 +1,1 @@
+"""A schedule written as code that runs it."""

@@ -1,0 +1,1 @@
+"""Loss heads, MLPs and attention run a few rows at a time."""

@@ -1,0 +1,1 @@
+"""A batch in k parts whose weighted losses add up to the whole one's."""

@@ -1,0 +1,223 @@
+"""Whether a model's rows look at one another: observed on a few of them.
+
+Contrastive losses, load balancing, statistics of the batch: no list of operators would name all
+that makes the loss of one row depend on another. So the loss of a few rows is compared with the
+weighted losses of their parts. Noise that the loss draws is held still meanwhile: every random
+number of a call is the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from packlight.capture.step_capture import LossFunction
+from packlight.errors import BatchError, MicrobatchError
+from packlight.moves.microbatch.denominator import Denominator
+from packlight.moves.microbatch.split import (
+    LossWeight,
+    loss_weights,
+    num_rows,
+    take_rows,
+    tensor_leaves,
+)
+
+WeightsFunction = Callable[[Sequence[Any]], Sequence[float]]
+
+# Of the largest number compared, by the lowest precision in which anything was computed.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+MAX_ROWS_LOOKED_AT = 16
+
+
+def check_rows_independent(
+    model: nn.Module, loss_fn: LossFunction, batch_of_few_rows: Any, weights_fn: WeightsFunction
+) -> None:
+    """Compare the loss of a few rows with the weighted losses of their parts, cut at two places.
+
+    Runs in eval mode (batch norm in training mode is `batch_statistics`' business) without
+    gradients; modes, buffers and generators are as before afterwards.
+
+    Args:
+        model: any.
+        loss_fn: `loss_fn(model, batch)` returns a scalar.
+        batch_of_few_rows: 2 to 4 rows that count, from `few_rows`.
+        weights_fn: from microbatches to their weights, such as `loss_weights` of a denominator.
+
+    Raises:
+        MicrobatchError: they differ; says by how much.
+
+    Cost: forward passes over three times the rows.
+    """
+    rows = num_rows(batch_of_few_rows)
+    if rows < 2:
+        raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
+    with _undisturbed(model), _StillNoise() as noise, torch.no_grad():
+        whole = _loss(model, loss_fn, batch_of_few_rows, f"all {rows} rows")
+        for cut in dict.fromkeys([(rows + 1) // 2, 1]):  # halves, then the first row and the rest
+            parts = [
+                take_rows(batch_of_few_rows, slice(0, cut)),
+                take_rows(batch_of_few_rows, slice(cut, rows)),
+            ]
+            weights = weights_fn(parts)
+            losses = []
+            for part, weight, name in zip(
+                parts, weights, (_rows_name(0, cut), _rows_name(cut, rows)), strict=True
+            ):
+                noise.rewind()
+                losses.append(_loss(model, loss_fn, part, name) if weight else 0.0)
+            products = [w * x for w, x in zip(weights, losses, strict=True)]
+            scale = max(abs(whole), *map(abs, products))
+            difference = abs(whole - sum(products))
+            tolerance = TOLERANCES.get(noise.precision, 3e-2)
+            if not difference <= tolerance * scale:
+                described = " + ".join(
+                    f"{w:.6g} * {x:.7g}" for w, x in zip(weights, losses, strict=True)
+                )
+                raise MicrobatchError(
+                    f"{rows} rows have the loss {whole:.7g}, but cut before row {cut} their parts "
+                    f"add up to {described} = {sum(products):.7g} ({difference / scale:.2g} off, "
+                    f"{tolerance:g} allowed): rows depend on one another, or the weights are wrong",
+                    hint="if rows are meant to (contrastive loss, load balancing), a batch has to "
+                    "run as a whole; if not, pass loss_weight=, " + MicrobatchError.WEIGHTS,
+                )
+
+
+def settle(
+    model: nn.Module, loss_fn: LossFunction, batch_of_few_rows: Any, loss_weight: LossWeight
+) -> LossWeight:
+    """Return the loss weight, or the alternative of a denominator, that holds for a few rows.
+
+    Args and errors: as `check_rows_independent`.
+    """
+    candidates: list[LossWeight] = [loss_weight]
+    if isinstance(loss_weight, Denominator):
+        candidates = [replace(loss_weight, alternatives=()), *loss_weight.alternatives]
+    holding: list[LossWeight] = []
+    errors: list[MicrobatchError] = []
+    for candidate in candidates:
+        weights_fn = partial(loss_weights, candidate)
+        try:
+            check_rows_independent(model, loss_fn, batch_of_few_rows, weights_fn)
+            holding.append(candidate)
+        except MicrobatchError as error:
+            errors.append(error)
+    if not holding:
+        raise errors[0]
+    if len(holding) > 1:
+        raise MicrobatchError("the loss of a few rows is 0: a mean cannot be told from a sum")
+    return holding[0]
+
+
+def few_rows(batch: Any, loss_weight: LossWeight, max_rows: int = 4) -> Any:
+    """Return a batch of a few rows that differ (where any do), for `check_rows_independent`.
+
+    If there is a row that weighs nothing, it comes first: that its loss is nothing is checked, too.
+
+    Args:
+        batch: its first 16 rows are looked at.
+        loss_weight: among the rows that weigh something, different weights are preferred.
+        max_rows: how many at most, at least 3.
+
+    Raises:
+        BatchError: fewer than two rows count.
+    """
+    indices = range(min(num_rows(batch), MAX_ROWS_LOOKED_AT))
+    singles = [take_rows(batch, slice(i, i + 1)) for i in indices]
+    weights = loss_weights(loss_weight, singles)
+    counting = [i for i in indices if weights[i] > 0]
+    leaves = [tensor_leaves(single) for single in singles]
+    different: list[int] = []
+    for i in counting:
+        if not any(all(map(torch.equal, leaves[i], leaves[j])) for j in different):
+            different.append(i)
+    kept = different if len(different) > 1 else counting
+    if len(kept) < 2:
+        raise BatchError("batch", None, f"has {len(kept)} rows that count; 2 are needed", "")
+    kept = sorted(kept, key=lambda i: weights[i])
+    weightless = [i for i in indices if weights[i] == 0][:1]
+    last = min(max_rows - len(weightless), len(kept)) - 1
+    chosen = sorted(kept[round(k * (len(kept) - 1) / last)] for k in range(last + 1))
+    return take_rows(batch, torch.tensor(weightless + chosen))
+
+
+def _rows_name(start: int, stop: int) -> str:
+    return f"row {start}" if stop == start + 1 else f"rows {start} to {stop - 1}"
+
+
+def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> float:
+    try:
+        loss = float(loss_fn(model, batch))
+    except Exception as error:
+        raise MicrobatchError(
+            f"loss_fn fails on {name} alone: {type(error).__name__}: {error}", hint=""
+        ) from error
+    if not abs(loss) < float("inf"):
+        raise MicrobatchError(f"the loss of {name} is {loss}: nothing can be compared")
+    return loss
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Let a model run in eval mode in full precision, and leave all of its state as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [
+        (m, name, b, None if b is None else b.clone())
+        for m in model.modules()
+        for name, b in m._buffers.items()
+    ]
+    accelerators = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with torch.random.fork_rng(accelerators), torch.backends.cudnn.flags(allow_tf32=False):
+            torch.set_float32_matmul_precision("highest")
+            model.eval()
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if buffer is not None and value is not None:
+                    buffer.copy_(value)
+
+
+class _StillNoise(TorchDispatchMode):
+    """Lets the k-th random call give one number for all elements, the same after each `rewind`.
+
+    Also notes the lowest precision in which anything was computed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precision = torch.float64
+        self.numbers: list[Any] = []
+        self.num_calls = 0
+
+    def rewind(self) -> None:
+        self.num_calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                known = TOLERANCES.get(tensor.dtype, 3e-2)
+                if known > TOLERANCES[self.precision]:
+                    self.precision = tensor.dtype if tensor.dtype in TOLERANCES else torch.bfloat16
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        # A permutation of rows cannot be held still: rows are mixed, and that has to be seen.
+        if is_random and isinstance(result, torch.Tensor) and func._opname != "randperm":
+            if self.num_calls == len(self.numbers):
+                self.numbers.append(result.flatten()[:1].clone())
+            result.copy_(self.numbers[self.num_calls].expand(result.numel()).view(result.shape))
+            self.num_calls += 1
+        return result

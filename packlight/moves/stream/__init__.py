@@ -1,0 +1,1 @@
+"""Parameters and optimizer state that lie on a disk between uses."""

@@ -1,0 +1,227 @@
+"""Runs a prepared training step: microbatches, write-backs, and what is left of the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from packlight.capture.whole_step import Consumption
+from packlight.lower.program import emit_program
+from packlight.memory.disk import DiskTier
+from packlight.memory.tier import SlotSpec
+from packlight.moves.microbatch.split import loss_weights, num_rows, split
+from packlight.moves.precision import refuse_collapsed_scale
+from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
+from packlight.search.prepare import Preparer
+from packlight.search.ways import Part, Way
+from packlight.updates.gradients import GradientFate, update_all
+
+
+class StepRunner:
+    """A way to run the step, ready to be called with batches of one signature.
+
+    Attributes:
+        way: how the step runs.
+    """
+
+    def __init__(self, preparer: Preparer, way: Way) -> None:
+        self.way = way
+        self._preparer, self._request = preparer, preparer.request
+        self._trained = preparer.costs.trained_in_order
+        if way.streaming and preparer.streamed is None:
+            preparer.streamed = StreamedTensors(self._make_tier(()))
+        self._on_disk = way.streaming.places(preparer.request.optimizer)
+        in_backward = way.consumption is Consumption.UPDATE
+        alone = way.num_microbatches > 1 and preparer.costs.steps_alone
+        self._updates = preparer.costs.updates if in_backward or alone else None
+        self._programs: dict[int | None, _Program] = {}
+        for part in way.parts:
+            fate = GradientFate(
+                part.parameter_of,
+                part.captured.loss_index,
+                preparer.request.clipping,
+                self._updates if in_backward else None,
+            )
+            streamed = None
+            if way.streaming:
+                assert preparer.streamed is not None
+                streamed = StreamedBuffers(preparer.streamed, _keys(part))
+            program = _Program(part, fate, self._make_tier, streamed)
+            self._programs[part.num_rows] = program
+            part.capture.install(program)
+
+    def _make_tier(self, slots: Sequence[SlotSpec]) -> DiskTier:
+        directory = self._request.offload_directory
+        assert directory is not None, "transfers are planned only where there is a tier"
+        return DiskTier(directory, slots)
+
+    def arrange(self) -> None:
+        """Have on the disk what this way streams, and all else in memory.
+
+        Raises:
+            OffloadError: the disk is full or broken; no value is lost.
+        """
+        streamed = self._preparer.streamed
+        if streamed is not None:  # perhaps by another batch's way
+            streamed.arrange(self._on_disk)
+
+    def _in_memory(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        streamed = self._preparer.streamed
+        return nullcontext() if streamed is None else streamed.in_memory(parameter)
+
+    def run(self, batch: Any, num_steps: int) -> torch.Tensor:
+        """Train one step and return the detached loss.
+
+        Raises:
+            NonFiniteLossError: nothing is changed.
+            LossScaleError: no parameter is changed, nor is optimizer state.
+            CapturedAgainError: the model changed since it was captured; nothing is changed.
+        """
+        request, optimizer = self._request, self._request.optimizer
+        assert optimizer is not None
+        if self._updates is not None:
+            self._updates.begin_step()
+        optimizer.zero_grad(set_to_none=True)
+        self.arrange()
+        try:
+            if self.way.num_microbatches == 1:
+                loss = self._run_whole(batch, num_steps)
+            else:
+                loss = self._run_microbatches(batch, num_steps)
+            if self.way.consumption is not Consumption.UPDATE:
+                trained, scaler = self._trained, request.scaler
+                scale = 1.0 if scaler is None else scaler.get_scale()
+                update_all(
+                    optimizer, trained, request.clipping, scaler, self._updates, self._in_memory
+                )
+                if scaler is not None:
+                    names = self._preparer.costs.name_of
+                    gradients = ((names[id(p)], p.grad) for p in trained)
+                    refuse_collapsed_scale(scaler, scale, gradients, num_steps)
+            if self._updates is not None:
+                self._updates.end_step()
+        except BaseException:
+            for program in self._programs.values():
+                program.reset()
+            if self._preparer.streamed is not None:
+                self._preparer.streamed.reset()
+            raise
+        finally:
+            optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def _run_whole(self, batch: Any, num_steps: int) -> torch.Tensor:
+        (program,) = self._programs.values()
+        program.set_up(self._scale, num_steps, None)
+        return self.way.parts[0].capture(batch)
+
+    def _run_microbatches(self, batch: Any, num_steps: int) -> torch.Tensor:
+        """Run microbatch after microbatch; model buffers are put back if one of them fails."""
+        microbatches = split(batch, self.way.num_microbatches)
+        assert self.way.loss_weight is not None
+        weights = loss_weights(self.way.loss_weight, microbatches)
+        part_of = {part.num_rows: part for part in self.way.parts}
+        total: torch.Tensor | None = None
+        backup: dict[torch.Tensor, torch.Tensor] = {}
+        try:
+            for index, (microbatch, weight) in enumerate(zip(microbatches, weights, strict=True)):
+                if weight == 0:  # its loss may be 0/0, and it counts for nothing
+                    continue
+                rows = num_rows(microbatch)
+                program = self._programs[rows]
+                program.set_up(weight * self._scale, num_steps, index, backup)
+                loss = part_of[rows].capture(microbatch).mul_(weight)
+                total = loss if total is None else total.add_(loss)
+        except BaseException:
+            for tensor, value in backup.items():
+                tensor.copy_(value)
+            raise
+        assert total is not None, "loss_weights refuses microbatches of which none counts"
+        return total
+
+    @property
+    def _scale(self) -> float:
+        """What the loss is multiplied with; the first call sets a scaler up, as a loop's does."""
+        scaler = self._request.scaler
+        one = torch.ones((), device=self._trained[0].device)
+        return 1.0 if scaler is None else float(scaler.scale(one))
+
+
+def _keys(part: Part) -> dict[int, Key]:
+    """Return what the streamed buffers of a part's graph stand for."""
+    keys: dict[int, Key] = {
+        buffer: ("state", id(part.parameter_of[primal]))
+        for primal, buffer in part.step.state_buffer_of.items()
+    }
+    for primal, buffer in part.step.parameter_buffer_of.items():
+        keys[buffer] = ("parameter", id(part.streamed_of[primal]))
+    return keys
+
+
+class _Program:
+    """What runs in the place of a traced loss; called with the primals."""
+
+    def __init__(
+        self,
+        part: Part,
+        fate: GradientFate,
+        make_tier: Callable[[Sequence[SlotSpec]], DiskTier],
+        streamed: StreamedBuffers | None,
+    ) -> None:
+        self.program = emit_program(part.step, part.plan.schedule)
+        self.fate, self.captured, self.streamed = fate, part.captured, streamed
+        self.tier = make_tier(self.program.slots) if self.program.slots else None
+        same_as_primal = part.captured.same_as_primal
+        self.returned = [(i, same_as_primal.get(i)) for i in part.captured.returned]
+        (tangent,) = part.step.joint.tangents
+        like = tangent.meta["val"]
+        self.weight = torch.ones((), device=like.device, dtype=like.dtype)
+        self.backup: dict[torch.Tensor, torch.Tensor] | None = None
+
+    def reset(self) -> None:
+        """Forget transfers under way, after a failed step."""
+        if self.tier is not None:
+            self.tier.reset()
+
+    def set_up(
+        self,
+        weight: float,
+        num_steps: int,
+        microbatch_index: int | None,
+        backup: dict[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Say what the next call is.
+
+        Args:
+            weight: what the backward starts from, how much the loss counts.
+            num_steps: trained so far.
+            microbatch_index: which microbatch, None for a whole batch.
+            backup: takes the first values of what is written back.
+        """
+        # An infinite weight in half precision is the scaler's business: it skips the update.
+        self.weight.copy_(torch.tensor(weight, dtype=torch.float64))
+        self.backup = backup
+        self.fate.num_steps, self.fate.microbatch_index = num_steps, microbatch_index
+
+    def __call__(self, primals: Sequence[Any]) -> tuple[Any, ...]:
+        """Run the schedule, write new values of the model's buffers back.
+
+        Returns:
+            The loss, and what the forward assigns to attributes, in dynamo's order.
+        """
+        with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
+            results = self.program.module.forward(
+                [*primals, self.weight, self.fate, self.tier, self.streamed]
+            )
+            for result, primal in self.captured.written_back.items():
+                written = primals[primal]
+                if self.backup is not None and written not in self.backup:
+                    self.backup[written] = written.clone()
+                written.copy_(results[result])
+        return tuple(
+            results[i] if primal is None else primals[primal] for i, primal in self.returned
+        )

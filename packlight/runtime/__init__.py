@@ -1,1 +1,0 @@
-"""A schedule made to run: graphs, random-number replay, the backend, `fit`, checkpoints."""

@@ -1,0 +1,1 @@
+"""Which way to run a step is fastest within the budget."""

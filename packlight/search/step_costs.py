@@ -1,0 +1,283 @@
+"""What a step costs beside the calls of its graph: updates, additions, everything resident."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import cycle
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from packlight.capture.batch import tensors_of
+from packlight.capture.joint import JointStep
+from packlight.capture.step_capture import CapturedLoss
+from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
+from packlight.costs.measure import median_seconds
+from packlight.costs.profiler import CallProfiler
+from packlight.moves.stream.parameters import (
+    ParameterSlots,
+    parameter_slots,
+    without_results,
+)
+from packlight.moves.stream.state import Slots, state_slots
+from packlight.moves.stream.streamed import Streaming
+from packlight.search.ways import Request
+from packlight.step import BufferKind, StepMemory
+from packlight.updates.accounting import batch_bytes, measure_optimizer, tensors_bytes
+from packlight.updates.gradients import fills_storage
+from packlight.updates.twin import kinds_of_settings
+from packlight.updates.update import ParameterUpdates, UpdateCost
+
+# Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
+SCALAR_BYTES = 64
+# To find out how long a cold gradient takes to be added to: enough to fill caches.
+MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
+
+
+class StepCosts:
+    """Measures, once, what a user's optimizer and model cost outside of the captured graph.
+
+    Attributes:
+        device: of the model.
+        updates: steps the optimizer one parameter at a time; None where there is no optimizer.
+        optimizer_bytes: its state, whether it exists yet or not.
+        update_workspace_bytes: what its own `step()` allocates for a moment.
+        trained: the parameters that it updates, by id.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        model, optimizer = request.model, request.optimizer
+        self.device = next(model.parameters()).device
+        self.updates: ParameterUpdates | None = None
+        self.optimizer_bytes = self.update_workspace_bytes = 0
+        if optimizer is not None:
+            measured = measure_optimizer(optimizer)
+            self.optimizer_bytes = measured.state_bytes
+            self.update_workspace_bytes = measured.workspace_bytes
+            self.updates = ParameterUpdates(optimizer)
+        self.name_of = {id(p): name for name, p in model.named_parameters()}
+        self.trained = {
+            id(p): p
+            for group in (optimizer.param_groups if optimizer else [{"params": model.parameters()}])
+            for p in group["params"]
+            if p.requires_grad
+        }
+        self._additions: dict[Any, float] = {}
+        self._consumers: dict[Any, Consumer] = {}
+        self._slots: Slots | None = None
+        self._parameter_slots: ParameterSlots | None = None
+
+    @property
+    def trained_in_order(self) -> list[nn.Parameter]:
+        """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
+        return [p for p in self.request.model.parameters() if id(p) in self.trained]
+
+    @property
+    def steps_alone(self) -> bool:
+        """Whether parameters may be updated one at a time."""
+        no_norm = self.request.clipping.norm is None and self.request.scaler is None
+        return self.updates is not None and self.updates.refusal is None and no_norm
+
+    def state_slots(self) -> Slots:
+        """Return what of the optimizer's state can be streamed."""
+        assert self.request.optimizer is not None
+        if self._slots is None:
+            self._slots = state_slots(self.request.optimizer, self.trained.values())
+        return self._slots
+
+    def parameter_slots(self, loss: CapturedLoss, how: Consumption) -> ParameterSlots:
+        """Return which parameters (and large buffers) of the model can be streamed.
+
+        Args:
+            loss: as captured.
+            how: what happens to gradients. Where all parameters are updated together, only frozen
+                ones are streamed.
+        """
+        if self._parameter_slots is None:
+            self._parameter_slots = parameter_slots(self.request.model)
+        slots = without_results(self._parameter_slots, loss)
+        if how is Consumption.UPDATE or (how is Consumption.ACCUMULATE and self.steps_alone):
+            return slots
+        return {tensor: spec for tensor, spec in slots.items() if id(tensor) not in self.trained}
+
+    def completed(
+        self,
+        joint: JointStep,
+        loss: CapturedLoss,
+        how: Consumption,
+        streaming: Streaming,
+        profiler: CallProfiler,
+    ) -> WholeStep:
+        """Return a captured step in which every gradient is consumed, at its measured costs.
+
+        Args:
+            joint: the captured step.
+            loss: with the real inputs that it was captured with.
+            how: what happens to gradients.
+            streaming: what lies on the disk between uses.
+            profiler: remembers seconds.
+        """
+        consumers: dict[int, Consumer] = {}
+        trained = self.parameters(loss.arguments)
+        copied_bytes = _copied_bytes(joint, trained)
+        for primal, parameter in trained.items():
+            consumer = self._consumer(joint, primal, parameter, how, profiler)
+            if streaming:  # only what is streamed has a buffer of its own
+                streamed = streaming.states.get(parameter, {}).values()
+                consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
+            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
+            consumers[primal] = replace(consumer, workspace_bytes=workspace)
+        together = None
+        if how is Consumption.TOGETHER:
+            seconds = sum(consumer.seconds for consumer in consumers.values())
+            norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
+            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
+            together = Consumer("all parameters", seconds, workspace)
+        step = whole_step(joint, consumers, how, together)
+        if not streaming:
+            return step
+        moved = streamed_primals(loss, streaming)
+        buffers = {primal: joint.buffer_of_node[joint.primals[primal]] for primal in moved}
+        stored = (*step.state_buffer_of.values(), *buffers.values())
+        # What was captured are values without gradients; reports tell parameters from states.
+        named = list(step.joint.graph.buffers)
+        for primal, b in buffers.items():
+            name = self.name_of.get(id(moved[primal]), named[b].name)
+            named[b] = replace(named[b], kind=BufferKind.PARAMETER, name=name)
+        graph = replace(step.joint.graph, buffers=tuple(named), stored=stored)
+        joint = replace(step.joint, graph=graph)
+        return replace(step, joint=joint, parameter_buffer_of=buffers)
+
+    def _consumer(
+        self,
+        joint: JointStep,
+        primal: int,
+        parameter: nn.Parameter,
+        how: Consumption,
+        profiler: CallProfiler,
+    ) -> Consumer:
+        name = self.name_of[id(parameter)]
+        node = joint.backward_results[primal]
+        if node is None:
+            return Consumer(name)
+        if how is Consumption.ACCUMULATE:
+            return Consumer(name, self._addition_seconds(parameter, profiler))
+        if self.updates is None or self.updates.refusal is not None:
+            return Consumer(name)
+        key = (name, tuple(node.meta["val"].stride()))
+        if key not in self._consumers:  # later on, its state may lie elsewhere
+            cost = self.update(parameter, key[1], profiler)
+            workspace = cost.workspace_bytes
+            self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
+        return self._consumers[key]
+
+    def update(
+        self, parameter: nn.Parameter, stride: tuple[int, ...] | None, profiler: CallProfiler
+    ) -> UpdateCost:
+        """Return what an update costs, seconds as they were first seen on this device."""
+        assert self.updates is not None
+        cost = self.updates.cost(parameter, stride)
+        optimizer = self.updates.optimizer
+        name = (
+            f"update {type(optimizer)} {kinds_of_settings(optimizer)} {tuple(parameter.shape)} "
+            f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
+        )
+        return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
+
+    def _addition_seconds(self, parameter: nn.Parameter, profiler: CallProfiler) -> float:
+        """Return how long a gradient takes to be added to what has been accumulated.
+
+        That was last touched a microbatch ago: several stand in for it in turn, so that none of
+        them is found in a cache.
+        """
+        key = (tuple(parameter.shape), parameter.dtype)
+        if key not in self._additions:
+            gradient = parameter.new_zeros(parameter.shape)
+            num = max(1, min(MAX_ACCUMULATED, ACCUMULATED_BYTES // max(1, gradient.nbytes)))
+            accumulated = cycle([torch.ones_like(gradient) for _ in range(num)])
+            seconds = median_seconds(lambda: next(accumulated).add_(gradient), self.device)
+            name = f"addition {key} to one of {num}"
+            self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
+        return self._additions[key]
+
+    def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
+        """Return the trained parameters among a captured call's inputs, by position."""
+        return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
+
+    def memory(
+        self,
+        batch: Any,
+        loss: CapturedLoss,
+        num_microbatches: int,
+        streaming: Streaming | None = None,
+    ) -> StepMemory:
+        """Return the bytes of a step outside of its schedule.
+
+        Args:
+            batch: the whole one.
+            loss: as captured.
+            num_microbatches: with more than one, gradients are accumulated.
+            streaming: what lies on the disk between uses.
+        """
+        model, streaming = self.request.model, streaming or Streaming()
+        trained = self.parameters(loss.arguments)
+        results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
+        gradients = results[loss.num_forward_outputs :]
+        gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
+        accumulated_bytes = workspace_bytes = 0
+        if num_microbatches > 1:
+            written = [loss.arguments[primal] for primal in loss.written_back.values()]
+            accumulated_bytes = gradient_bytes + tensors_bytes(written)
+            workspace_bytes = self.update_workspace_bytes
+            if self.steps_alone:
+                assert self.updates is not None
+                workspace_bytes = max(
+                    self.updates.cost(p).workspace_bytes
+                    + sum(spec.num_bytes for spec in streaming.of_update(p))
+                    for p in trained.values()
+                )
+        # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
+        outside = [*model.parameters(), *tensors_of(batch)]
+        arguments = [a for a in loss.arguments if isinstance(a, torch.Tensor)]
+        others = [t for t in (*model.buffers(), *arguments) if t not in streaming.parameters]
+        return StepMemory(
+            parameter_bytes=tensors_bytes(
+                p for p in model.parameters() if p not in streaming.parameters
+            ),
+            # What attributes hold since the step before is let go of when it is assigned anew.
+            state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
+            + sum(value.untyped_storage().nbytes() for value in loss.assigned),
+            input_bytes=batch_bytes(batch) + SCALAR_BYTES,
+            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
+            update_workspace_bytes=workspace_bytes,
+            gradient_bytes=gradient_bytes,
+            accumulated_bytes=accumulated_bytes,
+        )
+
+
+def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:
+    """Return the streamed parameters and buffers among a captured call's inputs, by position."""
+    return {
+        primal: argument
+        for primal, argument in enumerate(loss.arguments)
+        if isinstance(argument, torch.Tensor) and argument in streaming.parameters
+    }
+
+
+def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:
+    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
+
+    Two parameters that are only ever added have one gradient, those that are concatenated have
+    slices of one, and that of a sum is one number.
+    """
+    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
+    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
+    return {
+        primal: trained[primal].nbytes
+        for primal, node in nodes.items()
+        if num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"])
+    }

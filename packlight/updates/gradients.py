@@ -1,0 +1,121 @@
+"""What becomes of gradients: updates in the backward, accumulation, or one update for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from packlight.errors import NonFiniteLossError
+from packlight.updates.slices import like_eager
+from packlight.updates.update import ParameterUpdates
+
+
+@dataclass(frozen=True, slots=True)
+class Clipping:
+    """How gradients are clipped before the update, if at all.
+
+    Attributes:
+        norm: of all gradients together (`torch.nn.utils.clip_grad_norm_`).
+        value: of each element.
+    """
+
+    norm: float | None = None
+    value: float | None = None
+
+
+@dataclass
+class GradientFate:
+    """Receives results and gradients from a running step program (see `program.StepEvents`).
+
+    Attributes:
+        parameter_of: primal -> parameter whose gradient is consumed.
+        loss_index: the forward result that is the loss.
+        clipping: of gradients.
+        updates: where given, a parameter is updated as soon as its gradient is complete; else
+            gradients are collected in `parameter.grad`.
+        num_steps: trained so far, for errors.
+        microbatch_index: the one that runs, None where the batch runs as a whole.
+    """
+
+    parameter_of: Mapping[int, nn.Parameter]
+    loss_index: int
+    clipping: Clipping
+    updates: ParameterUpdates | None = None
+    num_steps: int = 0
+    microbatch_index: int | None = None
+
+    def result(self, index: int, value: torch.Tensor) -> None:
+        """Refuse a loss that is not finite, before anything is updated."""
+        if index == self.loss_index and not bool(torch.isfinite(value)):
+            raise NonFiniteLossError(self.num_steps, float(value), self.microbatch_index)
+
+    def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
+        """Update the parameter, or collect its gradient."""
+        parameter = self.parameter_of[primal]
+        if self.updates is None and parameter.grad is not None:
+            parameter.grad.add_(gradient)
+            return
+        # Clipping and the optimizer may overwrite it, as eager's, which nobody else looks at.
+        is_own = is_last_use and fills_storage(gradient)
+        if self.updates is None:
+            in_layout = like_eager(gradient, parameter)
+            is_copied = in_layout is not gradient
+            parameter.grad = in_layout if is_own or is_copied else gradient.clone()
+            return
+        if not is_own:
+            gradient = gradient.clone()
+        if self.clipping.value is not None:
+            gradient.clamp_(-self.clipping.value, self.clipping.value)
+        self.updates.apply(parameter, gradient)
+
+
+def fills_storage(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's storage holds nothing else, and each of its elements once."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def update_all(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    clipping: Clipping,
+    scaler: torch.amp.GradScaler | None,
+    updates: ParameterUpdates | None,
+    in_memory: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
+) -> None:
+    """Update all parameters from their collected gradients.
+
+    Args:
+        optimizer: the user's.
+        parameters: those that may have a gradient, in the order in which their norms are added.
+        clipping: applied first.
+        scaler: unscales first, and skips the update where a gradient is not finite.
+        updates: where given, parameters are updated one after the other, with less workspace;
+            its step has begun.
+        in_memory: with `updates`, the context in which a parameter and its state are there.
+    """
+    gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+    if scaler is not None:
+        scaler.unscale_(optimizer)
+    if clipping.value is not None:
+        for _, gradient in gradients:
+            gradient.clamp_(-clipping.value, clipping.value)
+    if clipping.norm is not None:
+        nn.utils.clip_grad_norm_([p for p, _ in gradients], clipping.norm, foreach=False)
+    if scaler is not None:
+        scaler.step(optimizer)
+        scaler.update()
+    elif updates is not None:
+        while gradients:
+            parameter, gradient = gradients.pop(0)
+            parameter.grad = None
+            with in_memory(parameter):
+                updates.apply(parameter, gradient)
+                del gradient
+    else:
+        optimizer.step()
+
+

@@ -1,0 +1,332 @@
+"""Any optimizer, one parameter at a time, the moment its gradient is complete.
+
+The bits are those of `optimizer.step()` after the backward, the state is the optimizer's own. What
+a step allocates for a moment is bounded: a large parameter is stepped in slices, where slices were
+seen to give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+
+from packlight.costs.measure import median_seconds, real_tensors
+from packlight.errors import UnsupportedModelError
+from packlight.updates.accounting import TwoSteps, measure_two_steps, tensors_bytes
+from packlight.updates.observe import (
+    Kind,
+    SliceFacts,
+    observe_slices,
+    state_form,
+    why_not_alone,
+)
+from packlight.updates.slices import like_eager, rows_of_slices, step_in_slices
+from packlight.updates.twin import (
+    Group,
+    interception,
+    kinds_of_settings,
+    stand_in,
+    state_tensors,
+    step_alone,
+)
+
+# Slices of AdamW are then 1 MiB, which stay in cache from one pass over them to the next.
+DEFAULT_WORKSPACE_BYTES = 4 * 2**20
+
+# Parameters, gradients and states in measurements: any number that takes no special path.
+_FILLER = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateCost:
+    """What updating one parameter costs.
+
+    Attributes:
+        state_bytes: what the optimizer keeps for it.
+        workspace_bytes: the most that an update allocates beyond that for a moment.
+        seconds: median duration of an update once the state exists.
+        num_slices: in how many slices it is updated once the state exists.
+    """
+
+    state_bytes: int
+    workspace_bytes: int
+    seconds: float
+    num_slices: int
+
+
+class ParameterUpdates:
+    """Steps a user's optimizer for one parameter at a time, bit for bit as `optimizer.step()`.
+
+    The optimizer stays the user's: its state is read and written, its hyperparameters are read anew
+    at every update, so schedulers, several groups and `load_state_dict` work as always.
+
+    Attributes:
+        optimizer: the user's.
+        max_workspace_bytes: what an update may allocate for a moment where slices allow it. A
+            single row of a parameter may need more, and so may the fewest that fill whole vectors,
+            where bits depend on that.
+        refusal: why this optimizer cannot be stepped one parameter at a time, in words for a plan's
+            report; None if it can.
+
+    >>> weight = torch.nn.Parameter(torch.ones(3))
+    >>> updates = ParameterUpdates(torch.optim.SGD([weight], lr=0.5))
+    >>> updates.begin_step()
+    >>> updates.apply(weight, torch.tensor([0.0, 1.0, 2.0]))
+    >>> weight.tolist(), weight.grad
+    ([1.0, 0.5, 0.0], None)
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, max_workspace_bytes: int | None = None
+    ) -> None:
+        self.optimizer = optimizer
+        self.max_workspace_bytes = (
+            DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
+        )
+        self._num_states = 0
+        self._observe()
+
+    def cost(
+        self, parameter: torch.Tensor, gradient_stride: tuple[int, ...] | None = None
+    ) -> UpdateCost:
+        """Return what updating a parameter costs, measured on copies and remembered.
+
+        Args:
+            parameter: one of the optimizer's that needs a gradient.
+            gradient_stride: strides of the gradients to come; the parameter's if None. A gradient
+                in another layout is copied (by slices) to the layout that eager would give it.
+
+        Raises:
+            UnsupportedModelError: see `refusal`.
+        """
+        if self.refusal is not None:
+            raise UnsupportedModelError(self.refusal)
+        stride = parameter.stride() if gradient_stride is None else tuple(gradient_stride)
+        key = (self._key(parameter), stride)
+        if key not in self._measured:
+            with real_tensors():
+                self._measured[key] = self._measure(parameter, stride)
+        steps, seconds, num_slices = self._measured[key]
+        existing = state_tensors(self.optimizer.state.get(parameter))
+        if existing:
+            return UpdateCost(tensors_bytes(existing), steps.later_bytes, seconds, num_slices)
+        return UpdateCost(steps.state_bytes, steps.workspace_bytes, seconds, num_slices)
+
+    def begin_step(self) -> None:
+        """Say that a step of the optimizer starts; call it before the step's first `apply`.
+
+        Raises:
+            UnsupportedModelError: the optimizer cannot be stepped one parameter at a time, or was
+                changed since that was observed.
+        """
+        reason = self.refusal or self._in_words(interception(self.optimizer))
+        if reason is not None:
+            raise UnsupportedModelError(
+                f"{reason}\nhint: remove what was added, or step the optimizer after the backward"
+            )
+        if self._observed != self._fingerprint():
+            self._observe_again()
+        # What LR schedulers look for to see that a step was done.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def apply(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Update a parameter; its `grad` is left as it was.
+
+        Args:
+            parameter: one of the optimizer's that needs a gradient.
+            gradient: the complete gradient, of the parameter's shape and dtype, in any layout. The
+                optimizer may overwrite it.
+        """
+        group_index = self._group_index[parameter]
+        group = self.optimizer.param_groups[group_index]
+        slices = self._slices_of(parameter)
+        _step(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
+
+    def end_step(self) -> None:
+        """Say that all parameters were updated.
+
+        New states are put in the order in which `optimizer.step()` makes them, which is the order
+        in `state_dict()` and so in checkpoints.
+        """
+        states = self.optimizer.state
+        if len(states) == self._num_states:
+            return
+        place = {id(parameter): place for place, parameter in enumerate(self._group_index)}
+        in_order = sorted(states.items(), key=lambda item: place.get(id(item[0]), -1))
+        states.clear()
+        states.update(in_order)
+        self._num_states = len(states)
+
+    def _observe(self) -> None:
+        self._num_states = 0  # in their order
+        groups = self.optimizer.param_groups
+        self._group_index: dict[torch.Tensor, int] = {
+            p: i for i, group in enumerate(groups) for p in group["params"]
+        }
+        self._observed = self._fingerprint()
+        self._facts: dict[tuple[int, Kind], SliceFacts | None] = {}
+        self._slices: dict[Any, _Slices | None] = {}
+        self._measured: dict[Any, tuple[TwoSteps, float, int]] = {}
+        with real_tensors():
+            reason = interception(self.optimizer) or why_not_alone(self.optimizer)
+        self.refusal = self._in_words(reason)
+
+    def _observe_again(self) -> None:
+        """See whether what was planned still holds for an optimizer that was changed meanwhile."""
+        promised = self._slices
+        self._observe()
+        self._slices = promised
+        observed, self._observed = self._observed, []  # to be looked at again should this raise
+        if self.refusal is not None:
+            raise UnsupportedModelError(
+                f"{self.refusal}\nhint: its hyperparameters were changed since the step was planned"
+            )
+        for key, slices in promised.items():
+            if slices is not None and not self._may_slice(key[0], Kind(len(key[1]), *key[3:])):
+                raise UnsupportedModelError(
+                    f"{type(self.optimizer).__name__} can no longer step a parameter of shape "
+                    f"{tuple(key[1])} in slices: its hyperparameters or the number of threads "
+                    "changed since the step was planned\nhint: set them before the first step"
+                )
+        self._observed = observed
+
+    def _fingerprint(self) -> list[Any]:
+        members = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
+        return [torch.get_num_threads(), members, kinds_of_settings(self.optimizer)]
+
+    def _in_words(self, reason: str | None) -> str | None:
+        if reason is None:
+            return None
+        return f"{type(self.optimizer).__name__} cannot step one parameter at a time: {reason}"
+
+    def _key(self, parameter: torch.Tensor) -> tuple[Any, ...]:
+        index = self._group_index[parameter]
+        return index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+
+    # -----------------------------------------------------------------------------------------
+    # Slices
+
+    def _slices_of(self, parameter: torch.Tensor) -> _Slices | None:
+        """Return how a parameter is sliced, None if it is stepped whole."""
+        key = self._key(parameter)
+        if key not in self._slices:
+            with real_tensors():
+                self._slices[key] = self._choose_slices(key[0], parameter)
+        return self._slices[key]
+
+    def _choose_slices(self, group_index: int, parameter: torch.Tensor) -> _Slices | None:
+        if parameter.ndim == 0 or parameter.shape[0] < 2 or not parameter.is_contiguous():
+            return None
+        num_rows = parameter.shape[0]
+        row_bytes = max(parameter.nbytes // num_rows, 1)
+        # A piece shows what a row needs; all that is sliced is elementwise.
+        trial_rows = self.max_workspace_bytes // (2 * row_bytes)
+        trial_rows = min(rows_of_slices(parameter, trial_rows, False), num_rows)
+        group = self.optimizer.param_groups[group_index]
+        piece = parameter.detach()[:trial_rows]
+        trial = _measure_copy(self.optimizer, group, piece, piece.stride(), None)
+        if trial.bytes.workspace_bytes * num_rows <= self.max_workspace_bytes * trial_rows:
+            return None
+        kind = Kind.of(parameter)
+        if not self._may_slice(group_index, kind):
+            return None
+        facts = self._facts[group_index, kind]
+        assert facts is not None
+        if trial.state_form != facts.state_form:
+            return None
+        # The first step also makes a slice's state, and the gradient may have to be copied.
+        first_rows, rows = (
+            rows_of_slices(
+                parameter,
+                trial_rows * self.max_workspace_bytes // (peak + piece.nbytes),
+                facts.needs_alignment,
+            )
+            for peak in (trial.bytes.first_bytes, trial.bytes.later_bytes)
+        )
+        return _Slices(first_rows, rows, facts.split_names)
+
+    def _may_slice(self, group_index: int, kind: Kind) -> bool:
+        if (group_index, kind) not in self._facts:
+            group = self.optimizer.param_groups[group_index]
+            with real_tensors():
+                self._facts[group_index, kind] = observe_slices(self.optimizer, group, kind)
+        facts = self._facts[group_index, kind]
+        # Threads split a parameter at places that slices would move.
+        is_split = kind.device.type == "cpu" and torch.get_num_threads() > 1
+        return facts is not None and not (facts.needs_alignment and is_split)
+
+    def _measure(
+        self, parameter: torch.Tensor, gradient_stride: tuple[int, ...]
+    ) -> tuple[TwoSteps, float, int]:
+        slices = self._slices_of(parameter)
+        group = self.optimizer.param_groups[self._group_index[parameter]]
+        copy = _measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
+        seconds = median_seconds(copy.step, parameter.device)
+        num_slices = 1 if slices is None else ceil(parameter.shape[0] / slices.rows)
+        return copy.bytes, seconds, num_slices
+
+
+@dataclass(frozen=True, slots=True)
+class _Slices:
+    first_rows: int  # in the step that makes the state
+    rows: int
+    split_names: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A copy of a parameter that was stepped twice.
+
+    Attributes:
+        bytes: what that allocated.
+        state_form: of the state that it made.
+        step: steps it once more.
+    """
+
+    bytes: TwoSteps
+    state_form: frozenset[tuple[str, Any, bool]]
+    step: Callable[[], None]
+
+
+def _step(
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    states: Any,
+    slices: _Slices | None,
+) -> None:
+    if slices is None:
+        step_alone(optimizer, group, parameter, like_eager(gradient, parameter), states)
+    else:
+        rows = slices.rows if states.get(parameter) else slices.first_rows
+        step_in_slices(optimizer, group, parameter, gradient, states, rows, slices.split_names)
+
+
+def _measure_copy(
+    optimizer: torch.optim.Optimizer,
+    group: Group,
+    parameter: torch.Tensor,
+    gradient_stride: tuple[int, ...],
+    slices: _Slices | None,
+) -> _Copy:
+    copy = torch.nn.Parameter(_filled(parameter, parameter.stride()))
+    gradient = _filled(parameter, gradient_stride)
+    twin = stand_in(optimizer, [group], [[copy]])
+
+    def step() -> None:
+        _step(twin, twin.param_groups[0], copy, gradient, twin.state, slices)
+
+    seen = measure_two_steps(step, twin.state, parameter.device)
+    return _Copy(seen, state_form(twin.state.get(copy, {}), copy.shape), step)
+
+
+def _filled(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
+    last = sum((size - 1) * step for size, step in zip(like.shape, stride, strict=True))
+    num_elements = last + 1 if like.numel() else 0
+    values = torch.full((num_elements,), _FILLER, dtype=like.dtype, device=like.device)
+    return values.as_strided(like.shape, stride)
