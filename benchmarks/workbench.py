@@ -18,7 +18,7 @@ import packlight
 from benchmarks.common import quartiles, same_bits, timed
 from benchmarks.models import Built, LossFn
 from packlight.errors import InfeasibleBudgetError
-from packlight.search.ways import Way
+from packlight.search.way import Way
 from packlight.updates.accounting import batch_bytes, tensors_bytes
 
 Step = Callable[[Any], torch.Tensor]
@@ -333,7 +333,7 @@ def smallest_bytes(fit: Callable[[int], packlight.TrainStep]) -> int:
 def way_digest(way: Way) -> str:
     """Return what is equal where two ways run the same schedules."""
     parts = [(part.num_rows, part.plan.schedule) for part in way.parts]
-    text = repr((parts, way.counts, way.rewriting, way.consumption.name))
+    text = repr((parts, [part.count for part in way.parts], way.moves))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -18,13 +18,13 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from packlight.costs.peak import MemoryPeak, measure_peak
-    from packlight.search.ways import EXACT_MOVES, MOVES
+
+    MOVES: tuple[str, ...]
+    EXACT_MOVES: tuple[str, ...]
     from packlight.train_step import TrainStep, fit, plan, profile
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
-    "EXACT_MOVES": "packlight.search.ways",
-    "MOVES": "packlight.search.ways",
     "MemoryPeak": "packlight.costs.peak",
     "TrainStep": "packlight.train_step",
     "fit": "packlight.train_step",
@@ -52,6 +52,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _FOLDERS:
         return import_module(f"packlight.{name}")
+    if name in ("MOVES", "EXACT_MOVES"):  # those of installed packages included
+        from packlight.moves.registry import exact_move_names, move_names
+
+        return move_names() if name == "MOVES" else exact_move_names()
     if name not in _HOMES:
         raise AttributeError(f"module 'packlight' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

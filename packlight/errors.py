@@ -90,6 +90,37 @@ class OptionError(PacklightError, ValueError):
     """An unknown option, or an option with a value that it does not take."""
 
 
+class MoveError(PacklightError, RuntimeError):
+    """A move that an installed package brings does not work; nothing was planned with it.
+
+    Attributes:
+        move: its name.
+        package: where it comes from.
+        problem: what is in the way.
+    """
+
+    def __init__(self, move: str, package: str, problem: str) -> None:
+        self.move, self.package, self.problem = move, package, problem
+        super().__init__(
+            f"the move {move!r} of {package!r}: {problem}\n"
+            f"hint: moves= without {move!r} leaves it out; if it does not load at all, mend or "
+            f"uninstall {package!r}"
+        )
+
+
+class WayError(PacklightError, ValueError):
+    """A saved way to run a step that is not one for this step, here and now.
+
+    Attributes:
+        what: differs: "step", "torch", "device", "budget", "moves".
+        saved, found: what the way says, and what is the case.
+    """
+
+    def __init__(self, what: str, saved: Any, found: Any, hint: str) -> None:
+        self.what, self.saved, self.found = what, saved, found
+        super().__init__(f"the saved way is for another {what}: {saved}, not {found}\nhint: {hint}")
+
+
 class FormatError(PacklightError, ValueError):
     """A saved plan, graph or checkpoint that cannot be read."""
 

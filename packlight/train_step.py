@@ -18,16 +18,14 @@ from packlight.capture.batch import batch_leaves
 from packlight.capture.step_capture import CapturedAgainError, LossFunction
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
-from packlight.errors import OptionError, UnsupportedModelError
-from packlight.moves.precision import (
-    blaming_precision,
-    chosen_precision,
-    loss_scaler,
-    under_autocast,
-)
+from packlight.errors import UnsupportedModelError
+from packlight.moves.precision import blaming_precision, chosen_precision, loss_scaler
+from packlight.moves.registry import chosen_names, technique_names
+from packlight.moves.request import Request
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
-from packlight.search.ways import MOVES, TECHNIQUES, Request, Way
+from packlight.search.ready import Ready
+from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
@@ -147,7 +145,7 @@ class TrainStep:
             with torch.no_grad():
                 # Eager PyTorch may call kernels that a traced step does not.
                 return blaming_precision(
-                    "the eager forward", self.request.loss_fn, lambda f: f(self.model, batch)
+                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, batch)
                 ).detach()
         finally:
             for module, was_training in modes:
@@ -161,9 +159,9 @@ class TrainStep:
             self._runners.clear()
         signature = (_signature(batch), self.model.training)
         if signature not in self._runners:
-            way = self._preparer.prepare(batch)
+            ready = self._preparer.prepare(batch)
             self._note_plan()
-            self._runners[signature] = StepRunner(self._preparer, way)
+            self._runners[signature] = StepRunner(self._preparer, ready)
         self._signature = signature
         return self.way
 
@@ -180,8 +178,13 @@ class TrainStep:
 
     @property
     def way(self) -> Way:
-        """How the latest batch's shape runs."""
-        return self._runners[self._signature].way
+        """How the latest batch's shape runs, as data."""
+        return self.ready.way
+
+    @property
+    def ready(self) -> Ready:
+        """... with the captured graphs and the tensors that it runs on."""
+        return self._runners[self._signature].ready
 
     @property
     def plan(self) -> Plan:
@@ -191,7 +194,7 @@ class TrainStep:
     @property
     def profile(self) -> StepProfile:
         """The captured step and its memory outside of the schedule."""
-        graph = self.way.parts[0].step.joint.graph
+        graph = self.ready.parts[0].step.joint.graph
         return StepProfile(
             graph, self.way.memory, device_name(self._preparer.device), torch.__version__,
             self.way.device,
@@ -204,9 +207,9 @@ class TrainStep:
 
     def describe(self) -> str:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
-        from packlight.search.words import describe_way
+        from packlight.search.words import describe
 
-        return describe_way(self.way, self.request)
+        return describe(self.ready, self.request)
 
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): the precision, the moves made, and why others were not."""
@@ -251,7 +254,7 @@ def fit(
         batch: an example; only its shapes and dtypes matter, nothing is trained yet.
         budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,
             optimizer state, activations and workspace together. None for no limit.
-        moves: what may be done to fit beside recomputation; all of `MOVES` if None.
+        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None.
         allow: names of approximate techniques. "bf16" or "fp16" run the loss under
             `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
             keep their dtype.
@@ -356,19 +359,13 @@ def _request(
     offload_directory: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Request:
-    names = frozenset(MOVES if moves is None else moves)
-    strange = sorted(names - set(MOVES))
-    if strange:
-        raise OptionError(
-            f"unknown move {strange[0]!r}\nhint: known moves are {', '.join(map(repr, MOVES))}"
-        )
-    allowed = frozenset(check_allowed(allow, TECHNIQUES))
+    allowed = frozenset(check_allowed(allow, technique_names()))
     precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
     if precision is not None:
-        loss_fn = under_autocast(loss_fn, precision, device)
         scaler = loss_scaler(model, precision, device, scaler)
     return Request(
-        model, loss_fn, optimizer, None if budget is None else parse_bytes(budget), names,
+        model, loss_fn, optimizer, None if budget is None else parse_bytes(budget),
+        chosen_names(moves),
         allowed, Clipping(clip_grad_norm, clip_grad_value), scaler, loss_weight,
         None if offload_directory is None else Path(offload_directory), progress,
     )

@@ -100,7 +100,7 @@ def test_a_steps_dropouts_are_eagers_in_every_bit(
 
     if form == "fit":
         step = packlight.fit(twin, loss_fn, optimizers[1], batch, None, progress=False)
-        nodes = step.way.parts[0].step.joint.module.graph.nodes
+        nodes = step.ready.parts[0].step.joint.module.graph.nodes
         names = [str(n.target) for n in nodes if "dropout" in str(n.target)]
         assert len(names) == 6 and all(n.startswith("packlight.") for n in names)
     else:

@@ -286,8 +286,8 @@ def test_the_smallest_budget_is_enough_for_microbatches_of_both_sizes(
     """One row may need more than two: a kernel's workspace does not have to grow with the batch."""
     needed_bytes = {3: 900_000, 2: 500_000, 1: 600_000}
 
-    def refused(self: Any, step: Any, loss: Any, *arguments: Any) -> Any:
-        rows = max(t.shape[0] for t in loss.arguments if t.shape[1:] == (4,))
+    def refused(self: Any, step: Any, draft: Any, *arguments: Any) -> Any:
+        rows = max(t.shape[0] for t in draft.loss.arguments if t.shape[1:] == (4,))
         raise InfeasibleBudgetError(1, needed_bytes[rows], "", [], "")
 
     monkeypatch.setattr(WayPlanner, "_planned", refused)

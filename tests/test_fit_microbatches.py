@@ -13,7 +13,10 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
-from packlight.search import prepare
+from packlight.moves.microbatch.move import Microbatch
+from packlight.search.plan_way import Moves
+from packlight.search.search import Search
+from packlight.search.way import Way
 from packlight.updates.update import ParameterUpdates
 from tests import models
 from tests.oracles.eager_loop import (
@@ -199,18 +202,14 @@ def test_batch_norm_gets_as_many_rows_as_fit_unless_that_takes_long(
 ) -> None:
     """Eleven microbatches fit, fewer do not; from there on the times are alike."""
 
-    def ways(_: Any, count: int) -> dict[prepare.Choice, Any]:
+    def ways(_: Any, start: Moves) -> dict[Moves, Any]:
+        count = count_of(start)
         if count < 11:
             return {}
-        seconds = {11: seconds_of_eleven, 16: 0.99}.get(count, 1.0)
-        way = SimpleNamespace(
-            num_microbatches=count, seconds=seconds, is_bit_exact=False, slowdown=2.0
-        )
-        return {prepare.Choice(count): way}
+        return {start: ready(start, {11: seconds_of_eleven, 16: 0.99}.get(count, 1.0), 2.0)}
 
-    search = search_among(monkeypatch, ways, [1, 2, 4, 8, 16, 32])
-    search._normalises_microbatches = has_batch_norm
-    assert search.fastest().num_microbatches == chosen
+    search = search_among(monkeypatch, ways, [1, 2, 4, 8, 16, 32], has_batch_norm)
+    assert count_of(search.fastest().moves) == chosen
 
 
 @pytest.mark.parametrize(("slowdown", "looked_at"), [(1.0, [1]), (1.04, [1]), (1.06, [1, 2])])
@@ -219,24 +218,42 @@ def test_no_microbatches_are_captured_where_they_could_hardly_be_faster(
 ) -> None:
     counts = []
 
-    def ways(_: Any, count: int) -> dict[prepare.Choice, Any]:
-        counts.append(count)
-        way = SimpleNamespace(
-            num_microbatches=count, seconds=slowdown, is_bit_exact=count == 1, slowdown=slowdown
-        )
-        return {prepare.Choice(count): way}
+    def ways(_: Any, start: Moves) -> dict[Moves, Any]:
+        counts.append(count_of(start))
+        return {start: ready(start, slowdown, slowdown)}
 
-    assert search_among(monkeypatch, ways, [1, 2]).fastest().num_microbatches == 1
+    assert count_of(search_among(monkeypatch, ways, [1, 2]).fastest().moves) == 1
     assert counts == looked_at
 
 
-def search_among(monkeypatch: Any, ways: Any, counts: list[int]) -> prepare._Search:
-    monkeypatch.setattr(prepare._Search, "_with_microbatches", ways)
-    monkeypatch.setattr(prepare._Search, "_counts", lambda _: iter(counts))
-    monkeypatch.setattr(
-        prepare._Search, "_way", lambda search, choice, rehearses: search.found[choice]
+def count_of(moves: Moves) -> int:
+    return next((move.count for move in moves if isinstance(move, Microbatch)), 1)
+
+
+def ready(moves: Moves, seconds: float, slowdown: float) -> Any:
+    """A way that takes so long, by the clock and beside the same calls without recomputation."""
+    plan = SimpleNamespace(seconds=seconds, slowdown=slowdown)
+    way = Way(moves, (SimpleNamespace(plan=plan, count=1),), *[None] * 2)  # type: ignore[arg-type]
+    return SimpleNamespace(way=way, moves=moves)
+
+
+def search_among(
+    monkeypatch: Any, ways: Any, counts: list[int], has_batch_norm: bool = False
+) -> Search:
+    found: dict[Moves, Any] = {}
+
+    def noted(search: Search, start: Moves) -> dict[Moves, Any]:
+        found.update(new := ways(search, start))
+        return new
+
+    starts = [(Microbatch(n, 0, has_batch_norm),) if n > 1 else () for n in counts]
+    monkeypatch.setattr(Search, "_from", noted)
+    monkeypatch.setattr(Search, "_starts", lambda _: iter(starts))
+    planner = SimpleNamespace(
+        request=SimpleNamespace(budget_bytes=None), num_repeats=count_of,
+        way=lambda moves, rehearses: found[moves],
     )
-    return prepare._Search(SimpleNamespace(request=None), None, {})  # type: ignore[arg-type]
+    return Search(planner)  # type: ignore[arg-type]
 
 
 def test_microbatches_end_where_the_model_cannot_run_on_fewer_rows() -> None:
@@ -253,7 +270,7 @@ def test_microbatches_end_where_the_model_cannot_run_on_fewer_rows() -> None:
 
 
 def rows_of_microbatches(step: packlight.TrainStep) -> list[int]:
-    parts = zip(step.way.parts, step.way.counts, strict=True)
+    parts = [(part, part.count) for part in step.way.parts]
     return [part.num_rows for part, count in parts for _ in range(count) if part.num_rows]
 
 

@@ -250,7 +250,7 @@ def test_the_users_own_autocast_block_wins(allow: str) -> None:
     if allow == "bf16":  # where fp16 is asked for, its scaler takes the updates together
         assert names[0] == names[1]
     dtypes = {
-        n.meta["val"].dtype for n in step.way.parts[0].captured.joint.graph.nodes
+        n.meta["val"].dtype for n in step.ready.parts[0].traced.loss.joint.graph.nodes
         if isinstance(n.meta.get("val"), torch.Tensor)
     }
     assert torch.float16 not in dtypes and torch.bfloat16 in dtypes

@@ -107,7 +107,7 @@ def below_its_parameters(
         mine.model, loss_fn, mine.optimizer, batch_of(), 9 * parameter_bytes(mine.model) // 10,
         moves=packlight.EXACT_MOVES, offload_directory=directory, progress=False,
     )
-    assert step.way.streaming.parameters
+    assert step.ready.streaming.parameters
     return step, mine, eager
 
 
@@ -129,7 +129,7 @@ def test_steps_below_the_parameters_bytes_have_eagers_bits_and_keep_the_budget(
         peaks.append(measured.peak_bytes)
     assert 0.98 * step.peak_bytes <= max(peaks) <= step.budget_bytes
     num_written = len(step.way.written_buffers)
-    graph = step.way.parts[0].step.joint.graph
+    graph = step.ready.parts[0].step.joint.graph
     num_updated = sum(b in graph.stored for o in graph.operations for b in o.mutates)
     assert sum(b in graph.stored for b in step.way.written_buffers) == num_updated <= num_written
     assert f"parameters streamed: {DEPTH + 1} of {2 * DEPTH + 1}" in step.describe()
@@ -301,7 +301,7 @@ def test_with_clipping_by_norm_only_frozen_parameters_are_streamed(tmp_path: Pat
         mine.model, loss_fn, mine.optimizer, batch_of(), budget, clip_grad_norm=0.1,
         moves=packlight.EXACT_MOVES, offload_directory=tmp_path, progress=False,
     )
-    assert len(step.way.streaming.parameters) == DEPTH - 1
+    assert len(step.ready.streaming.parameters) == DEPTH - 1
 
     def clip(model: nn.Module) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=False)
@@ -323,12 +323,12 @@ def test_microbatches_fetch_state_and_parameters_one_by_one_in_the_update(tmp_pa
         offload_directory=tmp_path, progress=False,
     )
     assert step.way.num_microbatches > 1
-    assert step.way.streaming.states
+    assert step.ready.streaming.states
     for _ in range(3):
         measured = step.measured(batch)
         torch.testing.assert_close(measured.loss, eager.step(batch), rtol=1e-4, atol=1e-4)
         assert measured.peak_bytes <= budget
-    assert in_memory(step) == [] or not step.way.streaming.parameters
+    assert in_memory(step) == [] or not step.ready.streaming.parameters
 
 
 def test_a_parameter_that_others_look_at_stays_and_the_error_says_so(tmp_path: Path) -> None:

@@ -14,10 +14,9 @@ import packlight
 from packlight.capture.joint import read_joint_graph
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
-from packlight.moves.pack import pack_bits, unpack_bits, with_packed_buffers
+from packlight.moves.pack import Pack, pack_bits, unpack_bits, with_packed_buffers
 from packlight.planner.plain import plain_schedule
-from packlight.search.rewriting import Rewriter
-from packlight.search.ways import Rewriting
+from packlight.search.search import Search
 from packlight.step import StepGraph, simulate
 from tests.oracles.joint import Joint, joint_graph
 
@@ -137,8 +136,10 @@ def test_a_packed_step_keeps_to_its_budget_and_to_every_bit(
     share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Whether packing is faster than drawing masks again is the machine's business.
-    only_packed = Rewriting(packs=True)
-    monkeypatch.setattr(Rewriter, "candidates", lambda self, found: iter([only_packed]))
+    look_at = Search._try
+    monkeypatch.setattr(
+        Search, "_try", lambda self, moves, found: Pack() in moves and look_at(self, moves, found)
+    )
     model, batch = dropout_net()
     twin = copy.deepcopy(model)
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in (model, twin)]

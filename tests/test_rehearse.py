@@ -87,7 +87,7 @@ def test_the_way_that_fit_chooses_has_been_rehearsed_and_none_twice(
     monkeypatch.setattr(plan_way.WayPlanner, "way", noting_way)
     budget_bytes = int(0.5 * plain.peak_bytes)
     step = packlight.fit(model, loss_fn, optimizer, batch, budget_bytes, progress=False)
-    assert any(found.parts is step.way.parts for _, found in rehearsed)
+    assert any(found.parts is step.ready.parts for _, found in rehearsed)
     assert len({id(choice) for choice, _ in rehearsed}) == len(rehearsed)
 
 

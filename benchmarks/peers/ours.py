@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from benchmarks.peers import optimizers
 from benchmarks.peers.rivals import BF16, DISK, EXACT, LOW_BIT, SUMS
-from packlight.search.ways import EXACT_MOVES, MOVES
+from packlight import EXACT_MOVES, MOVES
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def measure_memory(record: Record, num_rounds: int) -> None:
         record.paper_bytes = states_bytes + _saved_bytes(trainee.model, mine)
     else:
         way = trainee.fitted.way
-        part = way.parts[0]
+        part = trainee.fitted.ready.parts[0]
         graph = part.step.joint.graph
         kept = live_after_forward(graph, part.plan.schedule)
         record.budget_bytes = trainee.fitted.budget_bytes

@@ -27,10 +27,11 @@ from benchmarks.whole_step.records import (
 )
 from benchmarks.whole_step.steps import TrainingBench
 from benchmarks.workbench import fit_smallest, smallest_bytes, way_digest
+from packlight import MOVES
 from packlight.errors import InfeasibleBudgetError
+from packlight.moves.chunk.move import Chunk
 from packlight.planner import plan_whole_step
 from packlight.search import plan_way
-from packlight.search.ways import MOVES
 from packlight.search.words import moves_of
 from packlight.step import Plan, StepGraph
 from packlight.updates.accounting import tensors_bytes
@@ -173,7 +174,7 @@ class Bench:
             way = step.way
             record.moves = moves_of(way)
             record.num_microbatches = way.num_microbatches
-            record.num_chunks = way.rewriting.head_chunks
+            record.num_chunks = getattr(way.made(Chunk), "head_chunks", 1)
             record.predicted_peak_bytes = step.peak_bytes
             record.predicted_seconds = way.seconds
             record.way_digest = way_digest(way)

@@ -55,9 +55,9 @@ def parsed_budget(arguments: argparse.Namespace) -> int | None:
 
 def moves(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the moves that may be made beside recomputation."""
-    from packlight.search.ways import EXACT_MOVES, MOVES
+    from packlight.moves.registry import exact_move_names, move_names
 
-    return EXACT_MOVES if arguments.exact else MOVES
+    return exact_move_names() if arguments.exact else move_names()
 
 
 def offload_directory(arguments: argparse.Namespace) -> Path | None:
@@ -78,9 +78,9 @@ def allowed(arguments: argparse.Namespace) -> tuple[str, ...]:
     """
     from packlight.backend import check_allowed
     from packlight.moves.precision import chosen_precision
-    from packlight.search.ways import TECHNIQUES
+    from packlight.moves.registry import technique_names
 
-    allow = check_allowed(arguments.allow, TECHNIQUES)
+    allow = check_allowed(arguments.allow, technique_names())
     chosen_precision(allow)
     return allow
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 import math
 import operator
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 from torch._subclasses import FakeTensorMode
 
 from packlight.capture.writer import GraphWriter
+from packlight.moves.draft import Draft
+from packlight.moves.move import Effect, Move, Refusal, Room
 
 _aten = torch.ops.aten
 # Smaller ones are not worth two calls.
@@ -35,6 +38,34 @@ _POOL_BACKWARDS = (
     _aten.max_pool2d_with_indices_backward.default,
     _aten.adaptive_max_pool2d_backward.default,
 )
+
+
+@dataclass(frozen=True)
+class Pack(Move):
+    """Masks are kept as bits, pooling indices as small integers."""
+
+    name: ClassVar[str] = "pack"
+    effect: ClassVar[Effect] = Effect.SAME_BITS
+
+    @classmethod
+    def space(cls, draft: Draft, room: Room) -> Iterator[Pack | Refusal]:
+        """Yield the one setting where there is something to pack."""
+        if _packed(draft) is draft.module:
+            yield Refusal("the backward reads no masks and no pooling indices")
+        else:
+            yield Pack()
+
+    def apply(self, draft: Draft) -> Draft:
+        """Return the draft with its graph rewritten."""
+        return draft.changed(module=_packed(draft))
+
+    def describe(self, draft: Draft) -> str:
+        """Return what is packed."""
+        return "masks and indices packed"
+
+
+def _packed(draft: Draft) -> fx.GraphModule:
+    return draft.once("packed", lambda: with_packed_buffers(draft.graph_module))
 
 
 @torch.library.custom_op("packlight::pack_bits", mutates_args=())

@@ -9,9 +9,9 @@ kernels that a device lacks, and a loss scale that falls until nothing is left o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import nn
@@ -26,6 +26,8 @@ from packlight.errors import (
     PrecisionError,
     UnsupportedModelError,
 )
+from packlight.moves.draft import Draft
+from packlight.moves.move import Effect, Move, Refusal, Room, Stage
 
 Result = TypeVar("Result")
 Measure = Callable[[Any, Any, Any], CallFacts]
@@ -49,6 +51,42 @@ def chosen_precision(allow: Iterable[str]) -> str | None:
             "hint: 'bf16' has float32's range and needs no loss scaling; 'fp16' has 3 bits more"
         )
     return names[0] if names else None
+
+
+@dataclass(frozen=True)
+class Autocast(Move):
+    """The loss runs under autocast.
+
+    Attributes:
+        precision: one of `PRECISIONS`.
+    """
+
+    name: ClassVar[str] = "autocast"
+    effect: ClassVar[Effect] = Effect.APPROXIMATE
+    stage: ClassVar[Stage] = Stage.LOSS
+    techniques: ClassVar[tuple[str, ...]] = tuple(PRECISIONS)
+
+    precision: str
+
+    @classmethod
+    def space(cls, draft: Draft, room: Room) -> Iterator[Autocast | Refusal]:
+        """Yield the precision that is allowed."""
+        precision = chosen_precision(draft.request.allow)
+        if precision is not None:
+            yield Autocast(precision)
+
+    def apply(self, draft: Draft) -> Draft:
+        """Return the draft with another loss function.
+
+        Raises:
+            OptionError: the device has no autocast to that dtype.
+        """
+        device = draft.costs.device
+        return draft.changed(loss_fn=under_autocast(draft.loss_fn, self.precision, device))
+
+    def describe(self, draft: Draft) -> str:
+        """Return the precision."""
+        return f"{self.precision} under autocast"
 
 
 @dataclass(frozen=True)

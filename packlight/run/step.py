@@ -17,7 +17,7 @@ from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
 from packlight.search.prepare import Preparer
-from packlight.search.ways import Part, Way
+from packlight.search.ready import Ready, ReadyPart
 from packlight.updates.gradients import GradientFate, update_all
 
 
@@ -25,34 +25,34 @@ class StepRunner:
     """A way to run the step, ready to be called with batches of one signature.
 
     Attributes:
-        way: how the step runs.
+        ready: how the step runs.
     """
 
-    def __init__(self, preparer: Preparer, way: Way) -> None:
-        self.way = way
+    def __init__(self, preparer: Preparer, ready: Ready) -> None:
+        self.ready = ready
         self._preparer, self._request = preparer, preparer.request
         self._trained = preparer.costs.trained_in_order
-        if way.streaming and preparer.streamed is None:
+        if ready.streaming and preparer.streamed is None:
             preparer.streamed = StreamedTensors(self._make_tier(()))
-        self._on_disk = way.streaming.places(preparer.request.optimizer)
-        in_backward = way.consumption is Consumption.UPDATE
-        alone = way.num_microbatches > 1 and preparer.costs.steps_alone
+        self._on_disk = ready.streaming.places(preparer.request.optimizer)
+        in_backward = ready.gradients is Consumption.UPDATE
+        alone = ready.way.num_microbatches > 1 and preparer.costs.steps_alone
         self._updates = preparer.costs.updates if in_backward or alone else None
         self._programs: dict[int | None, _Program] = {}
-        for part in way.parts:
+        for part in ready.parts:
             fate = GradientFate(
                 part.parameter_of,
-                part.captured.loss_index,
+                part.traced.loss.loss_index,
                 preparer.request.clipping,
                 self._updates if in_backward else None,
             )
             streamed = None
-            if way.streaming:
+            if ready.streaming:
                 assert preparer.streamed is not None
                 streamed = StreamedBuffers(preparer.streamed, _keys(part))
             program = _Program(part, fate, self._make_tier, streamed)
-            self._programs[part.num_rows] = program
-            part.capture.install(program)
+            self._programs[part.traced.num_rows] = program
+            part.traced.capture.install(program)
 
     def _make_tier(self, slots: Sequence[SlotSpec]) -> DiskTier:
         directory = self._request.offload_directory
@@ -88,11 +88,11 @@ class StepRunner:
         optimizer.zero_grad(set_to_none=True)
         self.arrange()
         try:
-            if self.way.num_microbatches == 1:
+            if self.ready.way.num_microbatches == 1:
                 loss = self._run_whole(batch, num_steps)
             else:
                 loss = self._run_microbatches(batch, num_steps)
-            if self.way.consumption is not Consumption.UPDATE:
+            if self.ready.gradients is not Consumption.UPDATE:
                 trained, scaler = self._trained, request.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
                 update_all(
@@ -117,14 +117,14 @@ class StepRunner:
     def _run_whole(self, batch: Any, num_steps: int) -> torch.Tensor:
         (program,) = self._programs.values()
         program.set_up(self._scale, num_steps, None)
-        return self.way.parts[0].capture(batch)
+        return self.ready.parts[0].traced.capture(batch)
 
     def _run_microbatches(self, batch: Any, num_steps: int) -> torch.Tensor:
         """Run microbatch after microbatch; model buffers are put back if one of them fails."""
-        microbatches = split(batch, self.way.num_microbatches)
-        assert self.way.loss_weight is not None
-        weights = loss_weights(self.way.loss_weight, microbatches)
-        part_of = {part.num_rows: part for part in self.way.parts}
+        microbatches = split(batch, self.ready.way.num_microbatches)
+        assert self.ready.loss_weight is not None
+        weights = loss_weights(self.ready.loss_weight, microbatches)
+        traced_of = {p.traced.num_rows: p.traced for p in self.ready.parts}
         total: torch.Tensor | None = None
         backup: dict[torch.Tensor, torch.Tensor] = {}
         try:
@@ -134,7 +134,7 @@ class StepRunner:
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
                 program.set_up(weight * self._scale, num_steps, index, backup)
-                loss = part_of[rows].capture(microbatch).mul_(weight)
+                loss = traced_of[rows].capture(microbatch).mul_(weight)
                 total = loss if total is None else total.add_(loss)
         except BaseException:
             for tensor, value in backup.items():
@@ -151,7 +151,7 @@ class StepRunner:
         return 1.0 if scaler is None else float(scaler.scale(one))
 
 
-def _keys(part: Part) -> dict[int, Key]:
+def _keys(part: ReadyPart) -> dict[int, Key]:
     """Return what the streamed buffers of a part's graph stand for."""
     keys: dict[int, Key] = {
         buffer: ("state", id(part.parameter_of[primal]))
@@ -167,16 +167,16 @@ class _Program:
 
     def __init__(
         self,
-        part: Part,
+        part: ReadyPart,
         fate: GradientFate,
         make_tier: Callable[[Sequence[SlotSpec]], DiskTier],
         streamed: StreamedBuffers | None,
     ) -> None:
         self.program = emit_program(part.step, part.plan.schedule)
-        self.fate, self.captured, self.streamed = fate, part.captured, streamed
+        self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
         self.tier = make_tier(self.program.slots) if self.program.slots else None
-        same_as_primal = part.captured.same_as_primal
-        self.returned = [(i, same_as_primal.get(i)) for i in part.captured.returned]
+        same_as_primal = part.traced.loss.same_as_primal
+        self.returned = [(i, same_as_primal.get(i)) for i in part.traced.loss.returned]
         (tangent,) = part.step.joint.tangents
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)

@@ -1,141 +1,152 @@
-"""One way to run the step: captured, rewritten, completed, its times known, planned."""
+"""One way to run the step: drafted by its moves, completed, its times known, planned."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
 from torch import nn
 
 from packlight.capture.joint import read_joint_graph
-from packlight.capture.step_capture import CapturedLoss, LossFunction, StepCapture
-from packlight.capture.whole_step import Consumption, WholeStep
+from packlight.capture.step_capture import LossFunction, StepCapture
+from packlight.capture.whole_step import WholeStep
+from packlight.costs.cache import device_name
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.lower.program import emit_program
-from packlight.moves.microbatch.split import LossWeight, num_rows, split
-from packlight.moves.precision import blaming_precision, naming_missing_kernels
+from packlight.moves.chunk.move import CHUNK_SHARE
+from packlight.moves.draft import Draft, Traced
+from packlight.moves.microbatch.move import Microbatch
+from packlight.moves.microbatch.split import num_rows, split
+from packlight.moves.move import Move, Stage
+from packlight.moves.precision import blaming_precision, chosen_precision, naming_missing_kernels
+from packlight.moves.registry import of_package
+from packlight.moves.step_costs import streamed_primals
+from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
+from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
     fits,
     rehearse_program,
     typical_seconds,
     with_estimated_seconds,
 )
-from packlight.search.rewriting import CHUNK_SHARE, Rewriter
-from packlight.search.step_costs import StepCosts, streamed_primals
-from packlight.search.ways import Part, Request, Rewriting, Way
-from packlight.step import Device, Plan, StepMemory
+from packlight.search.way import Environment, PartPlan, Way
+from packlight.step import Action, Plan, StepMemory
+from packlight.step.digest import structure_digest
+
+Moves = tuple[Move, ...]
 
 
 class HopelessError(Exception):
     """A single operation of a way needs too much: no schedule has to be looked for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """What tells one way to run the step from another.
-
-    Attributes:
-        num_microbatches: per update.
-        rewriting: of the captured graph.
-        streaming: what lies on a tier between its uses.
-    """
-
-    num_microbatches: int = 1
-    rewriting: Rewriting = Rewriting()
-    streaming: Streaming = field(default_factory=Streaming)
-
-
-@dataclass
-class Captured:
-    """One captured size of microbatch, while ways to run it are looked at."""
-
-    batch: Any
-    capture: StepCapture
-    loss: CapturedLoss
-    rewriter: Rewriter
-
-
 class WayPlanner:
-    """Plans ways to run the step on one batch; every size of microbatch is captured once.
+    """Plans ways to run the step on one batch; every size of microbatch is traced once.
 
     Args:
-        request: what `fit` was asked for.
-        costs: of the step beside its graph.
-        linked: the device with its link, if buffers may be transferred.
-        batch: the whole one.
-        updates_in_backward: whether parameters are updated as soon as their gradients are complete.
+        base: the draft of the whole batch, not traced yet.
+        loss_moves: that shaped it so far.
+        profiler: observes calls.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        costs: StepCosts,
-        linked: Device | None,
-        batch: Any,
-        updates_in_backward: bool,
-    ) -> None:
-        self.request, self.costs, self.linked, self.batch = request, costs, linked, batch
-        self._updates_in_backward = updates_in_backward
-        self._captured: dict[int | None, Captured] = {}
+    def __init__(self, base: Draft, loss_moves: Moves, profiler: CallProfiler) -> None:
+        self.base, self.loss_moves, self.profiler = base, loss_moves, profiler
+        self.request, self.costs, self.batch = base.request, base.costs, base.batch
+        self._traced: dict[int | None, Traced] = {}
+        self._drafts: dict[tuple[int | None, Moves], Draft] = {}
 
     def forget(self) -> None:
-        """Let go of the example batch; what was captured can still run."""
-        for captured in self._captured.values():
-            captured.loss.arguments.clear()
-        self._captured.clear()
+        """Let go of the example batch; what was traced can still run."""
+        for traced in self._traced.values():
+            traced.loss.arguments.clear()
+        self._traced.clear()
+        self._drafts.clear()
 
-    def consumption(self, num_microbatches: int) -> Consumption:
-        """Return what happens to gradients."""
-        if num_microbatches > 1:
-            return Consumption.ACCUMULATE
-        return Consumption.UPDATE if self._updates_in_backward else Consumption.TOGETHER
+    # -- drafts
 
-    def captured(self, num_microbatches: int) -> Captured:
-        """Return the step on the first microbatch of so many, captured."""
-        batch = self.batch
-        piece = batch if num_microbatches == 1 else split(batch, num_microbatches)[0]
-        return self._capture(piece, num_microbatches)
+    def draft(self, moves: Moves, size: int | None = None) -> Draft:
+        """Return the draft of a (micro)batch that moves have shaped.
 
-    def resident_bytes(self, num_microbatches: int, streaming: Streaming) -> int:
+        Args:
+            moves: in the order of their stages.
+            size: rows of the microbatch; by default the whole batch, or the first microbatch.
+        """
+        moves = tuple(move for move in moves if move.stage > Stage.LOSS)  # the base has those
+        size = self.sizes(moves)[0] if size is None else size
+        if (size, moves) not in self._drafts:
+            if moves and moves[-1].stage > Stage.BATCH:
+                with of_package(moves[-1]):
+                    draft = moves[-1].apply(self.draft(moves[:-1], size))
+            else:
+                draft = self._batched(moves)
+                draft = draft.with_trace(self._trace(draft, size))
+            self._drafts[size, moves] = draft
+        return self._drafts[size, moves]
+
+    def sizes(self, moves: Moves) -> list[int | None]:
+        """Return the rows of each microbatch; of a batch that runs as a whole, [None]."""
+        count = self.num_repeats(moves)
+        return [None] if count == 1 else [num_rows(piece) for piece in split(self.batch, count)]
+
+    def num_repeats(self, moves: Moves) -> int:
+        """Return how often a (micro)batch runs for one update."""
+        return self._batched(moves).num_repeats
+
+    def _batched(self, moves: Moves) -> Draft:
+        """Return the draft before it is traced."""
+        draft = self.base
+        for move in moves:
+            if move.stage is Stage.BATCH:
+                with of_package(move):
+                    draft = move.apply(draft)
+        return draft
+
+    def _trace(self, draft: Draft, size: int | None) -> Traced:
+        if size not in self._traced:
+            pieces = [self.batch] if size is None else split(self.batch, draft.num_repeats)
+            piece = next(p for p in pieces if size is None or num_rows(p) == size)
+
+            def traced(loss_fn: LossFunction) -> Traced:
+                capture = StepCapture(loss_fn, self.request.model)
+                return Traced(capture, capture.capture(piece), size)
+
+            self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
+        return self._traced[size]
+
+    def resident_bytes(self, moves: Moves) -> int:
         """Return what is in memory throughout the step."""
-        loss = self.captured(num_microbatches).loss
-        return self.costs.memory(self.batch, loss, num_microbatches, streaming).resident_bytes
+        return self._memory(self.draft(moves)).resident_bytes
 
-    def streamable(self, num_microbatches: int) -> Streaming:
-        """Return all that could lie on the disk: what is updated together, cannot."""
-        if self.linked is None:
-            return Streaming()
-        loss = self.captured(num_microbatches).loss
-        return self._streamable(loss, num_microbatches)
+    def left_bytes(self, moves: Moves) -> int | None:
+        """Return what a schedule may allocate, with all on the disk that has to be there."""
+        budget_bytes = self.request.budget_bytes
+        if budget_bytes is None:
+            return None
+        draft = self.draft(moves)
+        left_bytes = budget_bytes - self._memory(draft).resident_bytes
+        if left_bytes <= budget_bytes // CHUNK_SHARE and draft.linked is not None:
+            streaming = streamable(draft)
+            left_bytes = budget_bytes - self._memory(draft, streaming).resident_bytes
+        return left_bytes
 
-    def _streamable(self, loss: CapturedLoss, num_microbatches: int) -> Streaming:
-        how = self.consumption(num_microbatches)
-        is_one_by_one = how is Consumption.UPDATE or (
-            how is Consumption.ACCUMULATE and self.costs.steps_alone
-        )
-        states = self.costs.state_slots() if is_one_by_one else {}
-        parameters = self.costs.parameter_slots(loss, how)
-        return Streaming(states if any(states.values()) else {}, parameters)
+    def _memory(self, draft: Draft, streaming: Streaming | None = None) -> StepMemory:
+        streaming = draft.streaming if streaming is None else streaming
+        return self.costs.memory(self.batch, draft.loss, draft.num_repeats, streaming)
+
+    # -- ways
 
     def way(
-        self,
-        choice: Choice,
-        loss_weight: LossWeight | None,
-        profiler: CallProfiler,
-        *,
-        rehearses: bool = False,
-        hopeless_above: float | None = None,
-    ) -> Way:
+        self, moves: Moves, *, rehearses: bool = False, hopeless_above: float | None = None
+    ) -> Ready:
         """Return a way with its plans.
 
         Args:
-            choice: which.
-            loss_weight: of microbatches.
-            profiler: observes calls.
+            moves: in the order of their stages.
             rehearses: measure calls inside the step that were never seen there; else their times
                 are estimated, as long as any others are known.
             hopeless_above: so many bytes for a single operation make a way hopeless; by default,
@@ -148,129 +159,110 @@ class WayPlanner:
         if hopeless_above is None:
             budget_bytes = self.request.budget_bytes
             hopeless_above = math.inf if budget_bytes is None else budget_bytes
-        num_microbatches, streaming = choice.num_microbatches, choice.streaming
-        batch = self.batch
-        pieces = split(batch, num_microbatches) if num_microbatches > 1 else [batch]
-        sizes = [num_rows(p) if num_microbatches > 1 else None for p in pieces]
-        parts: list[Part] = []
+        sizes = self.sizes(moves)
+        memory = self._memory(self.draft(moves))
+        parts: list[ReadyPart] = []
         errors: list[InfeasibleBudgetError] = []
-        layers: dict[str, int] = {}
-        memory: StepMemory | None = None
         for size in dict.fromkeys(sizes):
-            captured = self._capture(pieces[sizes.index(size)], num_microbatches)
-            loss = captured.loss
-            memory = memory or self.costs.memory(batch, loss, num_microbatches, streaming)
-            step = self._completed(captured, choice, profiler)
-            least_bytes = memory.peak_bytes(least_peak_bytes(step.joint.graph))
-            if least_bytes > hopeless_above:
+            draft = self.draft(moves, size)
+            step = self.completed(draft)
+            if memory.peak_bytes(least_peak_bytes(step.joint.graph)) > hopeless_above:
                 raise HopelessError
             try:
-                step, plan = self._planned(step, loss, memory, profiler, rehearses)
+                step, plan = self._planned(step, draft, memory, rehearses)
             except InfeasibleBudgetError as error:
                 errors.append(error)  # the other size may need more
                 continue
-            plan = replace(plan, num_microbatches=num_microbatches)
-            layers = layers or captured.rewriter.layers(choice.rewriting)
-            trained = self.costs.parameters(loss.arguments)
-            streamed = streamed_primals(loss, streaming)
-            parts.append(Part(size, captured.capture, loss, step, plan, trained, streamed))
+            parts.append(self.part(draft, step, plan))
         if errors:
             raise max(errors, key=lambda error: error.smallest_bytes)
-        assert memory is not None
-        finish_seconds = 0.0
-        if num_microbatches > 1 and self.costs.steps_alone:
-            finish_seconds = sum(
-                self.costs.update(p, None, profiler).seconds + self._moved_seconds(p, streaming)
-                for p in parts[0].parameter_of.values()
-            )
-        return Way(
-            parts=tuple(parts),
-            counts=tuple(sizes.count(part.num_rows) for part in parts),
-            memory=memory,
-            consumption=self.consumption(num_microbatches),
-            finish_seconds=finish_seconds,
-            rewriting=choice.rewriting,
-            layers_in_chunks=layers,
-            loss_weight=loss_weight if num_microbatches > 1 else None,
-            streaming=streaming,
-            device=self.linked,
-            num_parameters=len(list(self.request.model.parameters())),
+        counts = [sizes.count(part.traced.num_rows) for part in parts]
+        return self._ready(moves, parts, counts, memory)
+
+    def completed(self, draft: Draft) -> WholeStep:
+        """Return a draft as a whole step."""
+        measure = naming_missing_kernels(
+            self.profiler.measure, chosen_precision(self.request.allow)
+        )
+        joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)
+        return self.costs.completed(
+            joint, draft.loss, draft.gradients, draft.streaming, self.profiler
         )
 
-    def _moved_seconds(self, parameter: nn.Parameter, streaming: Streaming) -> float:
-        """Return how long an update after the last schedule waits for its parameter and state."""
-        if not streaming:
+    def part(self, draft: Draft, step: WholeStep, plan: Plan) -> ReadyPart:
+        """Return a planned size of microbatch."""
+        assert draft.traced is not None
+        return ReadyPart(
+            draft.traced, step, replace(plan, num_microbatches=draft.num_repeats),
+            self.costs.parameters(draft.loss.arguments),
+            streamed_primals(draft.loss, draft.streaming),
+        )
+
+    def _ready(
+        self, moves: Moves, parts: Sequence[ReadyPart], counts: Sequence[int], memory: StepMemory
+    ) -> Ready:
+        draft = self.draft(moves)
+        plans = tuple(_part_plan(part, n) for part, n in zip(parts, counts, strict=True))
+        way = Way(
+            moves=(*self.loss_moves, *moves),
+            parts=plans,
+            memory=memory,
+            environment=environment(self.costs.device),
+            finish_seconds=self._finish_seconds(draft, parts[0]),
+            device=draft.device,
+            words=self.words(moves),
+        )
+        return self.bound(way, parts)
+
+    def bound(self, way: Way, parts: Sequence[ReadyPart]) -> Ready:
+        """Return a way with the parts that run it here."""
+        draft, microbatch = self.draft(way.moves), way.made(Microbatch)
+        weight = None
+        if isinstance(microbatch, Microbatch):
+            weight = microbatch.loss_weight(self.draft(()))
+        return Ready(way, tuple(parts), draft.gradients, draft.streaming, weight)
+
+    def words(self, moves: Moves) -> tuple[str, ...]:
+        """Return what moves do, where that is to be told."""
+        words = []
+        for place, move in enumerate(moves):
+            with of_package(move):
+                if move.stage > Stage.LOSS:
+                    words.append(move.describe(self.draft(moves[:place])))
+        return tuple(filter(None, words))
+
+    def _finish_seconds(self, draft: Draft, part: ReadyPart) -> float:
+        """Return how long the update after the last schedule takes."""
+        if draft.num_repeats == 1 or not self.costs.steps_alone:
             return 0.0
-        assert self.linked is not None
-        link = self.linked.links[0]
-        sizes = [spec.num_bytes for spec in streaming.of_update(parameter)]
-        return sum(link.read_seconds(size) + link.write_seconds(size) for size in sizes)
+        return sum(
+            self.costs.update(p, None, self.profiler).seconds + _moved_seconds(p, draft)
+            for p in part.parameter_of.values()
+        )
 
-    def _capture(self, piece: Any, num_microbatches: int) -> Captured:
-        size = None if num_microbatches == 1 else num_rows(piece)
-        if size not in self._captured:
-            def captured(loss_fn: LossFunction) -> tuple[StepCapture, CapturedLoss]:
-                capture = StepCapture(loss_fn, self.request.model)
-                return capture, capture.capture(piece)
-
-            capture, loss = blaming_precision("the loss", self.request.loss_fn, captured)
-            left_bytes = self._left_bytes(loss, num_microbatches)
-            rewriter = Rewriter(loss, left_bytes, self.request.moves)
-            self._captured[size] = Captured(piece, capture, loss, rewriter)
-        return self._captured[size]
-
-    def _left_bytes(self, loss: CapturedLoss, num_microbatches: int) -> int | None:
-        """Return what a schedule may allocate, with all on the disk that has to be there."""
-        budget_bytes = self.request.budget_bytes
-        if budget_bytes is None:
-            return None
-        memory = self.costs.memory(self.batch, loss, num_microbatches)
-        left_bytes = budget_bytes - memory.resident_bytes
-        if left_bytes <= budget_bytes // CHUNK_SHARE and self.linked is not None:
-            streaming = self._streamable(loss, num_microbatches)
-            memory = self.costs.memory(self.batch, loss, num_microbatches, streaming)
-            left_bytes = budget_bytes - memory.resident_bytes
-        return left_bytes
-
-    def _completed(
-        self, captured: Captured, choice: Choice, profiler: CallProfiler
-    ) -> WholeStep:
-        """Return a captured size as a whole step."""
-        loss = captured.loss
-        module = captured.rewriter.module(choice.rewriting)
-        measure = naming_missing_kernels(profiler.measure, self.request.precision)
-        joint = read_joint_graph(module, loss.num_forward_outputs, measure)
-        how = self.consumption(choice.num_microbatches)
-        return self.costs.completed(joint, loss, how, choice.streaming, profiler)
+    # -- times
 
     def _planned(
-        self,
-        step: WholeStep,
-        loss: CapturedLoss,
-        memory: StepMemory,
-        profiler: CallProfiler,
-        rehearses: bool,
+        self, step: WholeStep, draft: Draft, memory: StepMemory, rehearses: bool
     ) -> tuple[WholeStep, Plan]:
         """Return a step with the best times that can be had, and its plan."""
         request = self.request
         if not all(f is None or f.in_step_seconds is not None for f in step.joint.facts):
-            if rehearses or not profiler.has_seen_steps:
-                step = self._rehearsed(step, memory, loss, profiler)
+            if rehearses or not self.profiler.has_seen_steps:
+                step = self._rehearsed(step, memory, draft)
             else:
-                step = replace(step, joint=with_estimated_seconds(step.joint, profiler))
-        plan = plan_whole_step(step.joint.graph, memory, request.budget_bytes, self.linked)
+                step = replace(step, joint=with_estimated_seconds(step.joint, self.profiler))
+        plan = plan_whole_step(step.joint.graph, memory, request.budget_bytes, draft.device)
         return step, replace(plan, allowed=tuple(sorted(request.allow)))
 
-    def _rehearsed(
-        self, step: WholeStep, memory: StepMemory, loss: CapturedLoss, profiler: CallProfiler
-    ) -> WholeStep:
+    def _rehearsed(self, step: WholeStep, memory: StepMemory, draft: Draft) -> WholeStep:
         """Return a step with times measured inside it."""
         joint = step.joint
         graph = replace(joint.graph, stored=())
         try:
             plan = plan_whole_step(graph, memory, self.request.budget_bytes)
         except InfeasibleBudgetError:
-            if self.linked is None:
+            if draft.device is None:
                 raise
             return step  # only with transfers, which are not rehearsed
         device = self.costs.device
@@ -278,8 +270,32 @@ class WayPlanner:
             return step
         tangents = [n.meta["val"] for n in joint.tangents]
         program = emit_program(step, plan.schedule)
-        seconds = rehearse_program(program, loss.arguments, tangents, device)
+        seconds = rehearse_program(program, draft.loss.arguments, tangents, device)
         typical = typical_seconds(joint, seconds)
         for index, value in typical.items():
-            profiler.note_in_step(*joint.call(index), value)
+            self.profiler.note_in_step(*joint.call(index), value)
         return replace(step, joint=joint.with_seconds(typical))
+
+
+def _part_plan(part: ReadyPart, count: int) -> PartPlan:
+    graph, stored = part.step.joint.graph, set(part.step.joint.graph.stored)
+    written = [i.target for i in part.plan.schedule.instructions if i.action is Action.OFFLOAD]
+    return PartPlan(
+        part.traced.num_rows, count, structure_digest(graph), part.plan,
+        sum(buffer not in stored for buffer in written),
+    )
+
+
+def environment(device: torch.device) -> Environment:
+    """Return where ways are found now."""
+    return Environment(torch.__version__, device_name(device))
+
+
+def _moved_seconds(parameter: nn.Parameter, draft: Draft) -> float:
+    """Return how long an update after the last schedule waits for its parameter and state."""
+    if not draft.streaming:
+        return 0.0
+    assert draft.device is not None
+    link = draft.device.links[0]
+    sizes = [spec.num_bytes for spec in draft.streaming.of_update(parameter)]
+    return sum(link.read_seconds(size) + link.write_seconds(size) for size in sizes)

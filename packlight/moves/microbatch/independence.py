@@ -90,6 +90,13 @@ def check_rows_independent(
                 )
 
 
+def alternatives(loss_weight: LossWeight) -> list[LossWeight]:
+    """Return a loss weight as the candidates that it leaves open, for `settle`."""
+    if isinstance(loss_weight, Denominator):
+        return [replace(loss_weight, alternatives=()), *loss_weight.alternatives]
+    return [loss_weight]
+
+
 def settle(
     model: nn.Module, loss_fn: LossFunction, batch_of_few_rows: Any, loss_weight: LossWeight
 ) -> LossWeight:
@@ -97,12 +104,9 @@ def settle(
 
     Args and errors: as `check_rows_independent`.
     """
-    candidates: list[LossWeight] = [loss_weight]
-    if isinstance(loss_weight, Denominator):
-        candidates = [replace(loss_weight, alternatives=()), *loss_weight.alternatives]
     holding: list[LossWeight] = []
     errors: list[MicrobatchError] = []
-    for candidate in candidates:
+    for candidate in alternatives(loss_weight):
         weights_fn = partial(loss_weights, candidate)
         try:
             check_rows_independent(model, loss_fn, batch_of_few_rows, weights_fn)

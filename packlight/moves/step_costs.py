@@ -17,6 +17,7 @@ from packlight.capture.step_capture import CapturedLoss
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
+from packlight.moves.request import Request
 from packlight.moves.stream.parameters import (
     ParameterSlots,
     parameter_slots,
@@ -24,7 +25,6 @@ from packlight.moves.stream.parameters import (
 )
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
-from packlight.search.ways import Request
 from packlight.step import BufferKind, StepMemory
 from packlight.updates.accounting import batch_bytes, measure_optimizer, tensors_bytes
 from packlight.updates.gradients import fills_storage

@@ -1,0 +1,44 @@
+"""The move: each parameter is updated as soon as its gradient is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from packlight.capture.whole_step import Consumption
+from packlight.moves.draft import Draft
+from packlight.moves.move import Effect, Move, Refusal, Room, Stage
+
+
+@dataclass(frozen=True)
+class UpdateInBackward(Move):
+    """Gradients die one by one: each parameter is updated in the backward, large ones in slices."""
+
+    name: ClassVar[str] = "update-in-backward"
+    effect: ClassVar[Effect] = Effect.SAME_BITS
+    stage: ClassVar[Stage] = Stage.GRADIENTS
+
+    @classmethod
+    def space(cls, draft: Draft, room: Room) -> Iterator[UpdateInBackward | Refusal]:
+        """Yield the one setting where it keeps every bit."""
+        request, updates = draft.request, draft.costs.updates
+        if updates is None:
+            yield Refusal("there is no optimizer")
+        elif request.clipping.norm is not None:
+            yield Refusal(
+                "clipping by the norm of all gradients needs all of them first (clip_grad_value "
+                "does not)"
+            )
+        elif request.scaler is not None:
+            yield Refusal(
+                "the loss scaler looks at all gradients before it lets the optimizer step"
+            )
+        elif updates.refusal is not None:
+            yield Refusal(updates.refusal)
+        elif draft.gradients is Consumption.TOGETHER:
+            yield UpdateInBackward()
+
+    def apply(self, draft: Draft) -> Draft:
+        """Return the draft in which gradients are consumed by updates."""
+        return draft.changed(gradients=Consumption.UPDATE)

@@ -1,0 +1,43 @@
+"""What `fit` was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from packlight.capture.step_capture import LossFunction
+from packlight.moves.microbatch.split import LossWeight
+from packlight.updates.gradients import Clipping
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `fit` was asked for.
+
+    Attributes:
+        model, optimizer: the user's; no optimizer where nothing is to be trained.
+        loss_fn: the user's.
+        budget_bytes: for the whole step, None for no limit.
+        moves: names of those that may be made.
+        allow: names of approximate techniques.
+        clipping: of gradients.
+        scaler: scales the loss: the user's, or made for fp16.
+        loss_weight: what the user says a microbatch's loss is divided by, if anything.
+        offload_directory: where buffers may be offloaded to.
+        progress: show what profiling does.
+    """
+
+    model: nn.Module
+    loss_fn: LossFunction
+    optimizer: torch.optim.Optimizer | None
+    budget_bytes: int | None
+    moves: frozenset[str]
+    allow: frozenset[str]
+    clipping: Clipping
+    scaler: torch.amp.GradScaler | None
+    loss_weight: LossWeight | None
+    offload_directory: Path | None
+    progress: bool
