@@ -13,14 +13,14 @@ from packlight.capture.step_capture import CapturedLoss, LossFunction, StepCaptu
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
-from packlight.lower.program import emit_program
+from packlight.lower.emit import emit
 from packlight.moves.microbatch.split import LossWeight, num_rows, split
 from packlight.moves.precision import blaming_precision, naming_missing_kernels
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
 from packlight.search.rehearse import (
     fits,
-    rehearse_program,
+    rehearse,
     typical_seconds,
     with_estimated_seconds,
 )
@@ -277,8 +277,8 @@ class WayPlanner:
         if not fits(plan.peak_bytes, device):
             return step
         tangents = [n.meta["val"] for n in joint.tangents]
-        program = emit_program(step, plan.schedule)
-        seconds = rehearse_program(program, loss.arguments, tangents, device)
+        program = emit(step, plan.schedule)
+        seconds = rehearse(program, loss.arguments, tangents, device)
         typical = typical_seconds(joint, seconds)
         for index, value in typical.items():
             profiler.note_in_step(*joint.call(index), value)
