@@ -26,7 +26,9 @@ from packlight.capture.dynamo import (
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
-from packlight.lower.emit import OVERWRITTEN_KEY, EmittedStep, emit
+from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
+from packlight.lower.emit import emit
+from packlight.lower.program import Program
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.search.rehearse import fits, rehearse, typical_seconds
 from packlight.step import Plan, PlanStatus, StepGraph, simulate
@@ -110,17 +112,17 @@ class PacklightBackend:
             if self.choose_budget is not None:
                 budget = self.choose_budget(step.graph)
             plan = plan_schedule(step.graph, budget)
-            emitted = emit(step, plan.schedule)
-            rehearsed = self._rehearsed(step, plan, emitted, profiler)
+            program = emit(step, plan.schedule, (plan.schedule.num_forward,))
+            rehearsed = self._rehearsed(step, plan, program, profiler)
         if rehearsed is not None:
             step = rehearsed
             plan = _replanned(step.graph, budget, plan)
-            emitted = emit(step, plan.schedule)
+            program = emit(step, plan.schedule, (plan.schedule.num_forward,))
         self.compilations.append(Compilation(step.graph, plan))
-        return emitted.forward, emitted.backward
+        return partitioned(program, step)
 
     def _rehearsed(
-        self, step: JointStep, plan: Plan, emitted: EmittedStep, profiler: CallProfiler
+        self, step: JointStep, plan: Plan, program: Program, profiler: CallProfiler
     ) -> JointStep | None:
         """Return the step with times measured inside it; None if they are known or cannot be."""
         is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
@@ -130,7 +132,7 @@ class PacklightBackend:
         if primals is None:
             return None
         tangents = [n.meta["val"] for n in step.tangents]
-        seconds = typical_seconds(step, rehearse(emitted, primals, tangents, step.device))
+        seconds = typical_seconds(step, rehearse(program, primals, tangents, step.device))
         for index, typical in seconds.items():
             profiler.note_in_step(*step.call(index), typical)
         return step.with_seconds(seconds)
@@ -250,8 +252,9 @@ def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
     """Compile a graph to a function that takes its arguments in a list and empties the list."""
-    module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
-    module.recompile()
+    if not isinstance(module.graph._codegen, torch.fx.graph._BoxedCodeGen):
+        module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+        module.recompile()
     forward = module.forward
     overwritten = module.meta.get(OVERWRITTEN_KEY, ())
 

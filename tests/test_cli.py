@@ -492,7 +492,8 @@ def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(
 def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a directory to offload to, which may lie in memory here."""
     from packlight.memory.disk import DiskTier
-    from packlight.search import prepare, run_step
+    from packlight.run import step as run_step
+    from packlight.search import prepare
     from packlight.step import Link
 
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))

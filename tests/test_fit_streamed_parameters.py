@@ -20,8 +20,9 @@ import packlight
 from packlight.costs.link import measure_link
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError, OffloadError
 from packlight.memory.disk import DiskTier
+from packlight.run import step as run_step
 from packlight.run.checkpoint import newest_checkpoint, save_checkpoint
-from packlight.search import prepare, run_step
+from packlight.search import prepare
 from packlight.step import BufferKind, simulate
 from packlight.train_step import TrainStep
 from packlight.units import parse_bytes

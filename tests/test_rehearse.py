@@ -38,9 +38,9 @@ def test_every_run_of_an_operation_is_timed_and_nothing_else(
         timed.append(Counter(index for index, _, _ in clock.marks))
         return read(clock)
 
-    def noting_emit(step: Any, schedule: Schedule) -> Any:
+    def noting_emit(step: Any, schedule: Schedule, cuts: Any) -> Any:
         schedules.append(schedule)
-        return emit(step, schedule)
+        return emit(step, schedule, cuts)
 
     monkeypatch.setattr(_Clock, "read", counting_read)
     monkeypatch.setattr(backend_module, "emit", noting_emit)

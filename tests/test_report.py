@@ -356,7 +356,8 @@ def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepP
     import packlight
     from packlight.errors import InfeasibleBudgetError
     from packlight.memory.disk import DiskTier
-    from packlight.search import prepare, run_step
+    from packlight.run import step as run_step
+    from packlight.search import prepare
 
     link = Link("a disk", 2e8, 1e-4)
     directory = tmp_path_factory.mktemp("tier")

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from packlight.capture.whole_step import Consumption
-from packlight.lower.program import emit_program
+from packlight.lower.emit import emit
+from packlight.lower.frame import Frame
 from packlight.memory.disk import DiskTier
 from packlight.memory.tier import SlotSpec
 from packlight.moves.microbatch.split import loss_weights, num_rows, split
@@ -172,7 +173,7 @@ class _Program:
         make_tier: Callable[[Sequence[SlotSpec]], DiskTier],
         streamed: StreamedBuffers | None,
     ) -> None:
-        self.program = emit_program(part.step, part.plan.schedule)
+        self.program = emit(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
         self.tier = make_tier(self.program.slots) if self.program.slots else None
         same_as_primal = part.traced.loss.same_as_primal
@@ -214,9 +215,10 @@ class _Program:
             The loss, and what the forward assigns to attributes, in dynamo's order.
         """
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
-            results = self.program.module.forward(
-                [*primals, self.weight, self.fate, self.tier, self.streamed]
+            frame = Frame(
+                self.program, {"events": self.fate, "tier": self.tier, "streamed": self.streamed}
             )
+            results = frame.run([*primals, self.weight])
             for result, primal in self.captured.written_back.items():
                 written = primals[primal]
                 if self.backup is not None and written not in self.backup:

@@ -15,7 +15,7 @@ from packlight.capture.whole_step import WholeStep
 from packlight.costs.cache import device_name
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
-from packlight.lower.program import emit_program
+from packlight.lower.emit import emit
 from packlight.moves.chunk.move import CHUNK_SHARE
 from packlight.moves.draft import Draft, Traced
 from packlight.moves.microbatch.move import Microbatch
@@ -30,7 +30,7 @@ from packlight.planner import least_peak_bytes, plan_whole_step
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
     fits,
-    rehearse_program,
+    rehearse,
     typical_seconds,
     with_estimated_seconds,
 )
@@ -269,8 +269,8 @@ class WayPlanner:
         if not fits(plan.peak_bytes, device):
             return step
         tangents = [n.meta["val"] for n in joint.tangents]
-        program = emit_program(step, plan.schedule)
-        seconds = rehearse_program(program, draft.loss.arguments, tangents, device)
+        program = emit(step, plan.schedule)
+        seconds = rehearse(program, draft.loss.arguments, tangents, device)
         typical = typical_seconds(joint, seconds)
         for index, value in typical.items():
             self.profiler.note_in_step(*joint.call(index), value)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from torch import fx
 from packlight.capture.joint import JointStep
 from packlight.costs.measure import call_signature, real_tensors
 from packlight.costs.profiler import CallProfiler
-from packlight.lower.emit import OPERATION_KEY, EmittedStep
-from packlight.lower.program import IgnoredEvents, Program
+from packlight.lower.frame import Frame
+from packlight.lower.program import OPERATION_KEY, IgnoredEvents, Program
 
 NUM_REHEARSALS = 2
 # Long steps are rehearsed less often: what disturbs them takes a smaller part of them.
@@ -51,39 +51,43 @@ def fits(peak_bytes: int, device: torch.device) -> bool:
 
 
 def rehearse(
-    emitted: EmittedStep, primals: list[Any], tangents: list[torch.Tensor], device: torch.device
+    program: Program, primals: list[Any], tangents: list[torch.Tensor], device: torch.device
 ) -> dict[int, float]:
-    """Return the least seconds of each operation over several runs of a planned step.
+    """Return the least seconds of each operation over several runs; nothing is updated.
+
+    What disturbs a call (another process, a stalled thread) only ever adds to its time.
 
     Args:
-        emitted: the graphs.
+        program: of a schedule without transfers.
         primals: real inputs of the forward, in order.
         tangents: (fake) gradients that the backward starts from; ones are used.
         device: where the step runs.
     """
-    num_saved = len(emitted.saved_buffers)
+    samples: dict[int, list[float]] = defaultdict(list)
+    start = time.perf_counter()
+    with real_tensors():
+        ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
+        for rehearsal in range(NUM_REHEARSALS + 1):
+            clock = _Clock(device)
+            _run_once(program, primals, ones, clock)
+            if rehearsal > 0:  # the first one warms up
+                for operation, seconds in clock.read():
+                    samples[operation].append(seconds)
+                if time.perf_counter() - start > ENOUGH_SECONDS:
+                    break
+    return {operation: min(seconds) for operation, seconds in samples.items()}
 
-    def once(clock: _Clock, ones: list[torch.Tensor]) -> None:
-        results = _TimedRun(emitted.forward, clock).run(*primals)
-        saved = list(results[len(results) - num_saved :]) if num_saved else []
-        del results
-        _TimedRun(emitted.backward, clock).run(*_drained(saved), *ones)
 
-    return _least_seconds(once, tangents, device)
+def _run_once(
+    program: Program, primals: list[Any], tangents: list[torch.Tensor], clock: _Clock
+) -> None:
+    def timed(module: fx.GraphModule, arguments: list[Any]) -> Sequence[Any]:
+        results: Sequence[Any] = _TimedRun(module, clock).boxed_run(arguments)
+        return results
 
-
-def rehearse_program(
-    program: Program,
-    primals: list[Any],
-    tangents: list[torch.Tensor],
-    device: torch.device,
-) -> dict[int, float]:
-    """Return the same for a whole step in one function (lower/program.py); nothing is updated."""
-
-    def once(clock: _Clock, ones: list[torch.Tensor]) -> None:
-        _TimedRun(program.module, clock).run(*primals, *ones, IgnoredEvents(), None, None)
-
-    return _least_seconds(once, tangents, device)
+    frame = Frame(program, {"events": IgnoredEvents()}, timed)
+    for index, section in enumerate(program.sections):
+        frame.run([*(primals if index == 0 else ()), *(tangents if section.takes_tangents else ())])
 
 
 def typical_seconds(step: JointStep, seconds: dict[int, float]) -> dict[int, float]:
@@ -104,33 +108,6 @@ def with_estimated_seconds(step: JointStep, profiler: CallProfiler) -> JointStep
         for index, facts in enumerate(step.facts)
         if facts is not None and facts.in_step_seconds is None
     })
-
-
-def _least_seconds(
-    once: Callable[[_Clock, list[torch.Tensor]], None],
-    tangents: list[torch.Tensor],
-    device: torch.device,
-) -> dict[int, float]:
-    """What disturbs a call (another process, a stalled thread) only ever adds to its time."""
-    samples: dict[int, list[float]] = defaultdict(list)
-    start = time.perf_counter()
-    with real_tensors():
-        ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
-        for rehearsal in range(NUM_REHEARSALS + 1):
-            clock = _Clock(device)
-            once(clock, ones)
-            if rehearsal > 0:  # the first one warms up
-                for operation, seconds in clock.read():
-                    samples[operation].append(seconds)
-                if time.perf_counter() - start > ENOUGH_SECONDS:
-                    break
-    return {operation: min(seconds) for operation, seconds in samples.items()}
-
-
-def _drained(values: list[Any]) -> list[Any]:
-    drained = list(values)
-    values.clear()
-    return drained
 
 
 class _Clock:

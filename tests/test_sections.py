@@ -1,0 +1,148 @@
+"""Programs of several sections: what crosses cuts, and frames in flight at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.step_capture import StepCapture
+from packlight.costs.profiler import CallProfiler
+from packlight.lower.emit import emit
+from packlight.lower.frame import Frame
+from packlight.lower.program import Program
+from packlight.planner import smallest_plan
+from packlight.step import Schedule
+from packlight.step.simulate import live_after_forward
+
+ONE = torch.ones(())
+
+
+class Block(nn.Module):
+    """Linear, dropout, GELU; every block reads the same constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.dropout(F.gelu(self.linear(x)), 0.3) * torch.tensor(0.7)
+
+
+def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch).square().mean()
+
+
+@pytest.fixture(scope="module")
+def captured() -> tuple[nn.Module, list[torch.Tensor], JointStep, list[Any], Schedule]:
+    """Return a model, two batches, its joint step, the step's inputs, and a schedule.
+
+    Six blocks are recomputed and their dropout masks replayed: the schedule has the smallest peak.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Block() for _ in range(6)))
+    batches = [torch.randn(64, 32) for _ in range(2)]
+    capture = StepCapture(loss_fn, model)
+    loss = capture.capture(batches[0])
+    with CallProfiler(progress=False) as profiler:
+        step = read_joint_graph(loss.joint, loss.num_forward_outputs, profiler.measure)
+    schedule = smallest_plan(step.graph).schedule
+    counts = schedule.compute_counts()
+    assert any(o.is_random and counts[o.id] > 1 for o in step.graph.operations)
+    return model, batches, step, loss.arguments, schedule
+
+
+def primals_for(arguments: list[Any], old: torch.Tensor, new: torch.Tensor) -> list[Any]:
+    return [new if a is old else a for a in arguments]
+
+
+def gradients_of(step: JointStep, model: nn.Module, arguments: list[Any], results: Any) -> Any:
+    """Return the gradients among backward results, in the order of the model's parameters."""
+    places = {id(a): i for i, a in enumerate(arguments)}
+    return [results[places[id(p)]] for p in model.parameters()]
+
+
+def assert_same(mine: Any, theirs: Any) -> None:
+    assert len(mine) == len(theirs)
+    assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("order", ["F0 F1 B0 B1", "F0 F1 B1 B0", "F0 B0 F1 B1"])
+def test_frames_of_one_program_do_not_disturb_each_other(captured: Any, order: str) -> None:
+    model, batches, step, arguments, schedule = captured
+    program = emit(step, schedule, (schedule.num_forward,))
+    frames = [Frame(program, {}) for _ in batches]
+    losses, theirs = [None, None], [None, None]
+    torch.manual_seed(7)
+    mine: list[Any] = [None, None]
+    for what, k in order.split():
+        if what == "F":
+            primals = primals_for(arguments, batches[0], batches[int(k)])
+            with torch.no_grad():
+                (losses[int(k)],) = frames[int(k)].run(primals)
+        else:
+            with torch.no_grad():
+                results = frames[int(k)].run([ONE])
+            mine[int(k)] = gradients_of(step, model, arguments, results)
+            assert not frames[int(k)].values, "nothing is left in a frame that has run"
+    torch.manual_seed(7)
+    eager = [None, None]
+    for what, k in order.split():
+        if what == "F":
+            eager[int(k)] = loss_fn(model, batches[int(k)])
+        else:
+            theirs[int(k)] = torch.autograd.grad(eager[int(k)], list(model.parameters()))
+    assert [loss.item() for loss in losses] == [loss.item() for loss in eager]
+    for a, b in zip(mine, theirs, strict=True):
+        assert_same(a, b)
+
+
+@pytest.mark.parametrize("num_instructions", [1, 7, 40])
+def test_a_program_cut_anywhere_computes_the_same(captured: Any, num_instructions: int) -> None:
+    """A section may be a single instruction."""
+    model, batches, step, arguments, schedule = captured
+    end = len(schedule.instructions)
+    cuts = sorted({schedule.num_forward, *range(num_instructions, end, num_instructions)})
+    program = emit(step, schedule, cuts)
+    assert len(program.sections) == len(cuts) + 1
+    torch.manual_seed(7)
+    results = run(program, arguments)
+    torch.manual_seed(7)
+    loss = loss_fn(model, batches[0])
+    assert torch.equal(results[0], loss)
+    theirs = torch.autograd.grad(loss, list(model.parameters()))
+    assert_same(gradients_of(step, model, arguments, results[1:]), theirs)
+
+
+def run(program: Program, primals: list[Any]) -> list[Any]:
+    """Run all sections of one frame and return all results."""
+    frame, results = Frame(program, {}), []
+    with torch.no_grad():
+        for index, section in enumerate(program.sections):
+            given = primals if index == 0 else []
+            results += frame.run([*given, *([ONE] if section.takes_tangents else [])])
+    return results
+
+
+def test_what_crosses_a_cut_is_in_memory_there_by_the_memory_model(captured: Any) -> None:
+    _, _, step, _, schedule = captured
+    residents = {b.id for b in step.graph.buffers if b.kind.is_resident}
+    for cut in range(1, len(schedule.instructions), 13):
+        sections = emit(step, schedule, (cut,)).sections
+        crossing = set(sections[1].takes) - residents
+        assert crossing <= live_after_forward(step.graph, replace(schedule, num_forward=cut))
+        assert sections[0].leaves == sections[1].takes
+
+
+def test_constants_and_unused_primals_do_not_cross(captured: Any) -> None:
+    _, _, step, _, schedule = captured
+    _, backward = emit(step, schedule, (schedule.num_forward,)).sections
+    taken = {step.root_of_buffer[b] for b in backward.takes}
+    assert not [node for node in taken if node.op == "get_attr"]
+    biases = [n for n in step.primals if n.meta["val"].shape == (32,)]
+    assert biases and taken & set(step.primals), "weights are read in the backward"
