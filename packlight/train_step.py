@@ -25,6 +25,7 @@ from packlight.moves.request import Request
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready
+from packlight.search.saved import read_way, write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
@@ -62,8 +63,8 @@ class TrainStep:
         scaler: of the loss, None if it is not scaled; its state belongs into a checkpoint.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, way: Way | None = None) -> None:
+        self.request, self._given_way = request, way
         self.model, self.optimizer = request.model, request.optimizer
         self.budget_bytes, self.scaler = request.budget_bytes, request.scaler
         self._trained: Any = None
@@ -86,7 +87,8 @@ class TrainStep:
         _check_parameters(self.model, self.optimizer)
         # What is on the disk stays known.
         streamed = None if self._trained is None else self._preparer.streamed
-        self._preparer: Preparer = Preparer(self.request, streamed)
+        self._preparer: Preparer = Preparer(self.request, streamed, self._given_way)
+        self._given_way = None
         self._trained = trained
         return True
 
@@ -186,6 +188,10 @@ class TrainStep:
         """... with the captured graphs and the tensors that it runs on."""
         return self._runners[self._signature].ready
 
+    def save_way(self, path: str | os.PathLike[str]) -> None:
+        """Write how the latest batch's shape runs to a file, for `fit(..., way=path)`."""
+        write_way(self.way, path)
+
     @property
     def plan(self) -> Plan:
         """The schedule that runs for the latest captured shape (per microbatch, the largest)."""
@@ -243,6 +249,7 @@ def fit(
     scaler: torch.amp.GradScaler | None = None,
     loss_weight: Any = None,
     offload_directory: str | os.PathLike[str] | None = None,
+    way: Way | str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> TrainStep:
     """Return a training step that keeps everything it holds within a budget.
@@ -268,10 +275,16 @@ def fit(
             needs them. What lies there between steps is memory-mapped: it can be read and written
             as ever, also when the training step is let go of; its file is there as long. None
             keeps all in memory.
+        way: how to run the step on batches like this one: another step's `way`, or a file that
+            `save_way` wrote. It is checked, and nothing is searched. By default, what an earlier
+            `fit` of the same step found (on this machine, with the same arguments) is used again,
+            unless the environment variable PACKLIGHT_NO_WAY_CACHE is set.
         progress: show what profiling does.
 
     Raises:
         InfeasibleBudgetError: with the smallest budget for which a schedule was found.
+        WayError: `way` is for another step, torch, device or budget.
+        FormatError: `way` is a file that holds no way.
         OffloadError: the directory cannot hold what is offloaded.
         PrecisionError: an operation does not run in the precision that is allowed.
         GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
@@ -290,7 +303,8 @@ def fit(
             model, loss_fn, optimizer, budget, moves=moves, allow=allow,
             clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value, scaler=scaler,
             loss_weight=loss_weight, offload_directory=offload_directory, progress=progress,
-        )
+        ),
+        way if way is None or isinstance(way, Way) else read_way(way),
     )
     step.prepare(batch)
     step._runners[step._signature].arrange()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+
+# What a test says of searching, every run has to search for.
+os.environ.setdefault("PACKLIGHT_NO_WAY_CACHE", "1")
 
 
 @pytest.fixture(autouse=True)

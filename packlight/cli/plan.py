@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -23,11 +24,16 @@ HELP = "show how a training step would fit in a budget, and what other budgets c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     options.add_common(parser, with_budget=True)
+    parser.add_argument(
+        "--save", metavar="FILE", help="write how the step runs to FILE, for train --way"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Capture the step of the example, plan it and print the plan."""
     report = options.check_report(arguments.report)
+    if arguments.save is not None:
+        options.writable_directory(str(Path(arguments.save).parent), "--save")
     budget_bytes = options.parsed_budget(arguments)
     directory = options.offload_directory(arguments)
     from packlight.cli import breakdown
@@ -43,6 +49,9 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(step.describe(), highlight=False, markup=False)
     plans = other_plans(profile)
     console.print(pareto_table(profile, plans))
+    if arguments.save is not None:
+        step.save_way(arguments.save)
+        console.print(f"way: {arguments.save}")
     if report is not None:
         from packlight.report import write_report
 

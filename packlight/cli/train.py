@@ -48,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train until this step, counted from the first run (default: %(default)s)",
     )
     parser.add_argument(
+        "--way", metavar="FILE", help="run the step as plan --save wrote; nothing is searched"
+    )
+    parser.add_argument(
         "--checkpoint", metavar="DIR", help="write checkpoints to DIR and resume from there"
     )
     parser.add_argument(
@@ -90,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
     step = packlight.fit(
         model, example.loss, optimizer, batch, budget=budget_bytes,
         moves=options.moves(arguments), allow=allow, offload_directory=directory,
+        way=arguments.way,
     )
     if found is not None and step.scaler is not None:
         _restore_scaler(found, step.scaler)

@@ -120,7 +120,7 @@ class WayPlanner:
 
     def resident_bytes(self, moves: Moves) -> int:
         """Return what is in memory throughout the step."""
-        return self._memory(self.draft(moves)).resident_bytes
+        return self.memory(self.draft(moves)).resident_bytes
 
     def left_bytes(self, moves: Moves) -> int | None:
         """Return what a schedule may allocate, with all on the disk that has to be there."""
@@ -128,13 +128,14 @@ class WayPlanner:
         if budget_bytes is None:
             return None
         draft = self.draft(moves)
-        left_bytes = budget_bytes - self._memory(draft).resident_bytes
+        left_bytes = budget_bytes - self.memory(draft).resident_bytes
         if left_bytes <= budget_bytes // CHUNK_SHARE and draft.linked is not None:
             streaming = streamable(draft)
-            left_bytes = budget_bytes - self._memory(draft, streaming).resident_bytes
+            left_bytes = budget_bytes - self.memory(draft, streaming).resident_bytes
         return left_bytes
 
-    def _memory(self, draft: Draft, streaming: Streaming | None = None) -> StepMemory:
+    def memory(self, draft: Draft, streaming: Streaming | None = None) -> StepMemory:
+        """Return the bytes of a draft outside of its schedule."""
         streaming = draft.streaming if streaming is None else streaming
         return self.costs.memory(self.batch, draft.loss, draft.num_repeats, streaming)
 
@@ -160,7 +161,7 @@ class WayPlanner:
             budget_bytes = self.request.budget_bytes
             hopeless_above = math.inf if budget_bytes is None else budget_bytes
         sizes = self.sizes(moves)
-        memory = self._memory(self.draft(moves))
+        memory = self.memory(self.draft(moves))
         parts: list[ReadyPart] = []
         errors: list[InfeasibleBudgetError] = []
         for size in dict.fromkeys(sizes):

@@ -9,6 +9,7 @@ import torch
 
 from packlight.costs.link import measure_link
 from packlight.costs.profiler import CallProfiler
+from packlight.errors import WayError
 from packlight.moves.draft import Draft
 from packlight.moves.move import Move, Refusal, Room, Stage
 from packlight.moves.registry import of_package, of_stage
@@ -17,7 +18,10 @@ from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.search.plan_way import WayPlanner
 from packlight.search.ready import Ready
+from packlight.search.restore import restored
+from packlight.search.saved import cache_key, cached_way, remember_way
 from packlight.search.search import Search
+from packlight.search.way import Way
 from packlight.step import Device
 
 LINK_PROBE_BYTES = 16 * 2**20
@@ -29,10 +33,16 @@ class Preparer:
     Args:
         request: what `fit` was asked for.
         streamed: what an earlier one of the same step has on the disk.
+        way: to run the step, for batches of the first signature; it is not looked for then.
     """
 
-    def __init__(self, request: Request, streamed: StreamedTensors | None = None) -> None:
-        self.request = request
+    def __init__(
+        self,
+        request: Request,
+        streamed: StreamedTensors | None = None,
+        way: Way | None = None,
+    ) -> None:
+        self.request, self._given = request, way
         self.streamed = streamed
         self.costs = StepCosts(request)
         self.device = self.costs.device
@@ -65,15 +75,35 @@ class Preparer:
 
         Raises:
             InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
+            WayError: the way that was given is not one for this step.
         """
         with CallProfiler(self.request.progress) as profiler:
             planner = WayPlanner(self._base.changed(batch=batch), self._loss_moves, profiler)
             try:
-                search = Search(planner)
-                ready = search.fastest()
+                if self._given is not None:
+                    way, self._given = self._given, None
+                    return restored(way, planner)
+                return self._remembered(planner) or self._searched(planner)
             finally:
                 planner.forget()
+
+    def _remembered(self, planner: WayPlanner) -> Ready | None:
+        """Return the way that this or another process found for such a step before."""
+        key = cache_key(planner.draft(()))
+        way = None if key is None else cached_way(key)
+        try:
+            return None if way is None else restored(way, planner)
+        except WayError:  # the key does not tell everything
+            return None
+
+    def _searched(self, planner: WayPlanner) -> Ready:
+        search = Search(planner)
+        ready = search.fastest()
         not_made = search.not_made
         if ready.way.num_microbatches == 1:
             not_made.setdefault("microbatch", "not needed")
-        return replace(ready, way=replace(ready.way, not_made=not_made))
+        ready = replace(ready, way=replace(ready.way, not_made=not_made))
+        key = cache_key(planner.draft(()))
+        if key is not None:
+            remember_way(key, ready.way)
+        return ready

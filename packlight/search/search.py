@@ -115,7 +115,8 @@ class Search:
         if move.effect is Effect.APPROXIMATE and request.allow.isdisjoint(techniques_of(move)):
             return False
         if move.name not in request.moves:
-            self.not_made[move.name] = "not among the moves"
+            if move.stage is not Stage.PLACEMENT:  # most steps have nowhere else to place anything
+                self.not_made[move.name] = "not among the moves"
             return False
         return True
 

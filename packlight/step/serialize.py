@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -49,7 +49,16 @@ def to_json(obj: StepGraph | Schedule | Plan) -> str:
     if name is None:
         known = ", ".join(cls.__name__ for cls in _TYPE_NAMES.values())
         raise FormatError(f"cannot write a {type(obj).__name__}; what can be written: {known}")
-    document = {"format": FORMAT, "version": VERSION, "type": name, "value": _encode(obj)}
+    return write_document(name, encode(obj))
+
+
+def write_document(name: str, value: Any) -> str:
+    """Return a value that JSON has words for as one of Packlight's documents.
+
+    Raises:
+        FormatError: it holds a number that JSON has no word for.
+    """
+    document = {"format": FORMAT, "version": VERSION, "type": name, "value": value}
     try:
         return json.dumps(document, allow_nan=False, separators=(",", ":"))
     except ValueError as error:
@@ -65,6 +74,17 @@ def from_json(text: str | bytes) -> StepGraph | Schedule | Plan:
 
     Cost: linear in the length of the text.
     """
+    name, value = read_document(text, _TYPE_NAMES)
+    obj: StepGraph | Schedule | Plan = decode(_TYPE_NAMES[name], value, name)
+    return obj
+
+
+def read_document(text: str | bytes, known_names: Collection[str]) -> tuple[str, Any]:
+    """Return the type and the value of one of Packlight's documents.
+
+    Raises:
+        FormatError: the text is not JSON, is not Packlight's, is of another version or type.
+    """
     try:
         document = json.loads(text, parse_constant=_refuse_constant)
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -77,13 +97,27 @@ def from_json(text: str | bytes) -> StepGraph | Schedule | Plan:
             f"written in format version {version!r}; this release of Packlight reads version "
             f"{VERSION}\nhint: capture the model again, or read it with the release that wrote it"
         )
-    cls: Any = _TYPE_NAMES.get(str(document.get("type")))
-    if cls is None:
-        raise FormatError(f"unknown type {document.get('type')!r}; known: {', '.join(_TYPE_NAMES)}")
+    name = str(document.get("type"))
+    if name not in known_names:
+        raise FormatError(f"unknown type {document.get('type')!r}; known: {', '.join(known_names)}")
     unknown = sorted(set(document) - {"format", "version", "type", "value"})
     if unknown:
         raise FormatError(f"unknown fields beside the value: {', '.join(unknown)}")
-    obj: StepGraph | Schedule | Plan = _decoder(cls)(document.get("value"), str(document["type"]))
+    return name, document.get("value")
+
+
+def decode(cls: Any, value: Any, where: str) -> Any:
+    """Return the object of a type that `encode` made a value of, checked.
+
+    Args:
+        cls: a dataclass, or another annotation of what fields of dataclasses hold.
+        value: from JSON.
+        where: what it is, for errors.
+
+    Raises:
+        FormatError: the value does not describe a whole and consistent object.
+    """
+    obj = _decoder(cls)(value, where)
     _check_ranges(obj)
     return obj
 
@@ -92,16 +126,17 @@ def _refuse_constant(name: str) -> Any:
     raise FormatError(f"{name} is not a number that a graph or plan can hold")
 
 
-def _encode(value: Any) -> Any:
+def encode(value: Any) -> Any:
+    """Return a dataclass, or what its fields hold, in the words that JSON has."""
     if is_dataclass(value) and not isinstance(value, type):
         encoded = {}
         for item in _dataclass_fields(type(value)):
             content = getattr(value, item.name)
             if item.default is MISSING or content != item.default:
-                encoded[item.name] = _encode(content)
+                encoded[item.name] = encode(content)
         return encoded
     if isinstance(value, (tuple, list)):
-        return [_encode(item) for item in value]
+        return [encode(item) for item in value]
     if isinstance(value, StrEnum):
         return value.value
     # Profilers hand in numpy's numbers; JSON knows only Python's.
@@ -120,6 +155,8 @@ def _decoder(hint: Any) -> _Decoder:
     if origin in (types.UnionType, Union):
         (inner,) = (_decoder(argument) for argument in arguments if argument is not type(None))
         return lambda value, where: None if value is None else inner(value, where)
+    if origin is Mapping:
+        return _mapping_decoder(_decoder(arguments[1]))
     if origin is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
         return _sequence_decoder(_decoder(arguments[0]))
     if origin is tuple:
@@ -130,6 +167,15 @@ def _decoder(hint: Any) -> _Decoder:
         return _enum_decoder(hint)
     assert hint in (int, float, str, bool), hint
     return _scalar_decoder(hint)
+
+
+def _mapping_decoder(decode: _Decoder) -> _Decoder:
+    def decode_mapping(value: Any, where: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise FormatError(f"{where} is not an object but {_shown(value)}")
+        return {key: decode(item, f"{where}[{key!r}]") for key, item in value.items()}
+
+    return decode_mapping
 
 
 def _sequence_decoder(decode: _Decoder) -> _Decoder:
@@ -210,7 +256,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _check_ranges(obj: StepGraph | Schedule | Plan) -> None:
+def _check_ranges(obj: Any) -> None:
     """Check what the types themselves take on trust from the code that builds them."""
     if isinstance(obj, Plan):
         _check_ranges(obj.schedule)
@@ -220,7 +266,7 @@ def _check_ranges(obj: StepGraph | Schedule | Plan) -> None:
                 f"num_forward is {obj.num_forward} in a schedule of {len(obj.instructions)} "
                 "instructions"
             )
-    else:
+    elif isinstance(obj, StepGraph):
         if not 0 <= obj.num_forward <= len(obj.operations):
             raise FormatError(
                 f"num_forward is {obj.num_forward} in a graph of {len(obj.operations)} operations"
