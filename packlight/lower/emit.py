@@ -26,6 +26,7 @@ from packlight.capture.joint import (
 from packlight.costs.measure import in_place_call
 from packlight.lower.rng import generator_state, replay
 from packlight.step import Action, Instruction, Phase, Schedule
+from packlight.torch_internals import descriptions, saved_descriptions
 
 # In a node's metadata: the operation that it runs. In the backward module's metadata: which of its
 # arguments it overwrites.
@@ -326,14 +327,11 @@ def _describe_outputs(
     old: fx.Node, forward: fx.Graph, backward: fx.Graph, num_outputs: int, num_saved: int
 ) -> None:
     """Copy AOTAutograd's descriptions of the joint graph's outputs to the two graphs' outputs."""
-    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
-
-    described = old.meta.get("desc")
+    described = descriptions(old)
     if described is None:
         return
-    saved = [SavedForBackwardsAOTOutput(i) for i in range(num_saved)]
     next(n for n in forward.nodes if n.op == "output").meta["desc"] = [
         *described[:num_outputs],
-        *saved,
+        *saved_descriptions(num_saved),
     ]
     next(n for n in backward.nodes if n.op == "output").meta["desc"] = list(described[num_outputs:])

@@ -19,6 +19,7 @@ from packlight.capture.whole_step import KEEP, UPDATE, WholeStep
 from packlight.lower.emit import Emitter
 from packlight.memory.tier import SlotSpec
 from packlight.step import Action, Instruction, Schedule
+from packlight.torch_internals import box_arguments
 
 
 class StepEvents(Protocol):
@@ -123,7 +124,7 @@ class _ProgramEmitter(Emitter):
             for index, node in enumerate(joint.forward_results)
         ]
         self.new.output(tuple(results))
-        self.new.set_codegen(torch.fx.graph._BoxedCodeGen())
+        box_arguments(self.new)
         module = fx.GraphModule(joint.module, self.new, "PacklightStep")
         return Program(module, tuple(self.slots))
 
