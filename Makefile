@@ -3,8 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+TORCH ?= 2.15.0
+TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
+.PHONY: help demo test test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -24,6 +27,17 @@ demo: $(READY) ## train a small GPT in 40% of its memory, losses identical to th
 test: $(READY) ## lint, types, import rules, tests and doctests
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --show-capture=stdout
+
+# Whatever else is installed asks for torch, too: the release is pinned for all of it.
+$(TORCH_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCH_VENV)
+	sed 's/^torch==.*/torch==$(TORCH)/' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_BIN)/python -m pip install --quiet -c $(TORCH_VENV)/constraints.txt -e '.[dev]'
+	@touch $@
+
+test-torch: $(TORCH_VENV)/.ready ## tests on another torch, TORCH=2.14.1 say (newest by default; downloads GB)
+	$(TORCH_BIN)/python -c 'import torch; print("torch", torch.__version__)'
+	OMP_NUM_THREADS=1 $(TORCH_BIN)/python -m pytest -q -n 2 --show-capture=stdout
 
 lint: $(READY) ## style, types and import rules
 	$(BIN)/ruff check .
@@ -60,4 +74,4 @@ docs: $(READY) ## build the documentation's site into site/, and check it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m pytest -q tests/test_docs_site.py
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info
+	rm -rf $(VENV) .venv-torch-* site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build *.egg-info

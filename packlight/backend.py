@@ -32,6 +32,14 @@ from packlight.lower.program import Program
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.search.rehearse import fits, rehearse, typical_seconds
 from packlight.step import Plan, PlanStatus, StepGraph, simulate
+from packlight.torch_internals import (
+    aot_compiler,
+    box_arguments,
+    boxed,
+    has_boxed_arguments,
+    is_fake,
+    is_graph_retained,
+)
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress")
@@ -82,18 +90,11 @@ class PacklightBackend:
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
-        from torch._dynamo.backends.common import aot_autograd
-
         refuse_graph_break()
         specialize(example_inputs)
         self._example_inputs = example_inputs
-        compiler = aot_autograd(
-            fw_compiler=_boxed,
-            bw_compiler=_boxed,
-            partition_fn=self._partition,
-        )
         with native_upsampling():
-            compiled: Callable[..., Any] = compiler(module, example_inputs)
+            compiled = aot_compiler(_boxed, self._partition)(module, example_inputs)
         self._example_inputs = ()
 
         def run(*arguments: Any) -> Any:
@@ -104,10 +105,10 @@ class PacklightBackend:
         return run
 
     def _partition(
-        self, joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+        self, joint: fx.GraphModule, num_forward_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         with CallProfiler(self.progress) as profiler:
-            step = capture(joint, num_fwd_outputs, profiler)
+            step = capture(joint, num_forward_outputs, profiler)
             budget = self.budget_bytes
             if self.choose_budget is not None:
                 budget = self.choose_budget(step.graph)
@@ -239,7 +240,7 @@ def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | 
         real = next(remaining, None)
         if (
             real is None
-            or isinstance(real, torch._subclasses.FakeTensor)
+            or is_fake(real)
             or real.shape != fake.shape
             or real.dtype != fake.dtype
             or real.device != fake.device
@@ -252,20 +253,19 @@ def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
     """Compile a graph to a function that takes its arguments in a list and empties the list."""
-    if not isinstance(module.graph._codegen, torch.fx.graph._BoxedCodeGen):
-        module.graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+    if not has_boxed_arguments(module.graph):
+        box_arguments(module.graph)
         module.recompile()
     forward = module.forward
     overwritten = module.meta.get(OVERWRITTEN_KEY, ())
 
     def run(arguments: list[Any]) -> Any:
-        if overwritten and torch._C._autograd._get_current_graph_task_keep_graph():
+        if overwritten and is_graph_retained():
             for place in overwritten:  # retain_graph=True: the next backward needs them, too
                 arguments[place] = arguments[place].clone()
         return forward(arguments)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)
 
 
 prepare_dynamo()

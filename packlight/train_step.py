@@ -28,6 +28,7 @@ from packlight.search.ready import Ready
 from packlight.search.saved import read_way, write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
+from packlight.torch_internals import has_gradient_hooks
 from packlight.units import parse_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
 from packlight.updates.gradients import Clipping
@@ -80,7 +81,8 @@ class TrainStep:
         if self.optimizer is not None:
             groups += self.optimizer.param_groups
         trained = [
-            [(id(p), p.requires_grad, _has_hooks(p)) for p in group["params"]] for group in groups
+            [(id(p), p.requires_grad, has_gradient_hooks(p)) for p in group["params"]]
+            for group in groups
         ]
         if trained == self._trained:
             return False
@@ -385,15 +387,13 @@ def _request(
     )
 
 
-def _has_hooks(parameter: torch.Tensor) -> bool:
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
-
-
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UnsupportedModelError("no parameter of the model needs a gradient: nothing to train")
-    hooked = [name for name, p in model.named_parameters() if p.requires_grad and _has_hooks(p)]
+    hooked = [
+        name for name, p in model.named_parameters() if p.requires_grad and has_gradient_hooks(p)
+    ]
     if hooked:
         raise UnsupportedModelError(
             f"hooks are registered on {len(hooked)} parameters, the first of them {hooked[0]!r}: "

@@ -1,6 +1,6 @@
 """What Packlight asks of TorchDynamo: trace through common models, and say plainly where it cannot.
 
-Everything here leans on dynamo's internals, of the torch release that the constraints pin.
+What it is asked with is in torch_internals.py; the wording of its messages is read here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,13 @@ import torch
 from torch import fx, nn
 
 from packlight.errors import GraphBreakError, UnsupportedModelError
+from packlight.torch_internals import (
+    dynamo_errors,
+    graph_break,
+    returned_name,
+    trace_through,
+    undecomposed,
+)
 
 VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 # nn.Transformer compares a mask's values with a causal one's, unless it is told.
@@ -30,13 +37,10 @@ def prepare_dynamo() -> None:
     A logger's call inside a forward would break the graph: while traced, it is skipped. Recurrent
     layers are traced into the operations of their time steps.
     """
-    from torch._dynamo import config
-
     # transformers adds warning_once and warning_advice to all loggers.
     names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
     methods = (getattr(logging.Logger, name, None) for name in names)
-    config.ignore_logging_functions.update(m for m in methods if m is not None)
-    config.allow_rnn = True
+    trace_through(m for m in methods if m is not None)
 
 
 def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
@@ -62,7 +66,6 @@ def native_upsampling() -> Iterator[None]:
     arithmetic: for code generators, who fuse it. Run call by call that rounds otherwise and holds
     several times what the kernel does.
     """
-    hidden: list[tuple[Any, Any, Any]] = []
     overloads = [
         getattr(packet, overload)
         for name in dir(torch.ops.aten)
@@ -70,18 +73,8 @@ def native_upsampling() -> Iterator[None]:
         for packet in [getattr(torch.ops.aten, name)]
         for overload in packet.overloads()
     ]
-    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
-    for overload in overloads:
-        for key in keys:
-            if key in overload.py_kernels:
-                hidden.append((overload, key, overload.py_kernels.pop(key)))
-        overload._dispatch_cache.clear()
-    try:
+    with undecomposed(overloads):
         yield
-    finally:
-        for overload, key, kernel in hidden:
-            overload.py_kernels[key] = kernel
-            overload._dispatch_cache.clear()
 
 
 def specialize(example_inputs: Sequence[Any]) -> None:
@@ -100,15 +93,9 @@ def refuse_graph_break() -> None:
     Raises:
         GraphBreakError: with file, line and cause.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:
-        return  # not called by dynamo
-    reason = translator.output.compile_subgraph_reason
-    if reason is not None and reason.graph_break:
-        raise _graph_break(reason.reason or "", reason.user_stack)
+    found = graph_break()
+    if found is not None:
+        raise _graph_break(*found)
 
 
 def returned_place(module: fx.GraphModule) -> int | None:
@@ -119,26 +106,22 @@ def returned_place(module: fx.GraphModule) -> int | None:
     Returns:
         None where the traced function does not return one tensor.
     """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    stack = InstructionTranslator.current_tx().stack
-    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
+    returned = returned_name()
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     names = [getattr(node, "name", None) for node in output.args[0]]
-    return names.index(proxy.node.name) if proxy is not None else None
+    return names.index(returned) if returned is not None else None
 
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
     """Raise our own errors out of dynamo's wrappers, and graph breaks as `GraphBreakError`."""
-    from torch._dynamo import exc
-
+    around_backend, untraceable = dynamo_errors()
     try:
         yield
-    except exc.BackendCompilerFailed as error:
-        inner = error.inner_exception
+    except around_backend as error:
+        inner = error.inner_exception  # type: ignore[attr-defined]
         raise inner.with_traceback(None) from None
-    except (exc.Unsupported, exc.UserError, exc.TorchRuntimeError) as error:
+    except untraceable as error:
         stack = getattr(error, "real_stack", None)
         failure = re.search(r"(?:got|raised exception) (\w+\(.*\))$", str(error), re.MULTILINE)
         if failure is not None:

@@ -27,6 +27,7 @@ from packlight.capture.marks import LATE_KEY
 from packlight.costs.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
+from packlight.torch_internals import is_tangent, is_traced_in_backward
 
 RNG_STATE = "packlight.rng_state"
 TANGENT = "packlight.tangent"
@@ -153,10 +154,9 @@ class _Reader:
     def read(self) -> JointStep:
         forward_nodes = self._forward_nodes()
         ordered = [n for n in self.nodes if n.op in ("placeholder", "get_attr")]
-        ordered.sort(key=lambda n: "tangent" in n.name)
         calls = [n for n in self.nodes if n.op not in ("placeholder", "get_attr", "output")]
-        primals = [n for n in ordered if not _is_tangent(n)]
-        tangents = [n for n in ordered if _is_tangent(n)]
+        primals = [n for n in ordered if not is_tangent(n)]
+        tangents = [n for n in ordered if is_tangent(n)]
         for node in primals:
             self._read_placeholder(node)
         for node in calls:
@@ -186,7 +186,7 @@ class _Reader:
                 stack.extend(node.all_input_nodes)
         after_tangents: set[fx.Node] = set()
         for node in self.nodes:
-            if _is_tangent(node) or any(i in after_tangents for i in node.all_input_nodes):
+            if is_tangent(node) or any(i in after_tangents for i in node.all_input_nodes):
                 after_tangents.add(node)
         wrong = needed & after_tangents
         if wrong:
@@ -199,7 +199,7 @@ class _Reader:
             if not n.meta.get(LATE_KEY)
             and (
                 n in needed
-                or (n not in after_tangents and n.meta.get("partitioner_tag") != "is_backward")
+                or (n not in after_tangents and not is_traced_in_backward(n))
             )
         }
 
@@ -499,10 +499,6 @@ def drop_ignored_reads(nodes: list[fx.Node]) -> None:
 
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8, torch.bool)
-
-
-def _is_tangent(node: fx.Node) -> bool:
-    return node.op == "placeholder" and "tangents" in str(node.target)
 
 
 def _storage_bytes(value: torch.Tensor) -> int:

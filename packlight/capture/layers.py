@@ -6,17 +6,17 @@ import re
 
 from torch import fx
 
+from packlight.torch_internals import modules_around, sequence_number
+
 
 def layers_of_nodes(nodes: list[fx.Node]) -> dict[fx.Node, str]:
     """Return the module path of each node; nodes outside of every module take their neighbour's."""
     layers: dict[fx.Node, str] = {}
     by_sequence: dict[int, str] = {}
     for node in nodes:
-        stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack")
-        path = ""
-        if stack:
-            path = module_path(list(stack.values())[-1][0])
-        sequence = node.meta.get("seq_nr")
+        modules = modules_around(node)
+        path = module_path(modules[-1][0]) if modules else ""
+        sequence = sequence_number(node)
         if sequence is not None:
             if path:
                 by_sequence.setdefault(sequence, path)

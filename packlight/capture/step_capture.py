@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -29,6 +28,7 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.errors import GraphBreakError, UnsupportedModelError
+from packlight.torch_internals import aot_compiler, storage_identity, with_own_cache
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -104,8 +104,7 @@ class StepCapture:
         self.loss_fn, self.model = loss_fn, model
         self._entry = _Entry()
         self._entries: list[_Entry] = []
-        # Dynamo's cache hangs on the code object: each signature gets one of its own.
-        function = FunctionType(_traced_loss.__code__.replace(), globals())
+        function = with_own_cache(_traced_loss)
         # Dynamo remembers every backend for good; what hangs on this one must not live as long.
         this = weakref.ref(self)
 
@@ -173,25 +172,20 @@ class StepCapture:
     # -- the dynamo backend
 
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        from torch._dynamo.backends.common import aot_autograd
-
         refuse_graph_break()
         specialize(inputs)
         entry = self._entry = _Entry(loss_place=returned_place(module))
         self._entries.append(entry)
 
         def take_joint(
-            joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+            joint: fx.GraphModule, num_forward_outputs: int
         ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            entry.joint = (joint, num_fwd_outputs)
+            entry.joint = (joint, num_forward_outputs)
             raise _CapturedError
 
-        compiler = aot_autograd(
-            fw_compiler=_as_it_is, bw_compiler=_as_it_is, partition_fn=take_joint
-        )
         try:
             with native_upsampling():
-                compiler(module, inputs)
+                aot_compiler(_as_it_is, take_joint)(module, inputs)
         except _CapturedError:
             pass
 
@@ -251,10 +245,10 @@ def _check_results(
             "hint: take the mean or the sum"
         )
     new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
-    storages = {node.meta["val"].untyped_storage()._cdata for node in new_values}
+    storages = {storage_identity(node.meta["val"]) for node in new_values}
     for node in nodes:
         value = node.meta["val"]
-        if node not in new_values and value.untyped_storage()._cdata in storages:
+        if node not in new_values and storage_identity(value) in storages:
             raise UnsupportedModelError(
                 f"the forward assigns a view of shape {tuple(value.shape)} of a buffer that it "
                 "also changes to an attribute\nhint: clone it"

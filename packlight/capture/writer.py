@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 from torch.utils import _pytree as pytree
+
+from packlight.torch_internals import FakeTensorMode, without_autocast
 
 _aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ class GraphWriter:
         kwargs = kwargs or {}
         fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
         # The graph says what is cast and what is not: an autocast around it is already in there.
-        with self.fake_mode, torch.no_grad(), torch._C._DisableAutocast():
+        with self.fake_mode, torch.no_grad(), without_autocast():
             value = target(*fake[0], **fake[1])
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}

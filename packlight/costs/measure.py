@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
+from packlight.torch_internals import lazily_negated, outside_of_tracing, storage_identity
 
 MIN_REPEATS = 3
 MAX_REPEATS = 12
@@ -85,13 +86,8 @@ class CallFacts:
 @contextmanager
 def real_tensors() -> Iterator[None]:
     """Leave every tracing mode: inside a compile call, tensors made here are real ones."""
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with (
-        _disable_current_modes(),
-        unset_fake_temporarily(),
-        torch._C._DisableTorchDispatch(),
+        outside_of_tracing(),
         torch.no_grad(),
         torch.amp.autocast("cpu", enabled=False),
         _preserved_generators(),
@@ -226,7 +222,7 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
                 storage.fill_(0.5)
             # Kernels that do not know lazy conjugation and negation are given copies.
             tensor = tensor.conj() if leaf.is_conj() else tensor
-            made[id(leaf)] = torch._neg_view(tensor) if leaf.is_neg() else tensor
+            made[id(leaf)] = lazily_negated(tensor) if leaf.is_neg() else tensor
         return made[id(leaf)]
 
     return pytree.tree_map(make, args), pytree.tree_map(make, kwargs)
@@ -242,7 +238,7 @@ def _device_of(inputs: list[torch.Tensor], kwargs: Any) -> torch.device:
 def _output_facts(
     result: Any, inputs: list[torch.Tensor], device: torch.device
 ) -> tuple[OutputFacts, ...]:
-    input_storages = {t.untyped_storage()._cdata: i for i, t in reversed(list(enumerate(inputs)))}
+    input_storages = {storage_identity(t): i for i, t in reversed(list(enumerate(inputs)))}
     seen: dict[int, int] = {}
     facts = []
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
@@ -253,12 +249,12 @@ def _output_facts(
                 "storage whose bytes could be planned\n"
                 "hint: nn.Embedding(..., sparse=False) and dense tensors can be"
             )
-        storage = tensor.untyped_storage()
-        same = seen.get(storage._cdata)
-        seen.setdefault(storage._cdata, index)
-        size = allocated_bytes(storage.nbytes(), tensor.device)
+        storage = storage_identity(tensor)
+        same = seen.get(storage)
+        seen.setdefault(storage, index)
+        size = allocated_bytes(tensor.untyped_storage().nbytes(), tensor.device)
         dtype = str(tensor.dtype).removeprefix("torch.")
-        alias_of = input_storages.get(storage._cdata)
+        alias_of = input_storages.get(storage)
         facts.append(OutputFacts(alias_of, same, size, dtype, tuple(tensor.stride())))
     return tuple(facts)
 
@@ -361,7 +357,7 @@ def _in_place_argument(
         except (RuntimeError, NotImplementedError):
             continue
         is_cheaper = high_bytes < expected.untyped_storage().nbytes()
-        shares = result.untyped_storage()._cdata == victim.untyped_storage()._cdata
+        shares = storage_identity(result) == storage_identity(victim)
         if is_cheaper and shares and same_bits(result, expected):
             return index
     return None

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from packlight.torch_internals import memory_events
+
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
@@ -71,16 +73,7 @@ def record_allocations(fn: Callable[[], Any]) -> tuple[Any, list[int]]:
     os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:
         result = fn()
-    cpu = torch.profiler.DeviceType.CPU if hasattr(torch.profiler, "DeviceType") else None
-    results = profiler.kineto_results
-    assert results is not None
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in results.events()
-        if event.name() == "[memory]" and (cpu is None or event.device_type() == cpu)
-    ]
-    events.sort(key=lambda event: event[0])
-    return result, [num_bytes for _, num_bytes in events]
+    return result, memory_events(profiler)
 
 
 def running_peak(events: list[int]) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from torch import fx
 
 from packlight.capture.joint import JointStep
 from packlight.lower.program import Program
+from packlight.torch_internals import descriptions, saved_descriptions
 
 # In the backward module's metadata: which of its arguments it overwrites.
 OVERWRITTEN_KEY = "packlight_overwritten"
@@ -52,13 +53,11 @@ def _hide_saved_values(sources: Iterable[fx.Node]) -> None:
 
 def _describe_outputs(step: JointStep, program: Program) -> None:
     """Copy AOTAutograd's descriptions of the joint graph's outputs to the two graphs' outputs."""
-    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
-
-    described = step.module.graph.output_node().meta.get("desc")
+    described = descriptions(step.module.graph.output_node())
     if described is None:
         return
     forward, backward = program.sections
-    saved = [SavedForBackwardsAOTOutput(i) for i in range(len(forward.leaves))]
+    saved = saved_descriptions(len(forward.leaves))
     num_results = forward.num_results
     forward.module.graph.output_node().meta["desc"] = [*described[:num_results], *saved]
     backward.module.graph.output_node().meta["desc"] = list(described[num_results:])

@@ -25,6 +25,7 @@ from packlight.lower.rng import generator_state, replay
 from packlight.lower.transfers import TransferWriter
 from packlight.lower.values import Values, plain_meta
 from packlight.step import Action, Instruction, Schedule
+from packlight.torch_internals import box_arguments
 
 GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
 
@@ -124,7 +125,7 @@ class _Emitter:
         for constant in constants.values():
             if not constant.users:
                 graph.erase_node(constant)
-        graph.set_codegen(torch.fx.graph._BoxedCodeGen())
+        box_arguments(graph)
         return Section(
             fx.GraphModule(self.step.module, graph, "PacklightSection"),
             crossing.takes,

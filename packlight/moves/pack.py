@@ -8,7 +8,6 @@ backward reads the narrow form, made wide again where it is read. All of it is e
 
 from __future__ import annotations
 
-import copy
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -17,11 +16,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensorMode
 
 from packlight.capture.writer import GraphWriter
 from packlight.moves.draft import Draft
 from packlight.moves.move import Effect, Move, Refusal, Room
+from packlight.torch_internals import (
+    TRACED_IN_BACKWARD,
+    FakeTensorMode,
+    copy_calling_convention,
+    is_tangent,
+)
 
 _aten = torch.ops.aten
 # Smaller ones are not worth two calls.
@@ -134,8 +138,7 @@ class _Packer:
         nodes = list(module.graph.nodes)
         self.backward: set[fx.Node] = set()
         for node in nodes:
-            is_tangent = node.op == "placeholder" and "tangent" in node.name
-            if is_tangent or any(i in self.backward for i in node.all_input_nodes):
+            if is_tangent(node) or any(i in self.backward for i in node.all_input_nodes):
                 self.backward.add(node)
         # Backward operations that read each value of the forward, under whichever name.
         self.readers: dict[fx.Node, list[fx.Node]] = {}
@@ -179,7 +182,7 @@ class _Packer:
         self.copies: dict[fx.Node, fx.Node] = {}
         fake_mode = _fake_mode(self.module)
         self.early = GraphWriter(self.graph, fake_mode, {})
-        self.late = GraphWriter(self.graph, fake_mode, {"partitioner_tag": "is_backward"})
+        self.late = GraphWriter(self.graph, fake_mode, TRACED_IN_BACKWARD)
         widen: dict[fx.Node, Callable[[], fx.Node]] = {}
         for node in self.module.graph.nodes:
             if node in self.backward and node.op == "call_function":
@@ -193,7 +196,7 @@ class _Packer:
                     widen[node] = self._packed(self.copies[node])
                 elif node in self.indices:
                     widen[node] = self._narrowed(node, self.indices[node])
-        self.graph.set_codegen(copy.copy(self.module.graph._codegen))
+        copy_calling_convention(self.module.graph, self.graph)
         self.graph.lint()
         module = fx.GraphModule(self.module, self.graph)
         module.meta.update(self.module.meta)

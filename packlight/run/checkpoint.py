@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from packlight.errors import FormatError, PacklightError
+from packlight.torch_internals import uncompiled
 from packlight.units import format_bytes
 
 VERSION = 1
@@ -67,7 +68,7 @@ def save_checkpoint(
     state = {
         "step": step,
         "extra": dict(extra or {}),
-        "model": _pack(_unwrapped(model).state_dict(), "model", tensors, {}),
+        "model": _pack(uncompiled(model).state_dict(), "model", tensors, {}),
         "optimizer": _pack(optimizer.state_dict(), "optimizer", tensors, {}),
         "optimizer_class": type(optimizer).__name__,
         "rng": _pack(_rng_state(), "rng", tensors, {}),
@@ -127,7 +128,7 @@ class Checkpoint:
         Raises:
             FormatError: the checkpoint is of another model or optimizer; neither was changed.
         """
-        model = _unwrapped(model)
+        model = uncompiled(model)
         saved_model = _unpack(self._state["model"], self._tensors)
         saved_optimizer = _unpack(self._state["optimizer"], self._tensors)
         self._check_model(saved_model, model.state_dict())
@@ -244,13 +245,6 @@ def _numbered(directory: Path) -> list[tuple[int, Path]]:
         return []
     matches = ((_NAME.fullmatch(path.name), path) for path in directory.iterdir())
     return sorted(((int(m.group(1)), path) for m, path in matches if m), reverse=True)
-
-
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    # torch.compile(model) prefixes every name of its state_dict.
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, torch.nn.Module)
-    return inner
 
 
 def _pack(

@@ -14,6 +14,7 @@ from packlight.capture.batch import tensors_of
 from packlight.costs.measure import allocated_bytes
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
+from packlight.torch_internals import storage_identity
 from packlight.updates.twin import (
     Group,
     needs_closure,
@@ -28,8 +29,8 @@ def tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the size of all storages behind tensors, shared ones counted once."""
     sizes: dict[int, int] = {}
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        sizes[storage._cdata] = allocated_bytes(storage.nbytes(), tensor.device)
+        num_bytes = tensor.untyped_storage().nbytes()
+        sizes[storage_identity(tensor)] = allocated_bytes(num_bytes, tensor.device)
     return sum(sizes.values())
 
 

@@ -14,12 +14,12 @@ import torch
 from torch.utils import _pytree as pytree
 
 from packlight.costs.measure import same_bits
+from packlight.torch_internals import plain_step
 from packlight.updates.slices import ALIGNED_ELEMENTS, step_in_slices
 from packlight.updates.twin import (
     Group,
     State,
     needs_closure,
-    plain_step,
     settings,
     stand_in,
     step_alone,

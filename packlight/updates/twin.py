@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.optim import optimizer as torch_optimizer
 from torch.utils import _pytree as pytree
+
+from packlight.torch_internals import (
+    STEP_HOOKS,
+    has_global_step_hooks,
+    is_replaced_step,
+    plain_step,
+)
 
 State = dict[str, Any]
 Group = dict[str, Any]
-
-_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
 def twin_of(
@@ -35,7 +39,7 @@ def twin_of(
     twin: torch.optim.Optimizer = object.__new__(type(optimizer))
     twin.__dict__.update(optimizer.__dict__)
     twin.__dict__.pop("step", None)  # LR schedulers patch in a step that marks the original
-    twin.__dict__.update({name: OrderedDict() for name in _HOOKS})
+    twin.__dict__.update({name: OrderedDict() for name in STEP_HOOKS})
     twin.param_groups = groups
     twin.state = state
     return twin
@@ -94,14 +98,6 @@ def step_alone(
         parameter.grad = previous
 
 
-def plain_step(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., Any]:
-    """Return a class's `step` without the wrapper in which torch runs hooks and profiles."""
-    step: Any = optimizer_class.step
-    while getattr(step, "hooked", False):
-        step = step.__wrapped__
-    return step  # type: ignore[no-any-return]
-
-
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Whether `step()` cannot be called without arguments (LBFGS)."""
     try:
@@ -113,15 +109,11 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def interception(optimizer: torch.optim.Optimizer) -> str | None:
     """Return what else runs in this very object's `step()`, in words, or None if nothing does."""
-    if any(getattr(optimizer, name, None) for name in _HOOKS):
+    if any(getattr(optimizer, name, None) for name in STEP_HOOKS):
         return "step hooks are registered on it, and they expect all gradients at once"
-    if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+    if has_global_step_hooks():
         return "step hooks are registered for all optimizers, and they expect all gradients at once"
-    patched = optimizer.__dict__.get("step")
-    is_of_scheduler = getattr(patched, "_wrapped_by_lr_sched", False)
-    if patched is not None and not (
-        is_of_scheduler and getattr(patched, "__wrapped__", None) is type(optimizer).step
-    ):
+    if is_replaced_step(optimizer):
         return "its step() was replaced on the object"
     return None
 

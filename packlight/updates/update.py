@@ -16,6 +16,7 @@ import torch
 
 from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
+from packlight.torch_internals import mark_stepped
 from packlight.updates.accounting import TwoSteps, measure_two_steps, tensors_bytes
 from packlight.updates.observe import (
     Kind,
@@ -130,8 +131,7 @@ class ParameterUpdates:
             )
         if self._observed != self._fingerprint():
             self._observe_again()
-        # What LR schedulers look for to see that a step was done.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        mark_stepped(self.optimizer)
 
     def apply(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Update a parameter; its `grad` is left as it was.

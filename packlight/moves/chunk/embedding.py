@@ -7,13 +7,13 @@ added to the other where it lies. Sums are the same up to their order.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 from torch import fx
 
 from packlight.capture.writer import GraphWriter
+from packlight.torch_internals import copy_calling_convention
 
 _aten = torch.ops.aten
 
@@ -53,7 +53,7 @@ def with_added_rows(module: fx.GraphModule) -> fx.GraphModule:
         copies[node] = writer.call(
             node, _aten.index_add.default, (other, 0, places, rows)
         )
-    graph.set_codegen(copy.copy(module.graph._codegen))
+    copy_calling_convention(module.graph, graph)
     graph.lint()
     rewritten = fx.GraphModule(module, graph)
     rewritten.meta.update(module.meta)

@@ -22,6 +22,7 @@ from packlight.capture.marks import LATE_KEY
 from packlight.moves.chunk.growth import WIDE_SHARE, Growth, nodes_below, num_elements
 from packlight.moves.chunk.rows import Dims, Share, shape_of, tensor_inputs
 from packlight.moves.chunk.span import Span
+from packlight.torch_internals import is_tangent, is_traced_in_backward
 
 
 class Kind(StrEnum):
@@ -116,15 +117,14 @@ def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
     """Return the calls that neither need a tangent nor were traced in the backward."""
     after: set[fx.Node] = set()
     for node in nodes:
-        is_tangent = node.op == "placeholder" and "tangents" in str(node.target)
-        if is_tangent or any(i in after for i in node.all_input_nodes):
+        if is_tangent(node) or any(i in after for i in node.all_input_nodes):
             after.add(node)
     return {
         n
         for n in nodes
         if n.op == "call_function"
         and n not in after
-        and n.meta.get("partitioner_tag") != "is_backward"
+        and not is_traced_in_backward(n)
     }
 
 

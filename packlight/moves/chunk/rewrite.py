@@ -20,7 +20,6 @@ has to call it itself, it knows only a linear layer and a cross entropy right ne
 
 from __future__ import annotations
 
-import copy
 import heapq
 from collections.abc import Sequence
 
@@ -36,6 +35,7 @@ from packlight.moves.chunk.regions import (
     forward_nodes,
 )
 from packlight.moves.chunk.run import RegionWriter
+from packlight.torch_internals import copy_calling_convention
 
 __all__ = ["Kind", "Region", "chunked", "find_heads", "find_row_groups"]
 
@@ -77,7 +77,7 @@ def chunked(
             copies[item].meta[LATE_KEY] = True
     for writer in writers.values():
         writer.writer.erase_unused()
-    graph.set_codegen(copy.copy(module.graph._codegen))
+    copy_calling_convention(module.graph, graph)
     graph.lint()
     rewritten = fx.GraphModule(module, graph)
     rewritten.meta.update(module.meta)

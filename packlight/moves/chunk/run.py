@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses import FakeTensor
 from torch.utils import _pytree as pytree
 
 from packlight.capture.marks import LATE_KEY
@@ -17,6 +16,7 @@ from packlight.capture.writer import GraphWriter
 from packlight.moves.chunk.regions import Kind, Region
 from packlight.moves.chunk.rows import Dims, Reduced, Shape, merged_order, shape_of
 from packlight.moves.chunk.rules import MEANS, SIZE_ARGUMENT, is_label_loss
+from packlight.torch_internals import is_fake
 
 _aten = torch.ops.aten
 _NO_REDUCTION, _MEAN_REDUCTION, _SUM_REDUCTION = 0, 1, 2  # as in the C++ enum that nll_loss takes
@@ -49,7 +49,7 @@ class RegionWriter:
         self.sums: dict[fx.Node, fx.Node] = {}
         self.counts: dict[fx.Node, fx.Node] = {}  # nll_loss_forward -> total weight
         values = (leaf for n in region.nodes for leaf in pytree.tree_leaves(n.meta["val"]))
-        fake_mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
+        fake_mode = next(v.fake_mode for v in values if is_fake(v))
         marks = {LATE_KEY: True} if region.kind is Kind.HEAD else {}
         self.writer = GraphWriter(graph, fake_mode, marks)
         self.call, self.view = self.writer.call, self.writer.view

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from packlight.capture.layers import layers_of_nodes
+from packlight.torch_internals import modules_around
 
 
 def batch_statistics(module: fx.GraphModule, num_rows: int) -> list[str]:
@@ -54,5 +55,4 @@ def _is_instance_norm(node: fx.Node, num_rows: int) -> bool:
     assert isinstance(source, fx.Node)
     if source.meta["val"].shape[0] != 1:
         return False
-    stack = node.meta.get("nn_module_stack") or {}
-    return num_rows > 1 or any("InstanceNorm" in str(kind) for _, kind in stack.values())
+    return num_rows > 1 or any("InstanceNorm" in str(kind) for _, kind in modules_around(node))

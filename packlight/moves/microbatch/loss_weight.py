@@ -21,6 +21,7 @@ from torch import fx
 from packlight.errors import MicrobatchError
 from packlight.moves.microbatch.batch_value import BatchValue, count_targets, extract
 from packlight.moves.microbatch.denominator import Denominator, Term
+from packlight.torch_internals import descriptions, is_fake, is_tangent, mutated_input
 
 
 def find_denominator(
@@ -87,7 +88,7 @@ class _Walk:
 
     def __post_init__(self) -> None:
         self.primals = [
-            n for n in self.module.graph.nodes if n.op == "placeholder" and not _is_tangent(n)
+            n for n in self.module.graph.nodes if n.op == "placeholder" and not is_tangent(n)
         ]
         self.index_of_primal = {n: i for i, n in enumerate(self.primals)}
         self.on_rows: set[fx.Node] = set()
@@ -328,7 +329,7 @@ class _Walk:
         if primal in self.on_parameters or index < 0:
             raise MicrobatchError(f"what it divides by depends on {primal.name}", node.name)
         real = self.real_inputs[index]
-        if not isinstance(real, torch.Tensor) or isinstance(real, torch._subclasses.FakeTensor):
+        if not isinstance(real, torch.Tensor) or is_fake(real):
             raise MicrobatchError(f"the value of {primal.name} is not known", node.name)
         return real
 
@@ -398,10 +399,6 @@ def _reads_sizes_only(node: fx.Node) -> bool:
     return _name(node).startswith("new_") or _name(node).endswith("_like")
 
 
-def _is_tangent(node: fx.Node) -> bool:
-    return "tangents" in str(node.target)
-
-
 def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
     found: dict[fx.Node, None] = {}
     stack = list(nodes)
@@ -416,11 +413,11 @@ def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
 def _loss_of(output: fx.Node, num_forward_outputs: int) -> fx.Node:
     """Return the node of the loss: the only forward output that is no new value of an input."""
     results = list(output.args[0])[:num_forward_outputs]  # type: ignore[arg-type]
-    described = list(output.meta.get("desc") or [None] * len(results))[:num_forward_outputs]
+    described = list(descriptions(output) or [None] * len(results))[:num_forward_outputs]
     losses = [
         r
         for r, d in zip(results, described, strict=True)
-        if type(d).__name__ != "InputMutationAOTOutput" and isinstance(r, fx.Node)
+        if mutated_input(d) is None and isinstance(r, fx.Node)
     ]
     if len(losses) != 1 or losses[0].meta["val"].numel() != 1:
         shapes = [tuple(n.meta["val"].shape) for n in losses]

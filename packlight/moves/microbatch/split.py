@@ -20,6 +20,7 @@ import torch
 from packlight.capture.batch import children
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator
+from packlight.torch_internals import storage_identity
 
 LossWeight = Denominator | Literal["rows", "sum"] | Callable[[Any], Any]
 
@@ -125,7 +126,7 @@ def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
     shape = tuple(tensor.shape), tensor.stride(), tensor.dtype
     if tensor.numel() == 0:
         return id(tensor), *shape
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), *shape
+    return storage_identity(tensor), tensor.storage_offset(), *shape
 
 
 def _leaves(batch: Any, path: str) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from packlight.memory.tier import SlotSpec
+from packlight.torch_internals import num_storage_references
 from packlight.updates.twin import step_alone
 
 # Step counters, biases and the like stay where they are.
@@ -76,7 +77,4 @@ def has_viewers(tensor: torch.Tensor) -> bool:
 
     A new tensor, which nobody else looks at, shows what the count is then.
     """
-    counts = [
-        torch._C._storage_Use_Count(t.untyped_storage()._cdata) for t in (tensor, torch.empty(1))
-    ]
-    return bool(counts[0] > counts[1])
+    return num_storage_references(tensor) > num_storage_references(torch.empty(1))

@@ -1,0 +1,337 @@
+"""What Packlight takes from torch beyond its documented interface, each thing under a name.
+
+Any of it may move from one release of torch to the next, so it is reached from here alone, and what
+is relied upon stands at each function. tests/test_torch_internals.py has a test for each, which
+says what has moved, and one that reads the sources for private names of torch used elsewhere.
+
+Dynamo and AOTAutograd are imported where they are used: planning without a model needs neither.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.optim import optimizer as torch_optimizer
+from torch.utils import _python_dispatch
+
+__all__ = ["FakeTensorMode"]  # from here, too
+
+Compiled = Callable[..., Any]
+Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
+
+# -- TorchDynamo
+
+
+def trace_through(functions: Iterable[Callable[..., Any]]) -> None:
+    """Have dynamo skip calls of these functions, and trace recurrent layers step by step.
+
+    Relied upon: `config.ignore_logging_functions` is a set of functions, `config.allow_rnn` is on
+    when it is set.
+    """
+    from torch._dynamo import config
+
+    config.ignore_logging_functions.update(functions)
+    config.allow_rnn = True
+
+
+def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a copy of a function that is compiled apart from the original.
+
+    Relied upon: dynamo keeps what it compiled by the code object.
+    """
+    assert isinstance(function, FunctionType)
+    return FunctionType(function.__code__.replace(), function.__globals__)
+
+
+def graph_break() -> tuple[str, Any] | None:
+    """Return why the graph being compiled ends before the function does, and the user's stack.
+
+    Relied upon: a backend is called with the translator at work (an AttributeError where there is
+    none), whose output has `compile_subgraph_reason` with `graph_break`, `reason`, `user_stack`.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None  # not called by dynamo
+    reason = translator.output.compile_subgraph_reason
+    is_break = reason is not None and reason.graph_break
+    return (reason.reason or "", reason.user_stack) if is_break else None
+
+
+def returned_name() -> str | None:
+    """Return the name of the node that the traced function returns, None if it is no one tensor.
+
+    Relied upon: when a backend is called, what the function returns is all that is left on the
+    translator's stack, and a tensor there has its node as `proxy.node`.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    stack = InstructionTranslator.current_tx().stack
+    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
+    return None if proxy is None else str(proxy.node.name)
+
+
+def dynamo_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
+    """Return what dynamo raises: around a backend's error, and where it cannot trace.
+
+    Relied upon: the first has `inner_exception`; the others have the user's stack as `real_stack`,
+    and a message with lines "Explanation: ..." and "Hint: ..." or, where the traced code itself
+    raised, the exception at a line's end after "got" or "raised exception".
+    """
+    from torch._dynamo import exc
+
+    return exc.BackendCompilerFailed, (exc.Unsupported, exc.UserError, exc.TorchRuntimeError)
+
+
+# -- AOTAutograd
+
+
+def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
+    """Return a dynamo backend that asks for a joint graph's two parts and compiles each.
+
+    Relied upon: `partition_fn(joint, inputs, *, num_fwd_outputs, ...)` is called once, with a graph
+    whose placeholders are primals then tangents and whose outputs are the forward's then one
+    gradient per primal; without a backward it is not called. An error that it raises comes out.
+
+    Args:
+        compile_one: (graph, inputs) -> function.
+        partition: (joint graph, number of its outputs that belong to the forward) -> both parts.
+    """
+    from torch._dynamo.backends.common import aot_autograd
+
+    def partition_fn(
+        joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **_: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return partition(joint, num_fwd_outputs)
+
+    compiler: Compiled = aot_autograd(
+        fw_compiler=compile_one, bw_compiler=compile_one, partition_fn=partition_fn
+    )
+    return compiler
+
+
+def is_tangent(node: fx.Node) -> bool:
+    """Whether a joint graph's node is a gradient that the backward starts from."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+TRACED_IN_BACKWARD = {"partitioner_tag": "is_backward"}
+
+
+def is_traced_in_backward(node: fx.Node) -> bool:
+    """Whether a joint graph's node was traced in the backward (it need not read a tangent)."""
+    return all(node.meta.get(key) == mark for key, mark in TRACED_IN_BACKWARD.items())
+
+
+def descriptions(node: fx.Node) -> Any:
+    """Return what AOTAutograd says of a placeholder, or of each of the output's results.
+
+    Relied upon: it stands in `meta["desc"]`. A joint graph that is not AOTAutograd's has none.
+    """
+    return node.meta.get("desc")
+
+
+def mutated_input(description: Any) -> Any:
+    """Return the description of the input whose new value a result is, None if it is none.
+
+    Relied upon: the placeholder's description is equal to it.
+    """
+    is_mutation = type(description).__name__ == "InputMutationAOTOutput"
+    return description.mutated_input if is_mutation else None
+
+
+def place_returned(description: Any) -> int | None:
+    """Return which of the traced function's own results this one is, None if it is none."""
+    return description.idx if type(description).__name__ == "PlainAOTOutput" else None
+
+
+def saved_descriptions(num_saved: int) -> list[Any]:
+    """Return the descriptions of what a forward saves for its backward."""
+    from torch._functorch._aot_autograd.descriptors import SavedForBackwardsAOTOutput
+
+    return [SavedForBackwardsAOTOutput(i) for i in range(num_saved)]
+
+
+def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
+    """Return the modules that a call was traced in, outermost first, as (dynamo's path, class).
+
+    Relied upon: `nn_module_stack` of forward nodes, `fwd_nn_module_stack` of their gradients.
+    """
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    return list(stack.values())
+
+
+def sequence_number(node: fx.Node) -> int | None:
+    """Return a number that a forward node and those of its gradient have in common."""
+    return node.meta.get("seq_nr")
+
+
+# -- FX
+
+
+def box_arguments(graph: fx.Graph) -> None:
+    """Let a graph's code take its arguments in one list, and empty it before the first call."""
+    graph.set_codegen(fx.graph._BoxedCodeGen())
+
+
+def has_boxed_arguments(graph: fx.Graph) -> bool:
+    """Whether a graph's code takes its arguments in one list."""
+    return isinstance(graph._codegen, fx.graph._BoxedCodeGen)
+
+
+def copy_calling_convention(old: fx.Graph, new: fx.Graph) -> None:
+    """Let a graph's code take its arguments, and return its results, as another one does."""
+    new.set_codegen(copy.copy(old._codegen))
+
+
+def boxed(function: Compiled) -> Compiled:
+    """Mark a compiled function as one that takes its arguments in a list and may empty it."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+# -- tracing modes and dispatch
+
+
+def is_fake(value: Any) -> bool:
+    """Whether a tensor is one of a trace's, without memory."""
+    return isinstance(value, FakeTensor)
+
+
+@contextmanager
+def outside_of_tracing() -> Iterator[None]:
+    """Leave every tracing mode: inside a compile call, tensors made here are real ones."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with ExitStack() as stack:
+        stack.enter_context(_python_dispatch._disable_current_modes())
+        stack.enter_context(unset_fake_temporarily())
+        stack.enter_context(torch._C._DisableTorchDispatch())
+        yield
+
+
+def without_autocast() -> AbstractContextManager[None]:
+    """Leave autocast, whichever devices it is on for."""
+    manager: AbstractContextManager[None] = torch._C._DisableAutocast()
+    return manager
+
+
+@contextmanager
+def undecomposed(overloads: Sequence[Any]) -> Iterator[None]:
+    """Trace operators as they are where torch registers decompositions of them for tracing.
+
+    Relied upon: such a decomposition is among the overload's `py_kernels`, under one of two keys;
+    which kernel a call takes is remembered in `_dispatch_cache`.
+    """
+    keys = torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd
+    hidden: list[tuple[Any, Any, Any]] = []
+    for overload in overloads:
+        for key in keys:
+            if key in overload.py_kernels:
+                hidden.append((overload, key, overload.py_kernels.pop(key)))
+        overload._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for overload, key, kernel in hidden:
+            overload.py_kernels[key] = kernel
+            overload._dispatch_cache.clear()
+
+
+def is_graph_retained() -> bool:
+    """Whether the backward that is running was asked to keep its graph (`retain_graph=True`)."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+# -- storages
+
+
+def storage_identity(tensor: torch.Tensor) -> int:
+    """Return what two tensors have in common if and only if they look at one storage."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def num_storage_references(tensor: torch.Tensor) -> int:
+    """Return a number that grows with every further tensor on a tensor's storage."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+
+
+def lazily_negated(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a view that is negated when it is read."""
+    return torch._neg_view(tensor)
+
+
+# -- optimizers and modules
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def has_global_step_hooks() -> bool:
+    """Whether hooks are registered that run in every optimizer's step."""
+    return bool(
+        torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def plain_step(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Return a class's `step` without the wrapper in which torch runs hooks and profiles.
+
+    Relied upon: the wrapper has `hooked` and `__wrapped__`.
+    """
+    step: Any = optimizer_class.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
+
+
+def is_replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an object's `step` is neither its class's nor that of torch's LR schedulers.
+
+    Relied upon: theirs has `_wrapped_by_lr_sched`, and the class's as `__wrapped__`.
+    """
+    patched = optimizer.__dict__.get("step")
+    is_of_scheduler = getattr(patched, "_wrapped_by_lr_sched", False)
+    is_class_step = getattr(patched, "__wrapped__", None) is type(optimizer).step
+    return patched is not None and not (is_of_scheduler and is_class_step)
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Note on an optimizer that it was stepped: LR schedulers warn if they step before it."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
+def has_gradient_hooks(parameter: torch.Tensor) -> bool:
+    """Whether autograd would call hooks with a parameter's gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model inside what `torch.compile(model)` returns; another model as it is."""
+    inner: nn.Module = getattr(model, "_orig_mod", model)
+    return inner
+
+
+# -- the profiler
+
+
+def memory_events(profiler: Any) -> list[int]:
+    """Return every allocation (+bytes) and free (-bytes) on the CPU while a profiler ran, in order.
+
+    Relied upon: events named "[memory]", those of kernels' own temporaries included.
+    """
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profiler.kineto_results.events()
+        if event.name() == "[memory]" and event.device_type() == torch.profiler.DeviceType.CPU
+    ]
+    events.sort(key=lambda event: event[0])
+    return [num_bytes for _, num_bytes in events]

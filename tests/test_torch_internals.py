@@ -1,0 +1,546 @@
+"""What Packlight takes from torch's insides is where it was: a test for each, and one for the rest.
+
+A failure here says what a release of torch has moved; failures elsewhere say what it broke.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import logging
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from packlight import torch_internals as inside
+
+PACKAGE = Path(__file__).resolve().parent.parent / "packlight"
+LOGGER = logging.getLogger("packlight.test")
+# Private in name alone: torch documents them, or has no other name for them in years.
+TOLERATED_MODULES = {"torch.utils._pytree", "torch.utils._python_dispatch", "torch._ops"}
+TOLERATED_ATTRIBUTES = {
+    *("_ops", "OpOverload", "_schema", "_opname", "_overloadname"),  # tested below
+    *("_version", "_buffers", "_to_copy"),
+    "_replace",  # named tuples'
+}
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled(function: Callable[..., Any], backend: Callable[..., Any], **options: Any) -> Any:
+    return torch.compile(function, backend=backend, dynamic=False, **options)
+
+
+def as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+    return module.forward
+
+
+# -- TorchDynamo
+
+
+def test_functions_and_recurrent_layers_are_traced_through() -> None:
+    inside.trace_through([logging.Logger.warning])
+    cell = nn.LSTM(4, 4)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        LOGGER.warning("in the forward")
+        return cell(x)[0].sum()
+
+    x = torch.randn(3, 2, 4)
+    assert torch.equal(compiled(loss, as_it_is, fullgraph=True)(x), loss(x))
+
+
+def test_dynamo_keeps_what_it_compiled_by_the_code_object() -> None:
+    calls: list[int] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        calls.append(len(inputs))
+        return module.forward
+
+    def double(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    x = torch.ones(3)
+    for _ in range(2):
+        compiled(double, backend)(x)
+    assert len(calls) == 1, "the same code object is compiled once"
+    assert torch.equal(compiled(inside.with_own_cache(double), backend)(x), x * 2)
+    assert len(calls) == 2, "its copy apart from it"
+
+
+def test_a_backend_is_told_that_a_graph_is_one_of_several_and_why() -> None:
+    found: list[Any] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        found.append(inside.graph_break())
+        return module.forward
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        torch._dynamo.graph_break()
+        return y + 1
+
+    compiled(whole, backend)(torch.ones(3))
+    assert found == [None]
+    compiled(broken, backend)(torch.ones(3))
+    assert len(found) == 3
+    reason, stack = found[1]
+    assert "graph_break" in reason
+    assert list(stack)[-1].filename == __file__
+    assert found[2] is None, "the last piece ends with the function"
+    assert inside.graph_break() is None, "nothing is being compiled"
+
+
+def test_the_returned_tensor_is_told_from_those_that_attributes_get() -> None:
+    names: list[tuple[str | None, list[str]]] = []
+    model = nn.Linear(2, 2)
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        (results,) = next(n for n in module.graph.nodes if n.op == "output").args
+        names.append((inside.returned_name(), [r.name for r in results]))
+        return module.forward
+
+    def one(x: torch.Tensor) -> torch.Tensor:
+        model.seen = x.cos()  # type: ignore[assignment]
+        return x.sin()
+
+    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x.sin(), x.cos()
+
+    compiled(one, backend)(torch.ones(2))
+    compiled(two, backend)(torch.ones(2))
+    (returned, results), (nothing, _) = names
+    assert returned in results and len(results) == 2 and "sin" in str(returned)
+    assert nothing is None
+
+
+def test_errors_of_a_backend_and_of_a_trace_say_what_is_read_from_them() -> None:
+    around_backend, untraceable = inside.dynamo_errors()
+    mine = ValueError("mine")
+
+    def failing(module: fx.GraphModule, inputs: Any) -> Any:
+        raise mine
+
+    def plain(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if x.sum() > 0 else x
+
+    def raising(x: torch.Tensor) -> torch.Tensor:
+        raise KeyError("absent")
+
+    with pytest.raises(around_backend) as failed:
+        compiled(plain, failing)(torch.ones(2))
+    assert failed.value.inner_exception is mine  # type: ignore[attr-defined]
+    with pytest.raises(untraceable, match=r"(?m)^ *Explanation: (.*\n)*? *Hint: ") as broken:
+        compiled(branching, as_it_is, fullgraph=True)(torch.ones(2))
+    assert list(broken.value.real_stack)[-1].filename == __file__  # type: ignore[attr-defined]
+    with pytest.raises(untraceable, match=r"(?m)(got|raised exception) KeyError\(.*\)$"):
+        compiled(raising, as_it_is, fullgraph=True)(torch.ones(2))
+
+
+# -- AOTAutograd
+
+
+class Normed(nn.Module):
+    """Batch norm, whose statistics the forward changes, under a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.norm(x)
+        return self.head(y).sum(), y.detach()
+
+
+class Caught(Exception):
+    """Ends a compilation in `partition`."""
+
+
+def caught_joint(model: nn.Module, *inputs: torch.Tensor) -> tuple[fx.GraphModule, int]:
+    caught: list[tuple[fx.GraphModule, int]] = []
+
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+        caught.append((joint, num_forward_outputs))
+        raise Caught
+
+    def backend(module: fx.GraphModule, arguments: Any) -> Any:
+        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+
+    around_backend, _ = inside.dynamo_errors()
+    with pytest.raises(around_backend) as raised:
+        compiled(model, backend, fullgraph=True)(*inputs)
+    assert isinstance(raised.value.inner_exception, Caught)  # type: ignore[attr-defined]
+    return caught[0]
+
+
+def test_a_partition_gets_a_joint_graph_of_primals_then_tangents() -> None:
+    model = Normed()
+    joint, num_forward_outputs = caught_joint(model, torch.randn(8, 4))
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    tangents = [n for n in placeholders if inside.is_tangent(n)]
+    assert placeholders[-1:] == tangents, "one loss needs a gradient, and comes last"
+    num_inputs = sum(1 for _ in (*model.parameters(), *model.buffers())) + 1
+    assert len(placeholders) == num_inputs + 1
+    results = joint.graph.find_nodes(op="output")[0].args[0]
+    assert len(results) == num_forward_outputs + num_inputs
+    gradients = [
+        (primal.meta["val"].shape, gradient.meta["val"].shape)
+        for primal, gradient in zip(placeholders, results[num_forward_outputs:], strict=False)
+        if gradient is not None
+    ]
+    assert [mine for _, mine in gradients] == [p.shape for p in model.parameters()]
+    assert all(primal == mine for primal, mine in gradients)
+
+
+def test_without_a_backward_no_partition_is_asked_for() -> None:
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+        raise AssertionError
+
+    def backend(module: fx.GraphModule, arguments: Any) -> Any:
+        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+
+    x = torch.ones(3)
+    assert torch.equal(compiled(torch.cos, backend)(x), x.cos())
+
+
+def test_results_say_whose_new_values_they_are_and_which_the_function_returns() -> None:
+    joint, num_forward_outputs = caught_joint(Normed(), torch.randn(8, 4))
+    placeholders = joint.graph.find_nodes(op="placeholder")
+    output = joint.graph.find_nodes(op="output")[0]
+    described = list(inside.descriptions(output))[:num_forward_outputs]
+    results = output.args[0][:num_forward_outputs]
+    mutated = [inside.mutated_input(d) for d in described]
+    by_description = {inside.descriptions(p): p for p in placeholders}
+    changed = [by_description[d].meta["val"] for d in mutated if d is not None]
+    assert [tuple(v.shape) for v in changed] == [(), (4,), (4,)], "counter, mean, variance"
+    places = [inside.place_returned(d) for d in described]
+    assert [tuple(r.meta["val"].shape) for p in (0, 1) for r in [results[places.index(p)]]] == [
+        (), (8, 4),
+    ]
+    assert all((m is None) != (p is None) for m, p in zip(mutated, places, strict=True))
+
+
+def test_saved_values_are_described_as_aotautograd_describes_its_own() -> None:
+    seen: list[Any] = []
+
+    def compile_one(module: fx.GraphModule, inputs: Any) -> Any:
+        seen.append(inside.descriptions(module.graph.find_nodes(op="output")[0]))
+        return module.forward
+
+    from functorch.compile import default_partition
+
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+        inputs = [n.meta["val"] for n in joint.graph.find_nodes(op="placeholder")]
+        return default_partition(joint, inputs, num_fwd_outputs=num_forward_outputs)
+
+    def backend(module: fx.GraphModule, arguments: Any) -> Any:
+        return inside.aot_compiler(compile_one, partition)(module, arguments)
+
+    x = torch.ones(3, requires_grad=True)
+    compiled(lambda t: (t.sin() * t).sum(), backend)(x)
+    saved = [d for d in seen[0] if "SavedForBackwards" in type(d).__name__]
+    assert saved and saved == inside.saved_descriptions(len(saved))
+
+
+def test_nodes_say_their_modules_their_part_and_which_gradient_is_whose() -> None:
+    joint, _ = caught_joint(Normed(), torch.randn(8, 4))
+    norm, backward = (n for n in joint.graph.nodes if "batch_norm" in str(n.target))
+    for node in (norm, backward):
+        ((path, kind),) = inside.modules_around(node)
+        assert path == "L['self'].norm" and kind is nn.BatchNorm1d
+    assert inside.sequence_number(norm) == inside.sequence_number(backward) is not None
+    assert inside.is_traced_in_backward(backward)
+    assert not inside.is_traced_in_backward(norm)
+
+
+# -- FX
+
+
+def test_boxed_code_takes_a_list_and_empties_it() -> None:
+    module = fx.symbolic_trace(lambda a, b: a + b)
+    inside.box_arguments(module.graph)
+    module.recompile()
+    copied = fx.GraphModule(module, copy.deepcopy(module.graph))
+    plain = fx.Graph()
+    plain.output(plain.graph_copy(module.graph, {}))
+    inside.copy_calling_convention(module.graph, plain)
+    for code in (module, copied, fx.GraphModule(module, plain)):
+        arguments = [torch.ones(2), torch.ones(2)]
+        assert torch.equal(code.forward(arguments), torch.full((2,), 2.0))
+        assert arguments == []
+
+
+def test_a_boxed_compiled_function_is_given_a_list() -> None:
+    given: list[Any] = []
+
+    def compile_one(module: fx.GraphModule, inputs: Any) -> Any:
+        inside.box_arguments(module.graph)
+        module.recompile()
+
+        def run(arguments: list[Any]) -> Any:
+            given.append(type(arguments))
+            return module.forward(arguments)
+
+        return inside.boxed(run)
+
+    def backend(module: fx.GraphModule, arguments: Any) -> Any:
+        return inside.aot_compiler(compile_one, lambda *_: None)(module, arguments)  # type: ignore
+
+    with torch.no_grad():
+        compiled(torch.cos, backend)(torch.ones(3))
+    assert given == [list]
+
+
+# -- tracing modes and dispatch
+
+
+def test_tensors_made_outside_of_a_trace_are_real_and_measured() -> None:
+    found: list[Any] = []
+
+    def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+        found.append(torch.ones(2))
+        with inside.outside_of_tracing():
+            found.append(torch.ones(2))
+        found.append(joint.graph.find_nodes(op="placeholder")[0].meta["val"])
+        raise Caught
+
+    def backend(module: fx.GraphModule, arguments: Any) -> Any:
+        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+
+    with pytest.raises(inside.dynamo_errors()[0]):
+        compiled(lambda t: t.sin().sum(), backend)(torch.ones(2, requires_grad=True))
+    _, real, traced = found
+    assert not inside.is_fake(real) and type(real) is torch.Tensor
+    assert real.data_ptr() and real.tolist() == [1.0, 1.0]
+    assert inside.is_fake(traced) and isinstance(traced.fake_mode, inside.FakeTensorMode)
+
+
+def test_autocast_can_be_left_whichever_device_it_is_on_for() -> None:
+    x = torch.ones(2, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        with inside.without_autocast():
+            assert (x @ x).dtype == torch.float32
+        assert (x @ x).dtype == torch.bfloat16
+
+
+def test_an_operator_with_a_decomposition_for_tracing_is_traced_as_it_is() -> None:
+    def operators() -> set[str]:
+        names: set[str] = set()
+
+        def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+            names.update(str(n.target) for n in joint.graph.nodes)
+            raise Caught
+
+        def backend(module: fx.GraphModule, arguments: Any) -> Any:
+            return inside.aot_compiler(as_it_is, partition)(module, arguments)
+
+        torch._dynamo.reset()
+        function = compiled(lambda t: F.interpolate(t, scale_factor=2.0).sum(), backend)
+        with pytest.raises(inside.dynamo_errors()[0]):
+            function(torch.ones(1, 1, 2, 2, requires_grad=True))
+        return names
+
+    packet = torch.ops.aten.upsample_nearest2d
+    overloads = [getattr(packet, name) for name in packet.overloads()]
+    decomposed = operators()
+    assert not any("upsample" in name for name in decomposed), "else there is nothing to undo"
+    with inside.undecomposed(overloads):
+        assert any("aten.upsample_nearest2d" in name for name in operators())
+    assert operators() == decomposed
+
+
+def test_a_backward_can_ask_whether_its_graph_is_retained() -> None:
+    retained: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    y.register_hook(lambda _: retained.append(inside.is_graph_retained()))
+    y.sum().backward(retain_graph=True)
+    y.sum().backward()
+    assert retained == [True, False]
+
+
+# -- storages
+
+
+def test_storages_are_told_apart_and_their_viewers_seen() -> None:
+    x = torch.ones(4)
+    before = inside.num_storage_references(x)
+    assert before == inside.num_storage_references(torch.empty(1)), "nobody else looks at it"
+    view = x[1:].view(3, 1)
+    assert inside.storage_identity(view) == inside.storage_identity(x)
+    assert inside.storage_identity(x.clone()) != inside.storage_identity(x)
+    assert inside.num_storage_references(x) > before
+    del view
+    assert inside.num_storage_references(x) == before
+
+
+def test_a_tensor_can_be_negated_when_it_is_read() -> None:
+    x = torch.ones(2)
+    lazy = inside.lazily_negated(x)
+    assert lazy.is_neg() and inside.storage_identity(lazy) == inside.storage_identity(x)
+    assert lazy.tolist() == [-1.0, -1.0]
+
+
+# -- optimizers and modules
+
+
+@pytest.fixture
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+
+
+def test_a_step_without_its_wrapper_runs_no_hooks(optimizer: torch.optim.Optimizer) -> None:
+    ran: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: ran.append("post"))
+    assert all(getattr(optimizer, name) for name in inside.STEP_HOOKS), "where hooks are kept"
+    (parameter,) = optimizer.param_groups[0]["params"]
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert ran == ["pre", "post"]
+    inside.plain_step(type(optimizer))(optimizer)
+    assert ran == ["pre", "post"]
+    assert parameter.tolist() == [0.0, 0.0], "both steps have stepped"
+
+
+def test_hooks_on_all_optimizers_are_seen() -> None:
+    assert not inside.has_global_step_hooks()
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert inside.has_global_step_hooks()
+    finally:
+        handle.remove()
+    assert not inside.has_global_step_hooks()
+
+
+def test_a_schedulers_step_is_told_from_others_and_stays_quiet_when_told(
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    assert not inside.is_replaced_step(optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    assert "step" in vars(optimizer), "else there is nothing to tell"
+    assert not inside.is_replaced_step(optimizer)
+    with pytest.warns(UserWarning, match="before"):
+        scheduler.step()
+    another = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(another, 1)
+    inside.mark_stepped(another)
+    scheduler.step()  # warnings are errors here
+    another.step = lambda: None  # type: ignore[assignment, method-assign, misc]
+    assert inside.is_replaced_step(another)
+
+
+def test_hooks_on_gradients_are_seen() -> None:
+    def hooked(register: str, function: Callable[..., None]) -> bool:
+        parameter = nn.Parameter(torch.ones(2))
+        assert not inside.has_gradient_hooks(parameter)
+        getattr(parameter, register)(function)
+        return inside.has_gradient_hooks(parameter)
+
+    assert hooked("register_hook", lambda gradient: None)
+    assert hooked("register_post_accumulate_grad_hook", lambda parameter: None)
+
+
+def test_the_model_inside_a_compiled_one_is_found() -> None:
+    model = nn.Linear(2, 2)
+    assert inside.uncompiled(model) is model
+    assert inside.uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+
+
+# -- the profiler
+
+
+def test_every_allocation_and_free_is_an_event() -> None:
+    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:
+        first = torch.empty(100, dtype=torch.uint8)
+        second = torch.empty(3, 7, dtype=torch.uint8)
+        del first
+        del second
+    assert inside.memory_events(profiler) == [100, 21, -100, -21]
+
+
+# -- the rest
+
+
+def test_an_operators_names_and_arguments_are_read_from_its_schema() -> None:
+    add = torch.ops.aten.add.out
+    assert isinstance(add, torch._ops.OpOverload)
+    assert (add._opname, add._overloadname, add.namespace) == ("add", "out", "aten")
+    assert add._schema.name == "aten::add" and add._schema.is_mutable
+    arguments = [(a.name, a.is_out, str(a.type)) for a in add._schema.arguments]
+    assert arguments == [
+        ("self", False, "Tensor"), ("other", False, "Tensor"), ("alpha", False, "number"),
+        ("out", True, "Tensor"),
+    ]
+    assert add._schema.arguments[2].default_value == 1
+    assert torch.ops.aten.view.default.is_view and not add.is_view
+    assert torch.Tag.pointwise in torch.ops.aten.add.Tensor.tags
+    assert torch.Tag.nondeterministic_seeded in torch.ops.aten.bernoulli.default.tags
+
+
+def sources() -> list[Path]:
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.stem != "torch_internals"]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+@cache
+def names_of_our_own() -> set[str]:
+    """Private names that Packlight's classes and modules define themselves."""
+    own: set[str] = set()
+    for path in sources():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id == "self":
+                    own.add(node.attr)
+    return own
+
+
+def is_of_torch(module: str) -> bool:
+    """Whether an imported name is a private one of torch that nobody should rely upon."""
+    parts = module.split(".")
+    is_tolerated = any(f"{module}.".startswith(f"{known}.") for known in TOLERATED_MODULES)
+    return parts[0] == "torch" and any(map(is_private, parts)) and not is_tolerated
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module}.{alias.name}" for alias in node.names]
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_no_other_module_uses_private_names_of_torch(path: Path) -> None:
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = [name for node in nodes for name in imported(node) if is_of_torch(name)]
+    attributes = [
+        ast.unparse(node)
+        for node in nodes
+        if isinstance(node, ast.Attribute) and is_private(node.attr)
+        and node.attr not in names_of_our_own() | TOLERATED_ATTRIBUTES
+    ]
+    assert modules + attributes == [], "these belong into packlight/torch_internals.py"
