@@ -182,15 +182,19 @@ class Search:
         return tried[-1] if best is None else best[1]
 
     def _try(self, moves: Moves, found: dict[Moves, Ready]) -> None:
+        if self._is_full_at_once(moves):
+            self._note_hopeless(moves)
+            return
         try:
-            if self._is_full_at_once(moves):
-                raise HopelessError
             found[moves] = self.planner.way(moves)
         except HopelessError:
-            kind = tuple(move for move in moves if move.stage is not Stage.GRAPH)
-            self.hopeless.setdefault(kind, []).append(moves)
+            self._note_hopeless(moves)
         except InfeasibleBudgetError as error:
             self.errors.append(error)
+
+    def _note_hopeless(self, moves: Moves) -> None:
+        kind = tuple(move for move in moves if move.stage is not Stage.GRAPH)
+        self.hopeless.setdefault(kind, []).append(moves)
 
     def _is_full_at_once(self, moves: Moves) -> bool:
         """Whether a way holds as much as the budget before it starts."""
