@@ -3,13 +3,16 @@
     model = torch.compile(model, backend="packlight", options={"budget": "300MiB"})
 
 The budget covers every byte allocated from the start of the forward to the end of the backward
-above what was there before: saved activations, outputs, gradients, workspace.
+above what was there before: saved activations, outputs, gradients, workspace. With an
+`offload_directory`, activations may lie on its disk between their uses.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +27,17 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.costs.link import measure_link
+from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
-from packlight.lower.program import Program
+from packlight.memory.far import FarMemory, far_memory
+from packlight.memory.pool import TierPool
 from packlight.planner import lower_bound_seconds, plan_schedule
-from packlight.search.rehearse import fits, rehearse, typical_seconds
-from packlight.step import Plan, PlanStatus, StepGraph, simulate
+from packlight.search.rehearse import fits, rehearse, typical_seconds, with_estimated_seconds
+from packlight.step import Device, Plan, PlanStatus, StepGraph, simulate
 from packlight.torch_internals import (
     aot_compiler,
     box_arguments,
@@ -42,7 +48,8 @@ from packlight.torch_internals import (
 )
 from packlight.units import parse_bytes
 
-KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress")
+KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
+LINK_PROBE_BYTES = 16 * 2**20
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -56,10 +63,14 @@ class Compilation:
     Attributes:
         graph: the captured step.
         plan: what runs.
+        device: with the link that transfers take, if buffers may be transferred.
+        tiers: where they are, for each forward whose backward is still to come.
     """
 
     graph: StepGraph
     plan: Plan
+    device: Device | None = None
+    tiers: TierPool | None = None
 
 
 @dataclass
@@ -71,6 +82,7 @@ class PacklightBackend:
         allow: names of approximate techniques.
         rehearse: time operations inside the step, too (see search/rehearse.py).
         progress: show what profiling does.
+        offload_directory: where activations may lie between their uses.
         choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
         is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
@@ -80,6 +92,7 @@ class PacklightBackend:
     allow: tuple[str, ...] = ()
     rehearse: bool = True
     progress: bool = True
+    offload_directory: Path | None = None
     choose_budget: Callable[[StepGraph], int | None] | None = None
     compilations: list[Compilation] = field(default_factory=list)
     is_dry_run: bool = False
@@ -112,27 +125,38 @@ class PacklightBackend:
             budget = self.budget_bytes
             if self.choose_budget is not None:
                 budget = self.choose_budget(step.graph)
-            plan = plan_schedule(step.graph, budget)
-            program = emit(step, plan.schedule, (plan.schedule.num_forward,))
-            rehearsed = self._rehearsed(step, plan, program, profiler)
+            far = None if budget is None else far_memory(step.device, self.offload_directory)
+            device = None if far is None else _linked(step.device, far)
+            plan = plan_schedule(step.graph, budget, device)
+            rehearsed = self._rehearsed(step, budget, plan, profiler)
         if rehearsed is not None:
             step = rehearsed
-            plan = _replanned(step.graph, budget, plan)
-            program = emit(step, plan.schedule, (plan.schedule.num_forward,))
-        self.compilations.append(Compilation(step.graph, plan))
-        return partitioned(program, step)
+            plan = _replanned(step.graph, budget, plan, device)
+        program = emit(step, plan.schedule, (plan.schedule.num_forward,))
+        tiers = None
+        if program.slots:
+            assert far is not None
+            tiers = TierPool(partial(far.make_tier, program.slots))
+        self.compilations.append(Compilation(step.graph, plan, device, tiers))
+        return partitioned(program, step, tiers)
 
     def _rehearsed(
-        self, step: JointStep, plan: Plan, program: Program, profiler: CallProfiler
+        self, step: JointStep, budget_bytes: int | None, plan: Plan, profiler: CallProfiler
     ) -> JointStep | None:
         """Return the step with times measured inside it; None if they are known or cannot be."""
         is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
-        if is_known or not self.rehearse or not fits(plan.peak_bytes, step.device):
+        if is_known or not self.rehearse:
             return None
+        if plan.link_seconds > 0:  # transfers would disturb what is measured
+            try:
+                plan = plan_schedule(step.graph, budget_bytes)
+            except InfeasibleBudgetError:
+                return with_estimated_seconds(step, profiler)
         primals = _real_inputs(step, self._example_inputs)
-        if primals is None:
+        if primals is None or not fits(plan.peak_bytes, step.device):
             return None
         tangents = [n.meta["val"] for n in step.tangents]
+        program = emit(step, plan.schedule, (plan.schedule.num_forward,))
         seconds = typical_seconds(step, rehearse(program, primals, tangents, step.device))
         for index, typical in seconds.items():
             profiler.note_in_step(*step.call(index), typical)
@@ -153,12 +177,13 @@ def packlight_backend(
         example_inputs: its inputs.
         options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names
             of approximate techniques), `rehearse` (time operations inside the step, too, which
-            takes about four steps; True), `progress` (show what profiling does; True).
+            takes about four steps; True), `progress` (show what profiling does; True),
+            `offload_directory` (where activations may lie between their uses).
         **unknown: refused.
 
     Raises:
         OptionError, BudgetFormatError, InfeasibleBudgetError, GraphBreakError,
-            UnsupportedModelError.
+            UnsupportedModelError, OffloadError.
     """
     return backend_from_options({**(options or {}), **unknown})(module, example_inputs)
 
@@ -172,12 +197,13 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
             f"the packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
         )
     allow = check_allowed(options.get("allow", ()))
-    budget = options.get("budget")
+    budget, directory = options.get("budget"), options.get("offload_directory")
     return PacklightBackend(
         budget_bytes=None if budget is None else parse_bytes(budget),
         allow=allow,
         rehearse=bool(options.get("rehearse", True)),
         progress=bool(options.get("progress", True)),
+        offload_directory=None if directory is None else Path(directory),
     )
 
 
@@ -206,17 +232,26 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
     )
 
 
-def _replanned(graph: StepGraph, budget_bytes: int | None, earlier: Plan) -> Plan:
+def _linked(device: torch.device, far: FarMemory) -> Device:
+    """Return a device with the link to a far memory, measured."""
+    with real_tensors():
+        link = measure_link(far.directory, LINK_PROBE_BYTES, device)
+    return Device(str(device), 0, links=(link,))
+
+
+def _replanned(
+    graph: StepGraph, budget_bytes: int | None, earlier: Plan, device: Device | None
+) -> Plan:
     """Return the faster of a new plan and an earlier one, under a graph's newly measured times."""
-    timeline = simulate(graph, earlier.schedule)
+    timeline = simulate(graph, earlier.schedule, device)
     try:
-        plan = plan_schedule(graph, budget_bytes)
+        plan = plan_schedule(graph, budget_bytes, device)
     except InfeasibleBudgetError:  # the earlier search found what this one does not
         plan = None
     if plan is not None and plan.seconds <= timeline.seconds:
         return plan
     plain_seconds = graph.seconds
-    bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
+    bound = min(lower_bound_seconds(graph, budget_bytes, device), timeline.seconds)
     is_optimal = timeline.seconds <= bound * (1 + 1e-9)
     return replace(
         earlier,
@@ -224,6 +259,8 @@ def _replanned(graph: StepGraph, budget_bytes: int | None, earlier: Plan) -> Pla
         plain_seconds=plain_seconds,
         bound_seconds=bound,
         status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
+        link_seconds=timeline.link_seconds,
+        wait_seconds=timeline.wait_seconds,
     )
 
 

@@ -16,8 +16,9 @@ from packlight.costs.profiler import CallProfiler
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
 from packlight.lower.program import Program
-from packlight.planner import smallest_plan
-from packlight.step import Schedule
+from packlight.memory.host import HostTier
+from packlight.planner import plan_schedule, smallest_plan
+from packlight.step import Device, Link, Schedule
 from packlight.step.simulate import live_after_forward
 
 ONE = torch.ones(())
@@ -72,34 +73,71 @@ def assert_same(mine: Any, theirs: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize("order", ["F0 F1 B0 B1", "F0 F1 B1 B0", "F0 B0 F1 B1"])
+ORDERS = ["F0 F1 B0 B1", "F0 F1 B1 B0", "F0 B0 F1 B1"]
+
+
+def run_frames(captured: Any, frames: list[Frame], order: str) -> tuple[list[Any], list[Any]]:
+    """Return each frame's loss and gradients when their sections run in an order."""
+    model, batches, step, arguments, _ = captured
+    losses: list[Any] = [None, None]
+    gradients: list[Any] = [None, None]
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for what, k in ((name[0], int(name[1])) for name in order.split()):
+            if what == "F":
+                (losses[k],) = frames[k].run(primals_for(arguments, batches[0], batches[k]))
+            else:
+                results = frames[k].run([ONE])
+                gradients[k] = gradients_of(step, model, arguments, results)
+                assert not frames[k].values, "nothing is left in a frame that has run"
+    return losses, gradients
+
+
+def assert_eagers(captured: Any, order: str, losses: list[Any], gradients: list[Any]) -> None:
+    """Dropout masks are drawn in the forwards' order, as eager PyTorch draws them."""
+    model, batches, *_ = captured
+    torch.manual_seed(7)
+    eager = {int(name[1]): loss_fn(model, batches[int(name[1])])
+             for name in order.split() if name[0] == "F"}
+    for k, loss in eager.items():
+        assert torch.equal(losses[k], loss)
+        assert_same(gradients[k], torch.autograd.grad(loss, list(model.parameters())))
+
+
+@pytest.mark.parametrize("order", ORDERS)
 def test_frames_of_one_program_do_not_disturb_each_other(captured: Any, order: str) -> None:
-    model, batches, step, arguments, schedule = captured
+    _, batches, step, _, schedule = captured
     program = emit(step, schedule, (schedule.num_forward,))
     frames = [Frame(program, {}) for _ in batches]
-    losses, theirs = [None, None], [None, None]
+    assert_eagers(captured, order, *run_frames(captured, frames, order))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_frames_with_transfers_have_tiers_of_their_own(captured: Any, order: str) -> None:
+    _, batches, step, _, _ = captured
+    device = Device("cpu", 0, links=(Link("a link", 1e9, 1e-5),))
+    budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
+    schedule = plan_schedule(step.graph, budget_bytes, device).schedule
+    program = emit(step, schedule, (schedule.num_forward,))
+    assert program.slots and program.helpers == ("tier",)
+    frames = [Frame(program, {"tier": HostTier(program.slots, verify=True)}) for _ in batches]
+    assert_eagers(captured, order, *run_frames(captured, frames, order))
+
+
+def test_programs_with_transfers_may_be_cut_where_transfers_are_under_way(captured: Any) -> None:
+    model, batches, step, arguments, _ = captured
+    device = Device("cpu", 0, links=(Link("a link", 1e9, 1e-5),))
+    budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
+    schedule = plan_schedule(step.graph, budget_bytes, device).schedule
+    program = emit(step, schedule, range(1, len(schedule.instructions)))
     torch.manual_seed(7)
-    mine: list[Any] = [None, None]
-    for what, k in order.split():
-        if what == "F":
-            primals = primals_for(arguments, batches[0], batches[int(k)])
-            with torch.no_grad():
-                (losses[int(k)],) = frames[int(k)].run(primals)
-        else:
-            with torch.no_grad():
-                results = frames[int(k)].run([ONE])
-            mine[int(k)] = gradients_of(step, model, arguments, results)
-            assert not frames[int(k)].values, "nothing is left in a frame that has run"
+    with HostTier(program.slots, verify=True) as tier:
+        results = run(program, arguments, {"tier": tier})
     torch.manual_seed(7)
-    eager = [None, None]
-    for what, k in order.split():
-        if what == "F":
-            eager[int(k)] = loss_fn(model, batches[int(k)])
-        else:
-            theirs[int(k)] = torch.autograd.grad(eager[int(k)], list(model.parameters()))
-    assert [loss.item() for loss in losses] == [loss.item() for loss in eager]
-    for a, b in zip(mine, theirs, strict=True):
-        assert_same(a, b)
+    loss = loss_fn(model, batches[0])
+    theirs = torch.autograd.grad(loss, list(model.parameters()))
+    assert torch.equal(results[0], loss)
+    assert_same(gradients_of(step, model, arguments, results[1:]), theirs)
 
 
 @pytest.mark.parametrize("num_instructions", [1, 7, 40])
@@ -119,9 +157,9 @@ def test_a_program_cut_anywhere_computes_the_same(captured: Any, num_instruction
     assert_same(gradients_of(step, model, arguments, results[1:]), theirs)
 
 
-def run(program: Program, primals: list[Any]) -> list[Any]:
+def run(program: Program, primals: list[Any], helpers: Any = None) -> list[Any]:
     """Run all sections of one frame and return all results."""
-    frame, results = Frame(program, {}), []
+    frame, results = Frame(program, helpers or {}), []
     with torch.no_grad():
         for index, section in enumerate(program.sections):
             given = primals if index == 0 else []

@@ -83,16 +83,12 @@ class _Emitter:
     def program(self, sections: Sequence[Bounds]) -> Program:
         """Write everything."""
         exchanged = crossings(self.facts, sections)
-        instructions = self.facts.schedule.instructions
-        transferred = {
-            i.target for i in instructions if i.action in (Action.OFFLOAD, Action.FETCH)
-        }
-        crossing_copies = {b for crossing in exchanged for b in crossing.leaves}
-        self.wanted_copies = crossing_copies | transferred
+        crossing = {b for one in exchanged for b in one.leaves}
+        self.wanted_copies = crossing | self.facts.offloaded
         is_whole = bool(self.whole.kept_by or self.whole.consumed_by)
         helpers = [
             *(("events",) if is_whole else ()),
-            *(("tier",) if transferred - self.facts.streamed else ()),
+            *(("tier",) if self.facts.offloaded else ()),
             *(("streamed",) if self.facts.streamed else ()),
         ]
         written = [self._section(b, x, helpers) for b, x in zip(sections, exchanged, strict=True)]

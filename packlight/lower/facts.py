@@ -62,6 +62,13 @@ class Facts:
         return frozenset(fetched & held)
 
     @cached_property
+    def offloaded(self) -> frozenset[int]:
+        """The buffers that go to a tier."""
+        transfers = (Action.OFFLOAD, Action.FETCH)
+        moved = {i.target for i in self.schedule.instructions if i.action in transfers}
+        return frozenset(moved - self.streamed - self.unused_states)
+
+    @cached_property
     def values(self) -> frozenset[int]:
         """The buffers whose values generated code has; optimizer state is its holder's alone."""
         roots = self.step.joint.root_of_buffer

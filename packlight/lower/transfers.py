@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from packlight.lower.facts import Facts
-from packlight.lower.values import Values
+from packlight.lower.values import Values, plain_meta
 from packlight.memory.tier import SlotSpec
 
 
@@ -29,6 +29,7 @@ class TransferWriter:
         self._slot_of: dict[int, int] = {}
         self._being_written: set[int] = set()
         self._being_fetched: set[int] = set()
+        self._meta_of: dict[int, dict[str, Any]] = {}
 
     def begin(self, values: Values, helpers: dict[str, fx.Node]) -> None:
         """Go on in another section."""
@@ -39,9 +40,12 @@ class TransferWriter:
         if buffer in self.facts.unused_states:
             return
         self._being_written.add(buffer)
-        is_held = buffer in self.facts.streamed
-        value = () if is_held else (self._values.whole(buffer),)
-        self._graph.call_method("offload", (*self._place(buffer), *value))
+        arguments: tuple[Any, ...] = self._place(buffer)
+        if buffer not in self.facts.streamed:
+            value = self._values.whole(buffer)
+            self._meta_of[buffer] = plain_meta(value.meta)
+            arguments = (*arguments, value)
+        self._graph.call_method("offload", arguments)
 
     def fetch(self, buffer: int) -> None:
         """Start bringing a buffer back."""
@@ -50,6 +54,7 @@ class TransferWriter:
         self._being_fetched.add(buffer)
         fetched = self._graph.call_method("fetch", self._place(buffer))
         if buffer in self.facts.values:
+            fetched.meta = {**self._meta_of.get(buffer, {})}
             self._values.place_whole(buffer, fetched)
 
     def wait_fetched(self, buffer: int) -> None:
@@ -100,6 +105,9 @@ class TransferWriter:
         root = result_of.get(buffer, self.joint.root_of_buffer[buffer])
         assert root is not None, f"nothing stands for buffer {buffer}"
         value: Any = root.meta["val"]
+        if root.op == "placeholder":  # a snapshot of it is what goes
+            with value.fake_mode:
+                return SlotSpec.of(value.clone(), name)
         return SlotSpec(
             tuple(map(int, value.shape)), tuple(map(int, value.stride())), value.dtype,
             value.device, num_bytes, int(value.storage_offset()), name,

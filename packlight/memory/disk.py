@@ -127,11 +127,6 @@ class DiskTier(Tier):
         """Let the system take back memory in which it keeps what mapped tensors have looked at."""
         self._file_store.forget_pages()
 
-    def is_idle(self) -> bool:
-        """Return whether the transfers asked for so far are over, without waiting."""
-        self._check()
-        return all(transfer.is_over for transfer in self._open)
-
 
 class _FileStore:
     """The file: where each slot lies in it, and how pieces get in and out."""

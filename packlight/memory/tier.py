@@ -181,6 +181,11 @@ class Tier:
         if self._open:
             self._wait(self._open[-1])
 
+    def is_idle(self) -> bool:
+        """Return whether the transfers asked for so far are over, without waiting."""
+        self._check()
+        return all(transfer.is_over for transfer in self._open)
+
     def reset(self) -> None:
         """Stop transfers, empty all slots, keep no tensor, forget failures: after a failed step."""
         if self._finalizer.alive:

@@ -6,6 +6,7 @@ runs it can stop between pieces, and so that dropping it drops the tensor.
 
 from __future__ import annotations
 
+import copy
 import os
 import queue
 import threading
@@ -101,8 +102,9 @@ class Worker:
     def check(self) -> None:
         """Raise what a transfer has raised since the last reset."""
         if self._failure is not None:
-            # Without what earlier raises have added: a traceback keeps its frames' tensors.
-            raise self._failure.with_traceback(None)
+            # A copy: the failure stays here until the next reset, and what is raised keeps a
+            # traceback, that is its frames' tensors.
+            raise copy.copy(self._failure) from self._failure.__cause__
 
     def reset(self) -> None:
         """Stop after the piece under way, drop the rest and forget failures."""
