@@ -33,13 +33,14 @@ import packlight  # noqa: E402
 from packlight.cli import build_parser, main  # noqa: E402
 from packlight.cli.options import moves  # noqa: E402
 from packlight.cli.profile import planned  # noqa: E402
+from packlight.fitting import planned_step  # noqa: E402
 from packlight.planner import plain_schedule, plan_schedule  # noqa: E402
 from packlight.planner.accounts import curve  # noqa: E402
 from packlight.report.figures import memory_over_time  # noqa: E402
 from packlight.report.style import LIGHT, drawing  # noqa: E402
 from packlight.report.transfers import link_lane  # noqa: E402
+from packlight.run.train_step import TrainStep  # noqa: E402
 from packlight.step import Action, Schedule, StepGraph, simulate  # noqa: E402
-from packlight.train_step import TrainStep, planned_step  # noqa: E402
 from tests.browser import Browser, find_chromium  # noqa: E402
 from tests.models import make  # noqa: E402
 
@@ -64,7 +65,7 @@ WIDE_HEAD = {
 def memory(quick: bool) -> bytes:
     """Return the picture of the README: memory over a step, plain and planned."""
     model, batch, loss_fn = make("reference_gpt", **(SMALL if quick else {}))
-    graph = packlight.profile(model, loss_fn, batch).graph
+    graph = packlight.profile(model, loss_fn, None, batch).graph
     plain_bytes = simulate(graph, plain_schedule(graph)).peak_bytes
     plan = plan_schedule(graph, int(BUDGET_SHARE * plain_bytes))
     print(
@@ -179,7 +180,7 @@ def chunked_head(quick: bool) -> bytes:
     steps: dict[str, TrainStep] = {}
     for name, allowed in (("plain", ()), ("planned", ("chunk",))):
         budget = None if name == "plain" else round(0.5 * steps["plain"].peak_bytes)
-        steps[name] = planned_step(model, loss_fn, batch, budget, optimizer, moves=allowed)
+        steps[name] = planned_step(model, loss_fn, optimizer, batch, budget, moves=allowed)
     head = next(text for name, text in steps["planned"].how_it_runs() if name == "moves")
     print(f"  {head}")
     with drawing() as matplotlib:

@@ -21,16 +21,18 @@ if TYPE_CHECKING:
 
     MOVES: tuple[str, ...]
     EXACT_MOVES: tuple[str, ...]
-    from packlight.train_step import TrainStep, fit, plan, profile
+    from packlight.fitting import Options, fit, plan, profile
+    from packlight.run.train_step import TrainStep
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
+    "Options": "packlight.fitting",
     "MemoryPeak": "packlight.costs.peak",
-    "TrainStep": "packlight.train_step",
-    "fit": "packlight.train_step",
+    "TrainStep": "packlight.run.train_step",
+    "fit": "packlight.fitting",
     "measure_peak": "packlight.costs.peak",
-    "plan": "packlight.train_step",
-    "profile": "packlight.train_step",
+    "plan": "packlight.fitting",
+    "profile": "packlight.fitting",
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
@@ -40,6 +42,7 @@ __all__ = [
     "EXACT_MOVES",
     "MOVES",
     "MemoryPeak",
+    "Options",
     "TrainStep",
     "__version__",
     "fit",

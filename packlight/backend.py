@@ -9,7 +9,7 @@ above what was there before: saved activations, outputs, gradients, workspace. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
 from packlight.memory.far import FarMemory, far_memory
 from packlight.memory.pool import TierPool
+from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.search.rehearse import fits, rehearse, typical_seconds, with_estimated_seconds
 from packlight.step import Device, Plan, PlanStatus, StepGraph, simulate
@@ -196,7 +197,7 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
             f"unknown option{'s' if len(strange) > 1 else ''} {', '.join(map(repr, strange))} of "
             f"the packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
         )
-    allow = check_allowed(options.get("allow", ()))
+    allow = checked_techniques(options.get("allow", ()))
     budget, directory = options.get("budget"), options.get("offload_directory")
     return PacklightBackend(
         budget_bytes=None if budget is None else parse_bytes(budget),
@@ -205,18 +206,6 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
         progress=bool(options.get("progress", True)),
         offload_directory=None if directory is None else Path(directory),
     )
-
-
-def check_allowed(allow: Any, known: Collection[str] = ()) -> tuple[str, ...]:
-    """Return the names of approximate techniques that were allowed, checked."""
-    names = (allow,) if isinstance(allow, str) else tuple(allow)
-    strange = [name for name in names if name not in known]
-    if strange:
-        hint = f"known techniques here: {', '.join(map(repr, known))}" if known else (
-            "no approximate technique is available here; leave allow empty"
-        )
-        raise OptionError(f"unknown technique {strange[0]!r} in allow\nhint: {hint}")
-    return names
 
 
 def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:

@@ -18,7 +18,7 @@ import packlight
 from packlight.cli import main
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
 from packlight.run.checkpoint import Checkpoint, newest_checkpoint, read_checkpoint
-from packlight.train_step import MeasuredStep
+from packlight.run.train_step import MeasuredStep
 from packlight.units import parse_bytes
 
 EXAMPLE = '''
@@ -469,7 +469,7 @@ def plan_within(
     model, optimizer = build(loaded, "cpu", 0)
     batch = next(BatchStream(loaded, "train", "cpu", 0))
     return packlight.plan(
-        model, loaded.loss, batch, budget_bytes, optimizer, moves=moves, progress=False
+        model, loaded.loss, optimizer, batch, budget_bytes, moves=moves, progress=False
     )
 
 

@@ -93,7 +93,7 @@ def test_the_unplanned_step_does_not_peak_above_eager(family: str) -> None:
 def test_a_budget_below_the_smallest_names_it_and_that_one_works() -> None:
     model, batch, loss_fn = make("unet")
     with pytest.raises(InfeasibleBudgetError) as caught:
-        packlight.plan(model, loss_fn, batch, "1MiB", progress=False)
+        packlight.plan(model, loss_fn, None, batch, "1MiB", progress=False)
     smallest = caught.value.smallest_bytes
-    plan = packlight.plan(model, loss_fn, batch, smallest, progress=False)
+    plan = packlight.plan(model, loss_fn, None, batch, smallest, progress=False)
     assert plan.peak_bytes <= smallest

@@ -69,7 +69,7 @@ def test_attributes_hold_after_each_step_what_they_hold_in_eager(is_tight: bool)
     if is_tight:
         with pytest.raises(InfeasibleBudgetError) as caught:
             packlight.plan(
-                mine.model, mine.loss_fn, batch_of(), 1, mine.optimizer, moves=EXACT,
+                mine.model, mine.loss_fn, mine.optimizer, batch_of(), 1, moves=EXACT,
                 progress=False,
             )
         budget = caught.value.smallest_bytes
@@ -137,7 +137,7 @@ def test_a_changed_buffer_that_is_assigned_to_itself_is_held_once() -> None:
     batch = torch.randn(4, 2048), torch.randint(0, WIDTH, (4,))
     options = {"moves": EXACT, "progress": False}
     with pytest.raises(InfeasibleBudgetError) as caught:
-        packlight.plan(mine.model, classify, batch, 1, mine.optimizer, **options)
+        packlight.plan(mine.model, classify, mine.optimizer, batch, 1, **options)
     budget = caught.value.smallest_bytes
     step = packlight.fit(mine.model, classify, mine.optimizer, batch, budget, **options)
     for _ in range(2):

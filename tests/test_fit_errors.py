@@ -309,3 +309,16 @@ def test_more_moves_never_need_more() -> None:
             packlight.fit(model, loss_fn, optimizer, batch, 1, moves=chosen, progress=False)
         smallest[moves] = caught.value.smallest_bytes
     assert smallest[packlight.MOVES] <= smallest[packlight.EXACT_MOVES]
+
+
+def test_an_unknown_option_is_named_with_the_one_that_was_meant() -> None:
+    mine, _ = twins(nn.Linear(4, 1), lambda m, b: m(b).square().mean(), adamw)
+    with pytest.raises(OptionError, match="'clip_norm'.*\n.*'clip_grad_norm'"):
+        packlight.fit(mine.model, mine.loss_fn, mine.optimizer, torch.ones(2, 4), clip_norm=1.0)
+
+
+@pytest.mark.parametrize("door", [packlight.plan, packlight.profile])
+def test_arguments_in_an_older_order_are_told_the_present_one(door: Any) -> None:
+    mine, _ = twins(nn.Linear(4, 1), lambda m, b: m(b).square().mean(), adamw)
+    with pytest.raises(OptionError, match="Tensor and no optimizer.*\n.*loss_fn, optimizer, batch"):
+        door(mine.model, mine.loss_fn, torch.ones(2, 4), mine.optimizer)

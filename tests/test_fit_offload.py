@@ -20,9 +20,9 @@ from packlight.costs.link import measure_link
 from packlight.errors import InfeasibleBudgetError, OffloadError
 from packlight.memory.disk import DiskTier
 from packlight.run import step as run_step
+from packlight.run.train_step import TrainStep
 from packlight.search import prepare
 from packlight.step import Link
-from packlight.train_step import TrainStep
 from tests.models import make
 
 

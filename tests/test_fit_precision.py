@@ -351,11 +351,11 @@ def test_plan_and_profile_are_those_that_fit_uses() -> None:
     for precision in PRECISIONS:
         step = fit(Training(model, adamw(model), classify), batch, allow={precision})
         plan = packlight.plan(
-            model, classify, batch, None, adamw(model), moves=IN_BACKWARD, allow={precision},
+            model, classify, adamw(model), batch, None, moves=IN_BACKWARD, allow={precision},
             progress=False,
         )
         assert plan.peak_bytes == step.plan.peak_bytes
-        profile = packlight.profile(model, classify, batch, allow={precision}, progress=False)
+        profile = packlight.profile(model, classify, None, batch, allow={precision}, progress=False)
         assert len(weight_casts(profile.graph)) == len(weight_casts(step.profile.graph)) > 0
 
 

@@ -22,9 +22,9 @@ from packlight.errors import InfeasibleBudgetError, NonFiniteLossError, OffloadE
 from packlight.memory.disk import DiskTier
 from packlight.run import step as run_step
 from packlight.run.checkpoint import newest_checkpoint, save_checkpoint
+from packlight.run.train_step import TrainStep
 from packlight.search import prepare
 from packlight.step import BufferKind, simulate
-from packlight.train_step import TrainStep
 from packlight.units import parse_bytes
 from tests.oracles.eager_loop import Training, assert_same_bits, twins
 

@@ -78,7 +78,7 @@ def test_a_net_that_normalises_its_input_trains_like_eager(
     budget = None
     if is_tight:
         with pytest.raises(InfeasibleBudgetError) as caught:
-            packlight.plan(mine.model, classify, batch, 1, mine.optimizer, **options)
+            packlight.plan(mine.model, classify, mine.optimizer, batch, 1, **options)
         budget = caught.value.smallest_bytes
     step = packlight.fit(mine.model, classify, mine.optimizer, batch, budget, **options)
     for _ in range(2):

@@ -76,11 +76,10 @@ def allowed(arguments: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         OptionError: one is unknown, or two exclude each other.
     """
-    from packlight.backend import check_allowed
     from packlight.moves.precision import chosen_precision
-    from packlight.moves.registry import technique_names
+    from packlight.moves.registry import checked_techniques, technique_names
 
-    allow = check_allowed(arguments.allow, technique_names())
+    allow = checked_techniques(arguments.allow, technique_names())
     chosen_precision(allow)
     return allow
 

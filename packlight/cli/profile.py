@@ -13,8 +13,8 @@ from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from packlight.cli.breakdown import LayerRow, PeakBreakdown
+    from packlight.run.train_step import TrainStep
     from packlight.step.profile import StepProfile
-    from packlight.train_step import TrainStep
 
 HELP = "show where the memory of a training step goes, by kind and by layer"
 KIND_BAR_WIDTH = 40
@@ -55,13 +55,14 @@ def planned(
 ) -> TrainStep:
     """Return the example's step, captured and planned."""
     from packlight.cli.example import BatchStream, build, load_example
-    from packlight.train_step import planned_step
+    from packlight.fitting import planned_step
 
     allow = options.allowed(arguments)
     example = load_example(arguments.file)
     model, optimizer = build(example, arguments.device, arguments.seed)
     batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
-    return planned_step(model, example.loss, batch, budget_bytes, optimizer, allow=allow, **how)
+    return planned_step(
+        model, example.loss, optimizer, batch, budget_bytes, allow=allow, **how)
 
 
 def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:

@@ -10,10 +10,11 @@ Its `name` is then known to `moves=`, to a way's JSON, and to the search.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from packlight.errors import MoveError, OptionError, PacklightError
 from packlight.moves.chunk.move import Chunk
@@ -139,4 +140,16 @@ def chosen_names(moves: Iterable[str] | None) -> frozenset[str]:
         raise OptionError(
             f"unknown move {strange[0]!r}\nhint: known moves are {', '.join(map(repr, known))}"
         )
+    return names
+
+
+def checked_techniques(allow: Any, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the names of approximate techniques that were allowed, checked."""
+    names = (allow,) if isinstance(allow, str) else tuple(allow)
+    strange = [name for name in names if name not in known]
+    if strange:
+        hint = f"known techniques here: {', '.join(map(repr, known))}" if known else (
+            "no approximate technique is available here; leave allow empty"
+        )
+        raise OptionError(f"unknown technique {strange[0]!r} in allow\nhint: {hint}")
     return names

@@ -10,7 +10,6 @@ there, too.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,7 +20,13 @@ from torch import fx
 from packlight.errors import MicrobatchError
 from packlight.moves.microbatch.batch_value import BatchValue, count_targets, extract
 from packlight.moves.microbatch.denominator import Denominator, Term
-from packlight.torch_internals import descriptions, is_fake, is_tangent, mutated_input
+from packlight.moves.microbatch.loss_graph import (
+    ancestors,
+    loss_of,
+    operator_name,
+    reads_sizes_only,
+)
+from packlight.torch_internals import is_fake, is_tangent
 
 
 def find_denominator(
@@ -47,7 +52,7 @@ def find_denominator(
     gradients = list(output.args[0])[num_forward_outputs:]
     trained = {index for index, gradient in enumerate(gradients) if gradient is not None}
     walk = _Walk(module, num_rows, leaf_of_primal, real_inputs, trained)
-    walk.visit(_loss_of(output, num_forward_outputs), _Path())
+    walk.visit(loss_of(output, num_forward_outputs), _Path())
     return walk.denominator()
 
 
@@ -103,7 +108,7 @@ class _Walk:
             elif index in self.trained:
                 self.on_parameters.add(node)
         for node in self.module.graph.nodes:
-            if not _reads_sizes_only(node):
+            if not reads_sizes_only(node):
                 for group in (self.on_rows, self.on_parameters, self.on_inputs):
                     if any(i in group for i in node.all_input_nodes):
                         group.add(node)
@@ -115,7 +120,7 @@ class _Walk:
         if node not in self.on_rows:
             self._visit_constant(node, path)
             return
-        step = getattr(self, _STEPS.get(_name(node), ""), None)
+        step = getattr(self, _STEPS.get(operator_name(node), ""), None)
         if step is not None and step(node, path):
             return
         if self._step_reduction_argument(node, path):
@@ -147,7 +152,7 @@ class _Walk:
 
     def _refuse_inner_reductions(self, nodes: list[fx.Node]) -> None:
         """Refuse what reduces over rows inside of what is not linear."""
-        for node in _ancestors(nodes):
+        for node in ancestors(nodes):
             if node in self.on_rows and self._has_lost_rows(node):
                 raise MicrobatchError(
                     "it reduces over rows, and the loss is not linear in it", node.name
@@ -226,7 +231,7 @@ class _Walk:
         """The loss of nll_loss, which divides by the targets (or weights) that count."""
         call, index = node.args
         assert isinstance(call, fx.Node)
-        if index != 0 or _name(call) not in ("nll_loss_forward", "nll_loss2d_forward"):
+        if index != 0 or operator_name(call) not in ("nll_loss_forward", "nll_loss2d_forward"):
             return False
         scores, target, weight, reduction, ignore_index = call.args
         assert isinstance(scores, fx.Node) and isinstance(target, fx.Node)
@@ -286,7 +291,7 @@ class _Walk:
             sources = [i for i in current.all_input_nodes if i in self.on_rows]
             if all(self._has_lost_rows(s) for s in sources):
                 stack.extend(sources)
-            elif _name(current) in ("sum", "mean", "count_nonzero"):
+            elif operator_name(current) in ("sum", "mean", "count_nonzero"):
                 self._refuse_inner_reductions(sources)
                 roots.append(current)
             else:
@@ -299,7 +304,8 @@ class _Walk:
         if roots != [node]:
             tail = self._tail(node, roots)
         value = self._batch_value(
-            roots, [_name(r) == "mean" for r in roots], tail, f"{node.name} of the batch", node
+            roots, [operator_name(r) == "mean" for r in roots], tail,
+            f"{node.name} of the batch", node,
         )
         return replace(path, factors=(*path.factors, (value, exponent)))
 
@@ -384,42 +390,3 @@ def _reduced(path: _Path, kind: str, node: fx.Node) -> _Path:
     """A reduction nearer to the rows decides, but where the two differ, a look at both is due."""
     is_ambiguous = path.is_ambiguous or path.kind not in ("", kind)
     return replace(path, kind=kind, is_ambiguous=is_ambiguous, operation=node.name)
-
-
-def _name(node: fx.Node) -> str:
-    if node.target is operator.getitem:
-        return "getitem"
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
-        return node.target._opname
-    return ""
-
-
-def _reads_sizes_only(node: fx.Node) -> bool:
-    """Whether a call takes a tensor for its sizes alone."""
-    return _name(node).startswith("new_") or _name(node).endswith("_like")
-
-
-def _ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
-    found: dict[fx.Node, None] = {}
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found[node] = None
-            stack.extend(node.all_input_nodes)
-    return list(found)
-
-
-def _loss_of(output: fx.Node, num_forward_outputs: int) -> fx.Node:
-    """Return the node of the loss: the only forward output that is no new value of an input."""
-    results = list(output.args[0])[:num_forward_outputs]  # type: ignore[arg-type]
-    described = list(descriptions(output) or [None] * len(results))[:num_forward_outputs]
-    losses = [
-        r
-        for r, d in zip(results, described, strict=True)
-        if mutated_input(d) is None and isinstance(r, fx.Node)
-    ]
-    if len(losses) != 1 or losses[0].meta["val"].numel() != 1:
-        shapes = [tuple(n.meta["val"].shape) for n in losses]
-        raise MicrobatchError(f"the step returns {shapes} instead of one scalar", "the output", "")
-    return losses[0]

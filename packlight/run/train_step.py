@@ -1,42 +1,35 @@
-"""`fit`, `profile` and `plan`: a model, a loss and an optimizer as one planned training step."""
+"""A planned training step, called batch by batch; planned anew where shapes change."""
 
 from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from packlight.backend import check_allowed
 from packlight.capture.batch import batch_leaves
-from packlight.capture.step_capture import CapturedAgainError, LossFunction
+from packlight.capture.step_capture import CapturedAgainError
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
-from packlight.moves.precision import blaming_precision, chosen_precision, loss_scaler
-from packlight.moves.registry import chosen_names, technique_names
+from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready
-from packlight.search.saved import read_way, write_way
+from packlight.search.saved import write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals import has_gradient_hooks
-from packlight.units import parse_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
-from packlight.updates.gradients import Clipping
 from packlight.updates.twin import forwards_to
 
 # After so many plans it is time to tell.
 MANY_PLANS = 6
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +107,10 @@ class TrainStep:
             loss = self._runners[self._signature].run(batch, self._num_steps)
         self._num_steps += 1
         return loss
+
+    def arrange(self) -> None:
+        """Have on the disk what the latest batch's shape streams, and all else in memory."""
+        self._runners[self._signature].arrange()
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
@@ -235,156 +232,6 @@ def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
     return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else repr(leaf)
-
-
-def fit(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer,
-    batch: Any,
-    budget: str | int | None = None,
-    *,
-    moves: Iterable[str] | None = None,
-    allow: Any = (),
-    clip_grad_norm: float | None = None,
-    clip_grad_value: float | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    loss_weight: Any = None,
-    offload_directory: str | os.PathLike[str] | None = None,
-    way: Way | str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> TrainStep:
-    """Return a training step that keeps everything it holds within a budget.
-
-    Args:
-        model: in the mode (train or eval) that it will be trained in.
-        loss_fn: `loss_fn(model, batch)` returns a scalar tensor.
-        optimizer: over parameters of the model.
-        batch: an example; only its shapes and dtypes matter, nothing is trained yet.
-        budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,
-            optimizer state, activations and workspace together. None for no limit.
-        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None.
-        allow: names of approximate techniques. "bf16" or "fp16" run the loss under
-            `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
-            keep their dtype.
-        clip_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does.
-        clip_grad_value: clip every element of the gradients, as `clip_grad_value_` does.
-        scaler: scales the loss as in a loop with `torch.amp.GradScaler`. With "fp16" one is made
-            if None; it is the result's `scaler`.
-        loss_weight: how much a microbatch counts: a function of a batch that returns a number, or
-            "sum" for losses that are sums. Found in the captured loss if None.
-        offload_directory: where activations, optimizer state and parameters may lie while nobody
-            needs them. What lies there between steps is memory-mapped: it can be read and written
-            as ever, also when the training step is let go of; its file is there as long. None
-            keeps all in memory.
-        way: how to run the step on batches like this one: another step's `way`, or a file that
-            `save_way` wrote. It is checked, and nothing is searched. By default, what an earlier
-            `fit` of the same step found (on this machine, with the same arguments) is used again,
-            unless the environment variable PACKLIGHT_NO_WAY_CACHE is set.
-        progress: show what profiling does.
-
-    Raises:
-        InfeasibleBudgetError: with the smallest budget for which a schedule was found.
-        WayError: `way` is for another step, torch, device or budget.
-        FormatError: `way` is a file that holds no way.
-        OffloadError: the directory cannot hold what is offloaded.
-        PrecisionError: an operation does not run in the precision that is allowed.
-        GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
-
-    >>> import torch, packlight
-    >>> model = torch.nn.Linear(4, 1)
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> loss_fn = lambda model, batch: model(batch).square().mean()
-    >>> step = packlight.fit(model, loss_fn, optimizer, torch.ones(8, 4), budget="1MiB")
-    >>> losses = [float(step(torch.ones(8, 4))) for _ in range(3)]
-    >>> losses[2] < losses[0]
-    True
-    """
-    step = TrainStep(
-        _request(
-            model, loss_fn, optimizer, budget, moves=moves, allow=allow,
-            clip_grad_norm=clip_grad_norm, clip_grad_value=clip_grad_value, scaler=scaler,
-            loss_weight=loss_weight, offload_directory=offload_directory, progress=progress,
-        ),
-        way if way is None or isinstance(way, Way) else read_way(way),
-    )
-    step.prepare(batch)
-    step._runners[step._signature].arrange()
-    return step
-
-
-def profile(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Any,
-    optimizer: torch.optim.Optimizer | None = None,
-    *,
-    allow: Any = (),
-    progress: bool = True,
-) -> StepProfile:
-    """Return the plain training step as data (all gradients, then the update); trains nothing.
-
-    Args and errors: as `fit`; without an optimizer its state counts as nothing.
-    """
-    return planned_step(
-        model, loss_fn, batch, None, optimizer, moves=(), allow=allow, progress=progress
-    ).profile
-
-
-def plan(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Any,
-    budget: str | int | None,
-    optimizer: torch.optim.Optimizer | None = None,
-    **options: Any,
-) -> Plan:
-    """Return the plan that `fit` would run; trains nothing.
-
-    Args, options and errors: as `fit`. Where microbatches differ in size, the larger ones' plan.
-    """
-    return planned_step(model, loss_fn, batch, budget, optimizer, **options).plan
-
-
-def planned_step(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    batch: Any,
-    budget: str | int | None,
-    optimizer: torch.optim.Optimizer | None = None,
-    **options: Any,
-) -> TrainStep:
-    """Return a prepared step for looking at; without an optimizer it cannot train."""
-    step = TrainStep(_request(model, loss_fn, optimizer, budget, **options))
-    step.prepare(batch)
-    return step
-
-
-def _request(
-    model: nn.Module,
-    loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer | None,
-    budget: str | int | None,
-    *,
-    moves: Iterable[str] | None = None,
-    allow: Any = (),
-    clip_grad_norm: float | None = None,
-    clip_grad_value: float | None = None,
-    scaler: torch.amp.GradScaler | None = None,
-    loss_weight: Any = None,
-    offload_directory: str | os.PathLike[str] | None = None,
-    progress: bool = True,
-) -> Request:
-    allowed = frozenset(check_allowed(allow, technique_names()))
-    precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
-    if precision is not None:
-        scaler = loss_scaler(model, precision, device, scaler)
-    return Request(
-        model, loss_fn, optimizer, None if budget is None else parse_bytes(budget),
-        chosen_names(moves),
-        allowed, Clipping(clip_grad_norm, clip_grad_value), scaler, loss_weight,
-        None if offload_directory is None else Path(offload_directory), progress,
-    )
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

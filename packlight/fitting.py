@@ -1,0 +1,187 @@
+"""`fit`, `plan` and `profile`: a model, a loss and an optimizer as one planned training step."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import nn
+
+from packlight.capture.step_capture import LossFunction
+from packlight.errors import OptionError
+from packlight.moves.precision import chosen_precision, loss_scaler
+from packlight.moves.registry import checked_techniques, chosen_names, technique_names
+from packlight.moves.request import Request
+from packlight.run.train_step import TrainStep
+from packlight.search.saved import read_way
+from packlight.search.way import Way
+from packlight.step import Plan, StepProfile
+from packlight.units import parse_bytes
+from packlight.updates.gradients import Clipping
+
+
+class Options(TypedDict, total=False):
+    """What `fit`, `plan` and `profile` take by name; all of it may be left out.
+
+    Attributes:
+        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None.
+        allow: names of approximate techniques. "bf16" or "fp16" run the loss under
+            `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
+            keep their dtype.
+        clip_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does.
+        clip_grad_value: clip every element of the gradients, as `clip_grad_value_` does.
+        scaler: scales the loss as in a loop with `torch.amp.GradScaler`. With "fp16" one is made
+            if None; it is the result's `scaler`.
+        loss_weight: how much a microbatch counts: a function of a batch that returns a number, or
+            "sum" for losses that are sums. Found in the captured loss if None.
+        offload_directory: where activations, optimizer state and parameters may lie while nobody
+            needs them. What lies there between steps is memory-mapped: it can be read and written
+            as ever, also when the training step is let go of; its file is there as long. None
+            keeps all in memory.
+        way: how to run the step on batches like this one: another step's `way`, or a file that
+            `save_way` wrote. It is checked, and nothing is searched. By default, what was found
+            before for the same step (on this machine, with the same arguments) is used again,
+            unless the environment variable PACKLIGHT_NO_WAY_CACHE is set.
+        progress: show what profiling does; True.
+    """
+
+    moves: Iterable[str] | None
+    allow: str | Iterable[str]
+    clip_grad_norm: float | None
+    clip_grad_value: float | None
+    scaler: torch.amp.GradScaler | None
+    loss_weight: Any
+    offload_directory: str | os.PathLike[str] | None
+    way: Way | str | os.PathLike[str] | None
+    progress: bool
+
+
+def fit(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.Optimizer,
+    batch: Any,
+    budget: str | int | None = None,
+    **options: Unpack[Options],
+) -> TrainStep:
+    """Return a training step that keeps everything it holds within a budget.
+
+    Args:
+        model: in the mode (train or eval) that it will be trained in.
+        loss_fn: `loss_fn(model, batch)` returns a scalar tensor.
+        optimizer: over parameters of the model.
+        batch: an example; only its shapes and dtypes matter, nothing is trained yet.
+        budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,
+            optimizer state, activations and workspace together. None for no limit.
+        **options: see `Options`.
+
+    Raises:
+        InfeasibleBudgetError: with the smallest budget for which a schedule was found.
+        WayError: `way` is for another step, torch, device or budget.
+        FormatError: `way` is a file that holds no way.
+        OffloadError: the directory cannot hold what is offloaded.
+        PrecisionError: an operation does not run in the precision that is allowed.
+        GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
+
+    >>> import torch, packlight
+    >>> model = torch.nn.Linear(4, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> loss_fn = lambda model, batch: model(batch).square().mean()
+    >>> step = packlight.fit(model, loss_fn, optimizer, torch.ones(8, 4), budget="1MiB")
+    >>> losses = [float(step(torch.ones(8, 4))) for _ in range(3)]
+    >>> losses[2] < losses[0]
+    True
+    """
+    step = planned_step(model, loss_fn, optimizer, batch, budget, **options)
+    step.arrange()
+    return step
+
+
+def plan(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    budget: str | int | None = None,
+    **options: Unpack[Options],
+) -> Plan:
+    """Return the plan that `fit` would run; trains nothing.
+
+    Args and errors: as `fit`; without an optimizer its state counts as nothing. Where microbatches
+    differ in size, it is the larger ones' plan.
+    """
+    return planned_step(model, loss_fn, optimizer, batch, budget, **options).plan
+
+
+def profile(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    **options: Unpack[Options],
+) -> StepProfile:
+    """Return the plain training step as data (all gradients, then the update); trains nothing.
+
+    Args and errors: as `fit`; without an optimizer its state counts as nothing.
+    """
+    options.setdefault("moves", ())
+    return planned_step(model, loss_fn, optimizer, batch, **options).profile
+
+
+def planned_step(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.Optimizer | None,
+    batch: Any,
+    budget: str | int | None = None,
+    **options: Unpack[Options],
+) -> TrainStep:
+    """Return a prepared step for looking at; without an optimizer it cannot train."""
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise OptionError(
+            f"the third argument is a {type(optimizer).__name__} and no optimizer\n"
+            "hint: fit, plan and profile take (model, loss_fn, optimizer, batch), and fit and plan "
+            "the budget after that; without an optimizer, plan and profile take None"
+        )
+    way = options.get("way")
+    if isinstance(way, (str, os.PathLike)):
+        way = read_way(way)
+    step = TrainStep(_request(model, loss_fn, optimizer, budget, options), way)
+    step.prepare(batch)
+    return step
+
+
+def _request(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    optimizer: torch.optim.Optimizer | None,
+    budget: str | int | None,
+    options: Options,
+) -> Request:
+    known = list(Options.__annotations__)
+    for name in sorted(set(options) - set(known)):
+        near = difflib.get_close_matches(name, known, 1)
+        meant = f"did you mean {near[0]!r}? " if near else ""
+        raise OptionError(f"unknown option {name!r}\nhint: {meant}known are {', '.join(known)}")
+    allowed = frozenset(checked_techniques(options.get("allow", ()), technique_names()))
+    precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
+    scaler, directory = options.get("scaler"), options.get("offload_directory")
+    if precision is not None:
+        scaler = loss_scaler(model, precision, device, scaler)
+    return Request(
+        model,
+        loss_fn,
+        optimizer,
+        None if budget is None else parse_bytes(budget),
+        chosen_names(options.get("moves")),
+        allowed,
+        Clipping(options.get("clip_grad_norm"), options.get("clip_grad_value")),
+        scaler,
+        options.get("loss_weight"),
+        None if directory is None else Path(directory),
+        options.get("progress", True),
+    )
