@@ -8,7 +8,7 @@ import gc
 import os
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from torch import nn
 from packlight import backend as backend_module
 from packlight.backend import Compilation, PacklightBackend, backend_from_options
 from packlight.capture.dynamo import plain_errors
+from packlight.capture.joint import SNAPSHOT
 from packlight.costs.link import measure_link
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, OffloadError
-from packlight.memory import far
-from packlight.memory.disk import DiskTier
+from packlight.memory import far, scratch
 from packlight.memory.host import HostTier
 from packlight.memory.tier import SlotSpec
 from packlight.planner import smallest_plan
-from packlight.step import Action, Link
+from packlight.step import Action, Instruction, Link, Plan, Schedule, StepGraph
 from tests.models import make
 
 
@@ -36,7 +36,7 @@ from tests.models import make
 def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Own times, a fast link, a directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(far, "DiskTier", partial(DiskTier, allow_memory=True))
+    monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
     monkeypatch.setattr(backend_module, "measure_link", lambda *_: Link("disk", 1e9, 1e-5))
     yield
     torch._dynamo.reset()
@@ -58,21 +58,23 @@ class Net(nn.Module):
         return x.square().mean()
 
 
-Twins = tuple[Net, Net, torch.Tensor, Callable[..., Any], PacklightBackend]
+Twins = tuple[Any, Any, torch.Tensor, Callable[..., Any], PacklightBackend]
 
 
-def twins_on(directory: Path) -> Twins:
+def twins_on(
+    directory: Path, kind: type[nn.Module] = Net, share: float = 0.9, rehearse: bool = True
+) -> Twins:
     """Return an eager net, its copy, a batch, the copy compiled with a disk, and its backend.
 
-    The budget is a tenth below the smallest that recomputation can reach.
+    The budget is a share of the smallest that recomputation can reach.
     """
     torch.manual_seed(0)
-    eager = Net()
+    eager = kind()
     mine = copy.deepcopy(eager)
     torch._dynamo.reset()
     backend = PacklightBackend(
         progress=False, offload_directory=directory,
-        choose_budget=lambda graph: int(0.9 * smallest_plan(graph).peak_bytes),
+        rehearse=rehearse, choose_budget=lambda graph: int(share * smallest_plan(graph).peak_bytes),
     )
     call = torch.compile(mine, backend=backend, fullgraph=True)
     return eager, mine, torch.randn(512, 64), call, backend
@@ -208,6 +210,58 @@ def test_accumulation_evaluation_and_other_batch_shapes(tmp_path: Path) -> None:
     assert torch.equal(*found)
     assert_equal_models(mine, eager)
     assert len(backend.compilations) == 2
+
+
+class Shifted(nn.Module):
+    """Reads a buffer and then changes it: what runs again in the backward needs the old value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(512, 64))
+        self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(8)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for index, layer in enumerate(self.layers):
+            x = F.gelu(layer(x) + self.shift if index < 4 else layer(x))
+        self.shift.add_(1.0)
+        return x.square().mean()
+
+
+def with_snapshot_transferred(graph: StepGraph, plan: Plan) -> Plan:
+    """Return a plan whose snapshot goes away in the forward and comes back for the backward."""
+    (snapshot,) = (o for o in graph.operations if o.name == SNAPSHOT)
+    (copy,) = snapshot.creates
+    schedule = plan.schedule
+    early, late = (
+        [i for i in part if not (i.action is Action.FREE and i.target == copy)]
+        for part in (
+            schedule.instructions[: schedule.num_forward],
+            schedule.instructions[schedule.num_forward :],
+        )
+    )
+    assert any(
+        i.action is Action.COMPUTE and copy in graph.operations[i.target].reads for i in late
+    ), "something that reads it runs again"
+    forward = (*early, Instruction(Action.OFFLOAD, copy), Instruction(Action.FREE, copy))
+    backward = (Instruction(Action.FETCH, copy), *late, Instruction(Action.FREE, copy))
+    return replace(plan, schedule=Schedule((*forward, *backward), len(forward)), link_seconds=1.0)
+
+
+def test_the_old_value_of_a_buffer_that_changes_is_offloaded_and_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan_schedule = backend_module.plan_schedule
+
+    def transferred(graph: StepGraph, budget: int | None, device: Any) -> Plan:
+        return with_snapshot_transferred(graph, plan_schedule(graph, budget))
+
+    monkeypatch.setattr(backend_module, "plan_schedule", transferred)
+    eager, mine, batch, call, backend = twins_on(tmp_path, Shifted, share=1.0, rehearse=False)
+    for forward in (eager, call):
+        for _ in range(3):
+            forward(batch).backward()
+    assert_equal_models(mine, eager)
+    compilation(backend)
 
 
 def test_a_disk_that_fills_up_is_named_and_the_next_step_is_right(

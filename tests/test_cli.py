@@ -7,7 +7,6 @@ import shlex
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -491,13 +490,12 @@ def test_training_in_a_budget_equals_training_without_and_resumes_to_the_bit(
 @pytest.fixture
 def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a directory to offload to, which may lie in memory here."""
-    from packlight.memory.disk import DiskTier
-    from packlight.run import step as run_step
+    from packlight.memory import scratch
     from packlight.search import prepare
     from packlight.step import Link
 
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
+    monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
     monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("a disk", 2e8, 1e-4))
     return tmp_path / "tier"
 

@@ -8,7 +8,6 @@ import gc
 import os
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import pytest
 import torch
 
 import packlight
-from packlight.costs.link import measure_link
 from packlight.errors import InfeasibleBudgetError, OffloadError
-from packlight.memory.disk import DiskTier
+from packlight.memory import scratch
+from packlight.memory.far import FarMemory
 from packlight.run import step as run_step
 from packlight.run.train_step import TrainStep
 from packlight.search import prepare
@@ -30,8 +29,7 @@ from tests.models import make
 def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Own times, and a temporary directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
-    monkeypatch.setattr(prepare, "measure_link", partial(measure_link, allow_memory=True))
+    monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
     yield
     gc.collect()
     assert not [t for t in threading.enumerate() if t.name == "packlight-offload"]
@@ -192,3 +190,24 @@ def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
     )
     assert both.way.seconds < alone.way.seconds
     assert both.way.num_transfers > 0
+
+
+def test_where_buffers_go_to_the_hosts_memory_a_step_has_eagers_bits_and_streams_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a GPU they do; on a CPU the same tier is asked for here."""
+    for module in (prepare, run_step):
+        monkeypatch.setattr(module, "far_memory", lambda *_: FarMemory())
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("host memory", 1e10, 1e-6))
+    model, batch, loss_fn = make("mlp")
+    options: dict[str, Any] = dict(moves=packlight.EXACT_MOVES, progress=False)
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        packlight.fit(model, loss_fn, adamw(model), batch, 1, **options)
+    budget = caught.value.smallest_bytes
+    step = packlight.fit(model, loss_fn, adamw(model), batch, budget, **options)
+    assert step.way.num_transfers > 0 and not step.ready.streaming
+    losses, eager, _ = eager_steps(step, batch, 2)
+    torch.manual_seed(3)
+    assert [step(batch).item() for _ in range(2)] == losses
+    for mine, theirs in zip(step.model.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(mine, theirs)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -355,15 +354,14 @@ def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepP
 
     import packlight
     from packlight.errors import InfeasibleBudgetError
-    from packlight.memory.disk import DiskTier
-    from packlight.run import step as run_step
+    from packlight.memory import scratch
     from packlight.search import prepare
 
     link = Link("a disk", 2e8, 1e-4)
     directory = tmp_path_factory.mktemp("tier")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PACKLIGHT_CACHE", str(directory / "cache"))
-        patch.setattr(run_step, "DiskTier", partial(DiskTier, allow_memory=True))
+        patch.setattr(scratch, "file_system", lambda _: "a disk's")
         patch.setattr(prepare, "measure_link", lambda *_: link)
         layers = [torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)]
         model, batch = torch.nn.Sequential(*layers), torch.randn(64, 64)

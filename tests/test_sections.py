@@ -12,6 +12,7 @@ from torch import nn
 
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.capture.step_capture import StepCapture
+from packlight.capture.whole_step import Consumer, Consumption, whole_step
 from packlight.costs.profiler import CallProfiler
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
@@ -122,6 +123,49 @@ def test_frames_with_transfers_have_tiers_of_their_own(captured: Any, order: str
     assert program.slots and program.helpers == ("tier",)
     frames = [Frame(program, {"tier": HostTier(program.slots, verify=True)}) for _ in batches]
     assert_eagers(captured, order, *run_frames(captured, frames, order))
+
+
+class Accumulated:
+    """Adds up what frames hand out, as a pipeline's stage would."""
+
+    def __init__(self) -> None:
+        self.losses: list[torch.Tensor] = []
+        self.gradients: dict[int, torch.Tensor] = {}
+
+    def result(self, index: int, value: torch.Tensor) -> None:
+        self.losses.append(value.clone())
+
+    def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
+        if primal in self.gradients:
+            self.gradients[primal].add_(gradient)
+        else:
+            self.gradients[primal] = gradient.clone()
+
+
+def test_frames_of_a_whole_step_accumulate_gradients_as_eager_does(captured: Any) -> None:
+    model, batches, joint, arguments, _ = captured
+    places = {id(a): i for i, a in enumerate(arguments)}
+    consumers = {places[id(p)]: Consumer(name) for name, p in model.named_parameters()}
+    step = whole_step(joint, consumers, Consumption.ACCUMULATE)
+    schedule = smallest_plan(step.joint.graph).schedule
+    program = emit(step, schedule, (schedule.num_forward,))
+    events = Accumulated()
+    frames = [Frame(program, {"events": events}) for _ in batches]
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for frame, batch in zip(frames, batches, strict=True):
+            assert frame.run(primals_for(arguments, batches[0], batch)) == ()
+        results = [frame.run([ONE]) for frame in reversed(frames)]
+    torch.manual_seed(7)
+    model.zero_grad()
+    losses = [loss_fn(model, batch) for batch in batches]
+    for loss in reversed(losses):
+        loss.backward()
+    assert [r.item() for (r,) in results] == [loss.item() for loss in reversed(losses)]
+    assert_same([events.gradients[places[id(p)]] for p in model.parameters()],
+                [p.grad for p in model.parameters()])
+    assert_same(events.losses, losses)
+    model.zero_grad()
 
 
 def test_programs_with_transfers_may_be_cut_where_transfers_are_under_way(captured: Any) -> None:

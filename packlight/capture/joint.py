@@ -24,10 +24,11 @@ from packlight.capture.layouts import (
     same_strides,
 )
 from packlight.capture.marks import LATE_KEY
+from packlight.capture.phases import after_tangents, forward_calls
 from packlight.costs.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
-from packlight.torch_internals import is_tangent, is_traced_in_backward
+from packlight.torch_internals import is_tangent
 
 RNG_STATE = "packlight.rng_state"
 TANGENT = "packlight.tangent"
@@ -184,24 +185,13 @@ class _Reader:
             if node not in needed and not node.meta.get(LATE_KEY):
                 needed.add(node)
                 stack.extend(node.all_input_nodes)
-        after_tangents: set[fx.Node] = set()
-        for node in self.nodes:
-            if is_tangent(node) or any(i in after_tangents for i in node.all_input_nodes):
-                after_tangents.add(node)
-        wrong = needed & after_tangents
+        wrong = needed & after_tangents(self.nodes)
         if wrong:
             raise UnsupportedModelError(
                 f"forward outputs depend on gradients: {sorted(map(str, wrong))}"
             )
-        return {
-            n
-            for n in self.nodes
-            if not n.meta.get(LATE_KEY)
-            and (
-                n in needed
-                or (n not in after_tangents and not is_traced_in_backward(n))
-            )
-        }
+        traced = forward_calls(self.nodes)
+        return {n for n in self.nodes if n in needed or (n in traced and not n.meta.get(LATE_KEY))}
 
     # -- nodes
 

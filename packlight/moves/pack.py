@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from packlight.capture.phases import after_tangents
 from packlight.capture.writer import GraphWriter
 from packlight.moves.draft import Draft
 from packlight.moves.move import Effect, Move, Refusal, Room
@@ -24,7 +25,6 @@ from packlight.torch_internals import (
     TRACED_IN_BACKWARD,
     FakeTensorMode,
     copy_calling_convention,
-    is_tangent,
 )
 
 _aten = torch.ops.aten
@@ -136,10 +136,7 @@ class _Packer:
     def __init__(self, module: fx.GraphModule) -> None:
         self.module = module
         nodes = list(module.graph.nodes)
-        self.backward: set[fx.Node] = set()
-        for node in nodes:
-            if is_tangent(node) or any(i in self.backward for i in node.all_input_nodes):
-                self.backward.add(node)
+        self.backward = after_tangents(nodes)
         # Backward operations that read each value of the forward, under whichever name.
         self.readers: dict[fx.Node, list[fx.Node]] = {}
         for node in nodes:

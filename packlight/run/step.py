@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 from packlight.capture.whole_step import Consumption
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
-from packlight.memory.disk import DiskTier
-from packlight.memory.tier import SlotSpec
+from packlight.memory.far import far_memory
+from packlight.memory.tier import SlotSpec, Tier
 from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
+from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
-from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready, ReadyPart
 from packlight.updates.gradients import GradientFate, update_all
 
@@ -29,36 +27,30 @@ class StepRunner:
         ready: how the step runs.
     """
 
-    def __init__(self, preparer: Preparer, ready: Ready) -> None:
-        self.ready = ready
-        self._preparer, self._request = preparer, preparer.request
-        self._trained = preparer.costs.trained_in_order
-        if ready.streaming and preparer.streamed is None:
-            preparer.streamed = StreamedTensors(self._make_tier(()))
-        self._on_disk = ready.streaming.places(preparer.request.optimizer)
+    def __init__(self, costs: StepCosts, streamed: StreamedTensors, ready: Ready) -> None:
+        self.ready, self._costs, self._streamed = ready, costs, streamed
+        request = self._request = costs.request
+        self._trained = costs.trained_in_order
+        self._on_disk = ready.streaming.places(request.optimizer)
         in_backward = ready.gradients is Consumption.UPDATE
-        alone = ready.way.num_microbatches > 1 and preparer.costs.steps_alone
-        self._updates = preparer.costs.updates if in_backward or alone else None
+        alone = ready.way.num_microbatches > 1 and costs.steps_alone
+        self._updates = costs.updates if in_backward or alone else None
         self._programs: dict[int | None, _Program] = {}
         for part in ready.parts:
             fate = GradientFate(
                 part.parameter_of,
                 part.traced.loss.loss_index,
-                preparer.request.clipping,
+                request.clipping,
                 self._updates if in_backward else None,
             )
-            streamed = None
-            if ready.streaming:
-                assert preparer.streamed is not None
-                streamed = StreamedBuffers(preparer.streamed, _keys(part))
-            program = _Program(part, fate, self._make_tier, streamed)
+            program = _Program(part, fate, StreamedBuffers(streamed, _keys(part)), self._make_tier)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
-    def _make_tier(self, slots: Sequence[SlotSpec]) -> DiskTier:
-        directory = self._request.offload_directory
-        assert directory is not None, "transfers are planned only where there is a tier"
-        return DiskTier(directory, slots)
+    def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
+        far = far_memory(self._costs.device, self._request.offload_directory)
+        assert far is not None, "transfers are planned only where there is a tier"
+        return far.make_tier(slots)
 
     def arrange(self) -> None:
         """Have on the disk what this way streams, and all else in memory.
@@ -66,13 +58,7 @@ class StepRunner:
         Raises:
             OffloadError: the disk is full or broken; no value is lost.
         """
-        streamed = self._preparer.streamed
-        if streamed is not None:  # perhaps by another batch's way
-            streamed.arrange(self._on_disk)
-
-    def _in_memory(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
-        streamed = self._preparer.streamed
-        return nullcontext() if streamed is None else streamed.in_memory(parameter)
+        self._streamed.arrange(self._on_disk)
 
     def run(self, batch: Any, num_steps: int) -> torch.Tensor:
         """Train one step and return the detached loss.
@@ -97,10 +83,11 @@ class StepRunner:
                 trained, scaler = self._trained, request.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
                 update_all(
-                    optimizer, trained, request.clipping, scaler, self._updates, self._in_memory
+                    optimizer, trained, request.clipping, scaler, self._updates,
+                    self._streamed.in_memory,
                 )
                 if scaler is not None:
-                    names = self._preparer.costs.name_of
+                    names = self._costs.name_of
                     gradients = ((names[id(p)], p.grad) for p in trained)
                     refuse_collapsed_scale(scaler, scale, gradients, num_steps)
             if self._updates is not None:
@@ -108,8 +95,7 @@ class StepRunner:
         except BaseException:
             for program in self._programs.values():
                 program.reset()
-            if self._preparer.streamed is not None:
-                self._preparer.streamed.reset()
+            self._streamed.reset()
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
@@ -170,8 +156,8 @@ class _Program:
         self,
         part: ReadyPart,
         fate: GradientFate,
-        make_tier: Callable[[Sequence[SlotSpec]], DiskTier],
-        streamed: StreamedBuffers | None,
+        streamed: StreamedBuffers,
+        make_tier: Callable[[Sequence[SlotSpec]], Tier],
     ) -> None:
         self.program = emit(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed

@@ -18,6 +18,7 @@ from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
+from packlight.moves.stream.streamed import StreamedTensors
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready
@@ -62,6 +63,8 @@ class TrainStep:
         self.model, self.optimizer = request.model, request.optimizer
         self.budget_bytes, self.scaler = request.budget_bytes, request.scaler
         self._trained: Any = None
+        # What is on the disk stays there whatever the parameters and batches are.
+        self._streamed = StreamedTensors(request.offload_directory)
         self._look_at_parameters()
         # One plan per batch signature: dynamo would give up after a few.
         self._runners: dict[Any, StepRunner] = {}
@@ -80,9 +83,7 @@ class TrainStep:
         if trained == self._trained:
             return False
         _check_parameters(self.model, self.optimizer)
-        # What is on the disk stays known.
-        streamed = None if self._trained is None else self._preparer.streamed
-        self._preparer: Preparer = Preparer(self.request, streamed, self._given_way)
+        self._preparer = Preparer(self.request, self._given_way)
         self._given_way = None
         self._trained = trained
         return True
@@ -117,7 +118,7 @@ class TrainStep:
 
         It can be read and written like any other, and takes no memory.
         """
-        return self._preparer.is_on_disk(tensor)
+        return self._streamed.is_on_disk(tensor)
 
     def measured(self, batch: Any) -> MeasuredStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
@@ -162,7 +163,8 @@ class TrainStep:
         if signature not in self._runners:
             ready = self._preparer.prepare(batch)
             self._note_plan()
-            self._runners[signature] = StepRunner(self._preparer, ready)
+            costs = self._preparer.costs
+            self._runners[signature] = StepRunner(costs, self._streamed, ready)
         self._signature = signature
         return self.way
 

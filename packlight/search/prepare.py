@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from packlight.costs.link import measure_link
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import WayError
+from packlight.memory.far import far_memory
 from packlight.moves.draft import Draft
 from packlight.moves.move import Move, Refusal, Room, Stage
 from packlight.moves.registry import of_package, of_stage
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
-from packlight.moves.stream.streamed import StreamedTensors
 from packlight.search.plan_way import WayPlanner
 from packlight.search.ready import Ready
 from packlight.search.restore import restored
@@ -32,24 +30,17 @@ class Preparer:
 
     Args:
         request: what `fit` was asked for.
-        streamed: what an earlier one of the same step has on the disk.
         way: to run the step, for batches of the first signature; it is not looked for then.
     """
 
-    def __init__(
-        self,
-        request: Request,
-        streamed: StreamedTensors | None = None,
-        way: Way | None = None,
-    ) -> None:
+    def __init__(self, request: Request, way: Way | None = None) -> None:
         self.request, self._given = request, way
-        self.streamed = streamed
         self.costs = StepCosts(request)
         self.device = self.costs.device
         linked: Device | None = None
-        directory = request.offload_directory
-        if directory is not None and "offload" in request.moves:
-            link = measure_link(directory, LINK_PROBE_BYTES)
+        far = far_memory(self.device, request.offload_directory)
+        if far is not None and "offload" in request.moves:
+            link = measure_link(far.directory, LINK_PROBE_BYTES, self.device)
             linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
         self._base = Draft(request, self.costs, request.loss_fn, None, linked)
         self._loss_moves: tuple[Move, ...] = ()
@@ -65,10 +56,6 @@ class Preparer:
     def loss_fn(self) -> Any:
         """What is traced: the user's loss as moves shaped it."""
         return self._base.loss_fn
-
-    def is_on_disk(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor's memory is a file's."""
-        return self.streamed is not None and self.streamed.is_on_disk(tensor)
 
     def prepare(self, batch: Any) -> Ready:
         """Return the fastest way found to train on a batch like this within the budget.

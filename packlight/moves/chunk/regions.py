@@ -19,10 +19,10 @@ from torch import fx
 
 from packlight.capture.layers import layers_of_nodes
 from packlight.capture.marks import LATE_KEY
+from packlight.capture.phases import forward_calls
 from packlight.moves.chunk.growth import WIDE_SHARE, Growth, nodes_below, num_elements
 from packlight.moves.chunk.rows import Dims, Share, shape_of, tensor_inputs
 from packlight.moves.chunk.span import Span
-from packlight.torch_internals import is_tangent, is_traced_in_backward
 
 
 class Kind(StrEnum):
@@ -73,7 +73,7 @@ def find_heads(module: fx.GraphModule, num_forward_outputs: int) -> list[Region]
     network is none: its backward waits for the loss.
     """
     nodes = list(module.graph.nodes)
-    forward = forward_nodes(nodes)
+    forward = forward_calls(nodes)
 
     def is_head(growth: Growth) -> bool:
         # What the forward makes of the results waits for the backward: it must not be much.
@@ -96,7 +96,7 @@ def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Re
     chunk they would draw others. Loss heads are left to `find_heads`.
     """
     nodes = list(module.graph.nodes)
-    forward = forward_nodes(nodes)
+    forward = forward_calls(nodes)
     early = [n for n in nodes if n in forward and LATE_KEY not in n.meta]
     is_early = set(early)
     rest = [n for n in nodes if n.op == "call_function" and n not in is_early]
@@ -111,21 +111,6 @@ def find_row_groups(module: fx.GraphModule, num_forward_outputs: int) -> list[Re
         return not in_heads.intersection(growth.shares)
 
     return _grown_regions(nodes, early, (Span(early), Span(rest)), targets, is_no_head)
-
-
-def forward_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Return the calls that neither need a tangent nor were traced in the backward."""
-    after: set[fx.Node] = set()
-    for node in nodes:
-        if is_tangent(node) or any(i in after for i in node.all_input_nodes):
-            after.add(node)
-    return {
-        n
-        for n in nodes
-        if n.op == "call_function"
-        and n not in after
-        and not is_traced_in_backward(n)
-    }
 
 
 def _grown_regions(

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from torch import fx
 
 from packlight.capture.marks import LATE_KEY
+from packlight.capture.phases import forward_calls
 from packlight.moves.chunk.growth import nodes_below
 from packlight.moves.chunk.regions import (
     Kind,
     Region,
     find_heads,
     find_row_groups,
-    forward_nodes,
 )
 from packlight.moves.chunk.run import RegionWriter
 from packlight.torch_internals import copy_calling_convention
@@ -59,7 +59,7 @@ def chunked(
     """
     regions = (regions,) if isinstance(regions, Region) else regions
     nodes = list(module.graph.nodes)
-    forward = forward_nodes(nodes)
+    forward = forward_calls(nodes)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     writers = {r: RegionWriter(graph, copies, r, num_chunks) for r in regions}

@@ -87,8 +87,8 @@ class Offload(Move):
 
 def streamable(draft: Draft) -> Streaming:
     """Return all that could lie on the disk: what is updated together, cannot."""
-    if draft.linked is None:
-        return Streaming()
+    if draft.linked is None or draft.request.offload_directory is None:
+        return Streaming()  # what is on no disk cannot be mapped for whoever looks at it
 
     def found() -> Streaming:
         how, costs = draft.gradients, draft.costs

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -118,12 +120,17 @@ class StreamedTensors:
     """Tensors on a disk; the calls of a tier, by key.
 
     Args:
-        tier: a new one without slots.
+        directory: where the file is; made when the first tensors are to go there.
     """
 
-    def __init__(self, tier: DiskTier) -> None:
-        self._tier = tier
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
         self._places: dict[Key, list[_Place]] = {}
+
+    @cached_property
+    def _tier(self) -> DiskTier:
+        assert self._directory is not None, "tensors are streamed only where there is a disk"
+        return DiskTier(self._directory, ())
 
     def arrange(self, wanted: Wanted) -> None:
         """Before a step: have what is wanted on the disk, and the rest in memory.
@@ -134,6 +141,8 @@ class StreamedTensors:
         Raises:
             OffloadError: each tensor is then either in memory or on the disk, with its values.
         """
+        if not (wanted or self._places):
+            return
         try:
             self._tier.wait_all()
             self._add({key: held for key, held in wanted.items() if key not in self._places})
@@ -252,7 +261,8 @@ class StreamedTensors:
 
         What was changed stays in memory, since it may not be written; the next step writes it.
         """
-        self._tier.recover()
+        if self._places:
+            self._tier.recover()
         for places in self._places.values():
             for place in places:
                 if place.is_fetched and not place.is_changed:
