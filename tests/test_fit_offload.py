@@ -21,7 +21,7 @@ from packlight.errors import InfeasibleBudgetError, OffloadError
 from packlight.memory.disk import DiskTier
 from packlight.run import step as run_step
 from packlight.search import prepare
-from packlight.step import Link
+from packlight.step import Lane, Speed
 from packlight.train_step import TrainStep
 from tests.models import make
 
@@ -174,11 +174,13 @@ def test_a_missing_directory_is_an_error_before_anything_is_captured(tmp_path: P
         )
 
 
-def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
+def test_with_a_fast_disk_recomputation_and_offload_together_beat_recomputation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By prediction, with the same times: the planner may use both."""
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("disk", 1e10, 1e-6))
+    speed = Speed(1e10, 1e-6)
+    lane = Lane("disk", "disk", speed, speed)
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
     model, batch, loss_fn = make("gpt2")
     plain = packlight.fit(model, loss_fn, adamw(model), batch, progress=False)
     memory = plain.way.memory
@@ -191,4 +193,4 @@ def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
         model, loss_fn, adamw(model), batch, budget, moves=packlight.EXACT_MOVES, **options
     )
     assert both.way.seconds < alone.way.seconds
-    assert both.way.num_transfers > 0
+    assert both.plan.offloaded_bytes > 0

@@ -52,7 +52,7 @@ def captured() -> tuple[nn.Module, list[torch.Tensor], JointStep, list[Any], Sch
     with CallProfiler(progress=False) as profiler:
         step = read_joint_graph(loss.joint, loss.num_forward_outputs, profiler.measure)
     schedule = smallest_plan(step.graph).schedule
-    counts = schedule.compute_counts()
+    counts = schedule.run_counts()
     assert any(o.is_random and counts[o.id] > 1 for o in step.graph.operations)
     return model, batches, step, loss.arguments, schedule
 

@@ -13,12 +13,12 @@ import torch
 
 from packlight.memory.disk import DiskTier
 from packlight.memory.tier import SlotSpec
-from packlight.step import Link
+from packlight.step import Lane, Speed
 
 _SMALL_BYTES = 4096
 _NUM_ROUNDS = 3
 _ALONE_SECONDS = 0.02
-_measured: dict[tuple[str, int, int, bool], Link] = {}
+_measured: dict[tuple[str, int, int, bool], Lane] = {}
 
 
 def measure_link(
@@ -27,8 +27,8 @@ def measure_link(
     *,
     while_computing: bool = True,
     allow_memory: bool = False,
-) -> Link:
-    """Return the link between memory and a directory: medians of three rounds through a `DiskTier`.
+) -> Lane:
+    """Return the lane between memory and a directory: medians of three rounds through a `DiskTier`.
 
     A transfer has to share the cores with the step, so by default this thread multiplies matrices
     meanwhile, with as many threads as torch is set to use. The first round is dropped: a file's
@@ -41,7 +41,7 @@ def measure_link(
         allow_memory: see `DiskTier`.
 
     Returns:
-        A link with both directions' speeds and what transfers take from computing. What was
+        A lane with both directions' speeds and what transfers take from computing. What was
         measured for a directory is remembered until the process ends.
 
     Raises:
@@ -54,7 +54,7 @@ def measure_link(
     return _measured[key]
 
 
-def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: bool) -> Link:
+def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: bool) -> Lane:
     large = torch.zeros(num_bytes, dtype=torch.uint8)
     small = torch.zeros(_SMALL_BYTES, dtype=torch.uint8)
     slots = [SlotSpec.of(large), SlotSpec.of(large), SlotSpec.of(small)]
@@ -85,7 +85,7 @@ def _measure(path: str, num_bytes: int, while_computing: bool, allow_memory: boo
         for seconds in (writes, reads)
     )
     share = min(max(statistics.median(shares[2:]), 0.0), 1.0) if while_computing else 0.0
-    return Link(path, read, latency, write_bytes_per_second=write, compute_share=share)
+    return Lane(path, path, Speed(read, latency), Speed(write, latency), share)
 
 
 def _run(

@@ -22,7 +22,7 @@ from packlight.search.restore import restored
 from packlight.search.saved import cache_key, cached_way, remember_way
 from packlight.search.search import Search
 from packlight.search.way import Way
-from packlight.step import Device
+from packlight.step import Machine
 
 LINK_PROBE_BYTES = 16 * 2**20
 
@@ -46,12 +46,11 @@ class Preparer:
         self.streamed = streamed
         self.costs = StepCosts(request)
         self.device = self.costs.device
-        linked: Device | None = None
+        machine: Machine | None = None
         directory = request.offload_directory
         if directory is not None and "offload" in request.moves:
-            link = measure_link(directory, LINK_PROBE_BYTES)
-            linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
-        self._base = Draft(request, self.costs, request.loss_fn, None, linked)
+            machine = Machine.with_one_lane(measure_link(directory, LINK_PROBE_BYTES))
+        self._base = Draft(request, self.costs, request.loss_fn, None, machine)
         self._loss_moves: tuple[Move, ...] = ()
         room = Room(None, {})
         for kind in of_stage(Stage.LOSS):
