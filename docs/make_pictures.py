@@ -38,7 +38,7 @@ from packlight.planner import plain_schedule, plan_schedule  # noqa: E402
 from packlight.planner.accounts import curve  # noqa: E402
 from packlight.report.figures import memory_over_time  # noqa: E402
 from packlight.report.style import LIGHT, drawing  # noqa: E402
-from packlight.report.transfers import link_lane  # noqa: E402
+from packlight.report.transfers import lanes_over_time  # noqa: E402
 from packlight.run.train_step import TrainStep  # noqa: E402
 from packlight.step import Action, Schedule, StepGraph, simulate  # noqa: E402
 from tests.browser import Browser, find_chromium  # noqa: E402
@@ -98,7 +98,7 @@ def intervals(
     held: dict[int, list[tuple[float, float]]] = {}
     runs = []
     for instruction, done in zip(schedule.instructions, timeline.done_seconds, strict=True):
-        if instruction.action is Action.COMPUTE:
+        if instruction.action is Action.RUN:
             operation = graph.operations[instruction.target]
             start = done - operation.seconds
             runs.append((operation.name, start, done))
@@ -210,9 +210,9 @@ def offload(quick: bool) -> bytes:
             arguments, 24 * MIB, moves=moves(arguments), offload_directory=Path(folder)
         )
     print(f"  {step.how_it_runs()}")
-    device = step.profile.device
-    assert device is not None
-    return _png(link_lane(step.profile.graph, step.plan.schedule, device))
+    machine = step.profile.machine
+    assert machine is not None
+    return _png(lanes_over_time(step.profile.graph, step.plan.schedule, machine))
 
 
 def report(quick: bool) -> bytes:

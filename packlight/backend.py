@@ -38,7 +38,7 @@ from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.search.rehearse import fits, rehearse, typical_seconds, with_estimated_seconds
-from packlight.step import Device, Plan, PlanStatus, StepGraph, simulate
+from packlight.step import Machine, Plan, PlanStatus, StepGraph, simulate, with_transfers
 from packlight.torch_internals import (
     aot_compiler,
     box_arguments,
@@ -64,13 +64,13 @@ class Compilation:
     Attributes:
         graph: the captured step.
         plan: what runs.
-        device: with the link that transfers take, if buffers may be transferred.
+        machine: whose lanes transfers take, if buffers may be transferred.
         tiers: where they are, for each forward whose backward is still to come.
     """
 
     graph: StepGraph
     plan: Plan
-    device: Device | None = None
+    machine: Machine | None = None
     tiers: TierPool | None = None
 
 
@@ -127,18 +127,20 @@ class PacklightBackend:
             if self.choose_budget is not None:
                 budget = self.choose_budget(step.graph)
             far = None if budget is None else far_memory(step.device, self.offload_directory)
-            device = None if far is None else _linked(step.device, far)
-            plan = plan_schedule(step.graph, budget, device)
+            machine = None if far is None else _machine(step.device, far)
+            if machine is not None:
+                step = replace(step, graph=with_transfers(step.graph, machine))
+            plan = plan_schedule(step.graph, budget, machine)
             rehearsed = self._rehearsed(step, budget, plan, profiler)
         if rehearsed is not None:
             step = rehearsed
-            plan = _replanned(step.graph, budget, plan, device)
+            plan = _replanned(step.graph, budget, plan, machine)
         program = emit(step, plan.schedule, (plan.schedule.num_forward,))
         tiers = None
         if program.slots:
             assert far is not None
             tiers = TierPool(partial(far.make_tier, program.slots))
-        self.compilations.append(Compilation(step.graph, plan, device, tiers))
+        self.compilations.append(Compilation(step.graph, plan, machine, tiers))
         return partitioned(program, step, tiers)
 
     def _rehearsed(
@@ -148,9 +150,9 @@ class PacklightBackend:
         is_known = all(f is None or f.in_step_seconds is not None for f in step.facts)
         if is_known or not self.rehearse:
             return None
-        if plan.link_seconds > 0:  # transfers would disturb what is measured
+        if plan.lane_seconds > 0:  # transfers would disturb what is measured
             try:
-                plan = plan_schedule(step.graph, budget_bytes)
+                plan = plan_schedule(step.graph.without_transfers(), budget_bytes)
             except InfeasibleBudgetError:
                 return with_estimated_seconds(step, profiler)
         primals = _real_inputs(step, self._example_inputs)
@@ -221,26 +223,25 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
     )
 
 
-def _linked(device: torch.device, far: FarMemory) -> Device:
-    """Return a device with the link to a far memory, measured."""
+def _machine(device: torch.device, far: FarMemory) -> Machine:
+    """Return the machine with the lane to a far memory, measured."""
     with real_tensors():
-        link = measure_link(far.directory, LINK_PROBE_BYTES, device)
-    return Device(str(device), 0, links=(link,))
+        return Machine.with_one_lane(measure_link(far.directory, LINK_PROBE_BYTES, device))
 
 
 def _replanned(
-    graph: StepGraph, budget_bytes: int | None, earlier: Plan, device: Device | None
+    graph: StepGraph, budget_bytes: int | None, earlier: Plan, machine: Machine | None
 ) -> Plan:
     """Return the faster of a new plan and an earlier one, under a graph's newly measured times."""
-    timeline = simulate(graph, earlier.schedule, device)
+    timeline = simulate(graph, earlier.schedule, machine)
     try:
-        plan = plan_schedule(graph, budget_bytes, device)
+        plan = plan_schedule(graph, budget_bytes, machine)
     except InfeasibleBudgetError:  # the earlier search found what this one does not
         plan = None
     if plan is not None and plan.seconds <= timeline.seconds:
         return plan
     plain_seconds = graph.seconds
-    bound = min(lower_bound_seconds(graph, budget_bytes, device), timeline.seconds)
+    bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
     is_optimal = timeline.seconds <= bound * (1 + 1e-9)
     return replace(
         earlier,
@@ -248,7 +249,7 @@ def _replanned(
         plain_seconds=plain_seconds,
         bound_seconds=bound,
         status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
-        link_seconds=timeline.link_seconds,
+        lane_seconds=timeline.lane_seconds,
         wait_seconds=timeline.wait_seconds,
     )
 

@@ -173,7 +173,7 @@ def test_dropout_masks_are_replayed_when_recomputed() -> None:
         forward(x).square().mean().backward()
     assert_equal_models(mine, eager)
     compilation = backend.compilations[-1]
-    counts = compilation.plan.schedule.compute_counts()
+    counts = compilation.plan.schedule.run_counts()
     replayed = [o for o in compilation.graph.operations if o.is_random and counts[o.id] > 1]
     assert replayed, "the tightest budget recomputes dropout"
 
@@ -189,7 +189,7 @@ def test_batch_statistics_are_updated_once_although_batch_norm_runs_again() -> N
         forward(x).square().mean().backward()
     assert_equal_models(mine, eager)
     compilation = backend.compilations[-1]
-    counts = compilation.plan.schedule.compute_counts()
+    counts = compilation.plan.schedule.run_counts()
     again = [o for o in compilation.graph.operations if "batch_norm" in o.name and counts[o.id] > 1]
     assert again, "the tightest budget recomputes batch norm"
 
@@ -214,7 +214,7 @@ def test_in_place_reuse_shows_in_the_schedule_and_not_in_the_result() -> None:
         gradients.append(x.grad)
     assert torch.equal(*gradients)
     instructions = backend.compilations[-1].plan.schedule.instructions
-    assert any(i.overwrite for i in instructions if i.action is Action.COMPUTE)
+    assert any(i.overwrite for i in instructions if i.action is Action.RUN)
 
 
 def test_a_graph_break_names_file_line_and_cause() -> None:

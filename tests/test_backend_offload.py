@@ -20,7 +20,6 @@ from torch import nn
 from packlight import backend as backend_module
 from packlight.backend import Compilation, PacklightBackend, backend_from_options
 from packlight.capture.dynamo import plain_errors
-from packlight.capture.joint import SNAPSHOT
 from packlight.costs.link import measure_link
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, OffloadError
@@ -28,8 +27,16 @@ from packlight.memory import far, scratch
 from packlight.memory.host import HostTier
 from packlight.memory.tier import SlotSpec
 from packlight.planner import smallest_plan
-from packlight.step import Action, Instruction, Link, Plan, Schedule, StepGraph
+from packlight.step import (
+    Action,
+    Instruction,
+    OperationKind,
+    Plan,
+    Schedule,
+    StepGraph,
+)
 from tests.models import make
+from tests.oracles.machines import lane, read, write
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +44,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Own times, a fast link, a directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
-    monkeypatch.setattr(backend_module, "measure_link", lambda *_: Link("disk", 1e9, 1e-5))
+    monkeypatch.setattr(backend_module, "measure_link", lambda *_: lane("disk", 1e9, 1e-5))
     yield
     torch._dynamo.reset()
     gc.collect()
@@ -83,16 +90,16 @@ def twins_on(
 def compilation(backend: PacklightBackend) -> Compilation:
     """Return the one graph that was compiled; it transfers from the forward to the backward."""
     (found,) = backend.compilations
-    schedule = found.plan.schedule
-    early = {
-        i.target for i in schedule.instructions[: schedule.num_forward]
-        if i.action is Action.OFFLOAD
-    }
-    late = {
-        i.target for i in schedule.instructions[schedule.num_forward :]
-        if i.action is Action.FETCH
-    }
-    assert early & late
+    schedule, operations = found.plan.schedule, found.graph.operations
+    runs = [
+        [operations[i.target] for i in part if i.action is Action.RUN]
+        for part in (
+            schedule.instructions[: schedule.num_forward],
+            schedule.instructions[schedule.num_forward :],
+        )
+    ]
+    early = {o.moved for o in runs[0] if o.kind is OperationKind.WRITE}
+    assert early.intersection(o.moved for o in runs[1] if o.kind is OperationKind.READ)
     return found
 
 
@@ -229,7 +236,7 @@ class Shifted(nn.Module):
 
 def with_snapshot_transferred(graph: StepGraph, plan: Plan) -> Plan:
     """Return a plan whose snapshot goes away in the forward and comes back for the backward."""
-    (snapshot,) = (o for o in graph.operations if o.name == SNAPSHOT)
+    (snapshot,) = (o for o in graph.operations if o.kind is OperationKind.SNAPSHOT)
     (copy,) = snapshot.creates
     schedule = plan.schedule
     early, late = (
@@ -240,11 +247,11 @@ def with_snapshot_transferred(graph: StepGraph, plan: Plan) -> Plan:
         )
     )
     assert any(
-        i.action is Action.COMPUTE and copy in graph.operations[i.target].reads for i in late
+        i.action is Action.RUN and copy in graph.operations[i.target].reads for i in late
     ), "something that reads it runs again"
-    forward = (*early, Instruction(Action.OFFLOAD, copy), Instruction(Action.FREE, copy))
-    backward = (Instruction(Action.FETCH, copy), *late, Instruction(Action.FREE, copy))
-    return replace(plan, schedule=Schedule((*forward, *backward), len(forward)), link_seconds=1.0)
+    forward = (*early, write(graph, copy), Instruction(Action.FREE, copy))
+    backward = (read(graph, copy), *late, Instruction(Action.FREE, copy))
+    return replace(plan, schedule=Schedule((*forward, *backward), len(forward)), lane_seconds=1.0)
 
 
 def test_the_old_value_of_a_buffer_that_changes_is_offloaded_and_comes_back(
@@ -252,8 +259,9 @@ def test_the_old_value_of_a_buffer_that_changes_is_offloaded_and_comes_back(
 ) -> None:
     plan_schedule = backend_module.plan_schedule
 
-    def transferred(graph: StepGraph, budget: int | None, device: Any) -> Plan:
-        return with_snapshot_transferred(graph, plan_schedule(graph, budget))
+    def transferred(graph: StepGraph, budget: int | None, machine: Any) -> Plan:
+        plan = plan_schedule(graph.without_transfers(), budget)
+        return with_snapshot_transferred(graph, plan)
 
     monkeypatch.setattr(backend_module, "plan_schedule", transferred)
     eager, mine, batch, call, backend = twins_on(tmp_path, Shifted, share=1.0, rehearse=False)

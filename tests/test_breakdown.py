@@ -85,7 +85,7 @@ def schedule(words: Iterable[str], num_forward: int) -> Schedule:
     """Read a schedule from words: "3" computes operation 3, "-5" frees buffer 5."""
     return Schedule(
         tuple(
-            Instruction(Action.FREE if w.startswith("-") else Action.COMPUTE, abs(int(w)))
+            Instruction(Action.FREE if w.startswith("-") else Action.RUN, abs(int(w)))
             for w in words
         ),
         num_forward,
@@ -139,4 +139,4 @@ def test_the_update_may_be_what_does_not_fit() -> None:
 
 def test_no_budget_is_the_plain_step() -> None:
     plan = plan_whole_step(two_layers(), MEMORY, None)
-    assert set(plan.schedule.compute_counts().values()) == {1}
+    assert set(plan.schedule.run_counts().values()) == {1}

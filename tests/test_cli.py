@@ -492,11 +492,12 @@ def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Return a directory to offload to, which may lie in memory here."""
     from packlight.memory import scratch
     from packlight.search import prepare
-    from packlight.step import Link
+    from packlight.step import Lane, Speed
 
+    lane = Lane("a disk", "a disk", Speed(2e8, 1e-4), Speed(2e8, 1e-4))
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("a disk", 2e8, 1e-4))
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
     return tmp_path / "tier"
 
 
@@ -515,7 +516,7 @@ def test_offloading_needs_less_memory_and_changes_no_bit(
     tight = ("--budget", budget, "--offload-directory", tier_anywhere)
     assert run("plan", example, "--exact", *tight, "--report", tmp_path / "page") == 0
     output = capsys.readouterr().out
-    assert "offloaded; the link is busy" in output and "offloaded between updates" in output
+    assert "offloaded; lanes are busy for" in output and "offloaded between updates" in output
     assert ">Transfers</h2>" in (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     assert run(*common, tmp_path / "tight", *tight) == 0
     free = read_checkpoint(tmp_path / "free" / "step-00000003.safetensors")

@@ -226,7 +226,7 @@ def held_while_running(graph: StepGraph, schedule: Schedule) -> list[tuple[str, 
         (graph.operations[i.target].name,
          (live_bytes[at] + graph.operations[i.target].workspace_bytes) // MIB)
         for at, i in enumerate(schedule.instructions)
-        if i.action is Action.COMPUTE
+        if i.action is Action.RUN
     ]
 
 

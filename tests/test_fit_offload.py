@@ -21,7 +21,7 @@ from packlight.memory.far import FarMemory
 from packlight.run import step as run_step
 from packlight.run.train_step import TrainStep
 from packlight.search import prepare
-from packlight.step import Link
+from packlight.step import Lane, Speed
 from tests.models import make
 
 
@@ -172,11 +172,13 @@ def test_a_missing_directory_is_an_error_before_anything_is_captured(tmp_path: P
         )
 
 
-def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
+def test_with_a_fast_disk_recomputation_and_offload_together_beat_recomputation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By prediction, with the same times: the planner may use both."""
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("disk", 1e10, 1e-6))
+    speed = Speed(1e10, 1e-6)
+    lane = Lane("disk", "disk", speed, speed)
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
     model, batch, loss_fn = make("gpt2")
     plain = packlight.fit(model, loss_fn, adamw(model), batch, progress=False)
     memory = plain.way.memory
@@ -189,7 +191,7 @@ def test_with_a_fast_link_recomputation_and_offload_together_beat_recomputation(
         model, loss_fn, adamw(model), batch, budget, moves=packlight.EXACT_MOVES, **options
     )
     assert both.way.seconds < alone.way.seconds
-    assert both.way.num_transfers > 0
+    assert both.plan.offloaded_bytes > 0
 
 
 def test_where_buffers_go_to_the_hosts_memory_a_step_has_eagers_bits_and_streams_nothing(
@@ -198,14 +200,16 @@ def test_where_buffers_go_to_the_hosts_memory_a_step_has_eagers_bits_and_streams
     """On a GPU they do; on a CPU the same tier is asked for here."""
     for module in (prepare, run_step):
         monkeypatch.setattr(module, "far_memory", lambda *_: FarMemory())
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: Link("host memory", 1e10, 1e-6))
+    speed = Speed(1e10, 1e-6)
+    lane = Lane("host memory", "host memory", speed, speed)
+    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
     model, batch, loss_fn = make("mlp")
     options: dict[str, Any] = dict(moves=packlight.EXACT_MOVES, progress=False)
     with pytest.raises(InfeasibleBudgetError) as caught:
         packlight.fit(model, loss_fn, adamw(model), batch, 1, **options)
     budget = caught.value.smallest_bytes
     step = packlight.fit(model, loss_fn, adamw(model), batch, budget, **options)
-    assert step.way.num_transfers > 0 and not step.ready.streaming
+    assert step.plan.offloaded_bytes > 0 and not step.ready.streaming
     losses, eager, _ = eager_steps(step, batch, 2)
     torch.manual_seed(3)
     assert [step(batch).item() for _ in range(2)] == losses

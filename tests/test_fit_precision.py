@@ -192,7 +192,7 @@ def test_a_weight_is_cast_by_one_operation_that_the_planner_may_run_again() -> N
     with pytest.raises(InfeasibleBudgetError) as caught:
         fit(training, batch, 1, allow={"bf16"})
     tight = fit(training, batch, caught.value.smallest_bytes, allow={"bf16"})
-    counts = tight.plan.schedule.compute_counts()
+    counts = tight.plan.schedule.run_counts()
     assert sum(counts[o] > 1 for o in casts) > 1
 
     def held_bytes(step: packlight.TrainStep) -> int:

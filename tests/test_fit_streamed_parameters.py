@@ -125,21 +125,21 @@ def test_steps_below_the_parameters_bytes_have_eagers_bits_and_keep_the_budget(
         assert in_memory(step) == []
         peaks.append(measured.peak_bytes)
     assert 0.98 * step.peak_bytes <= max(peaks) <= step.budget_bytes
-    num_written = len(step.way.written_buffers)
-    graph = step.ready.parts[0].step.joint.graph
-    num_updated = sum(b in graph.stored for o in graph.operations for b in o.mutates)
-    assert sum(b in graph.stored for b in step.way.written_buffers) == num_updated <= num_written
+    part = step.ready.parts[0]
+    graph, written = part.step.joint.graph, part.written_buffers
+    num_updated = sum(b in graph.resting for o in graph.computations for b in o.mutates)
+    assert sum(b in graph.resting for b in written) == num_updated <= len(written)
     assert f"parameters streamed: {DEPTH + 1} of {2 * DEPTH + 1}" in step.describe()
 
 
 def test_a_description_tells_streamed_parameters_from_state_and_adds_up(tmp_path: Path) -> None:
     step, mine, _ = below_its_parameters(tmp_path)
     graph, plan = step.profile.graph, step.plan
-    kinds = {name: graph.buffers[b].kind for b in graph.stored for name in [graph.buffers[b].name]}
+    kinds = {name: graph.buffers[b].kind for b in graph.resting for name in [graph.buffers[b].name]}
     weights = {name for name, p in mine.model.named_parameters() if p.nbytes >= 4096}
     assert {name for name, kind in kinds.items() if kind == "parameter"} == weights
     assert all(name.startswith("optimizer state of") for name in set(kinds) - weights)
-    timeline = simulate(graph, plan.schedule, step.profile.device)
+    timeline = simulate(graph, plan.schedule, step.profile.machine)
     held = dict.fromkeys(BufferKind, 0)
     for b in timeline.peak_buffers:
         held[graph.buffers[b].kind] += graph.buffers[b].bytes

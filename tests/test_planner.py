@@ -182,7 +182,7 @@ def test_more_memory_is_never_slower_than_what_was_planned_before() -> None:
 
 def test_tight_budgets_nest_recomputation() -> None:
     graph = uniform_chain(12)
-    counts = planner.smallest_plan(graph).schedule.compute_counts()
+    counts = planner.smallest_plan(graph).schedule.run_counts()
     assert max(counts.values()) >= 3
 
 
@@ -201,7 +201,7 @@ def test_what_must_run_once_runs_once_and_random_operations_may_run_again() -> N
     gw = build.operation("linear'", [ga, a], [4], phase=Phase.BACKWARD, seconds=4.0)[0]
     graph = build.finish(6, [loss], [loss, gw])
     plan = planner.smallest_plan(graph)
-    counts = plan.schedule.compute_counts()
+    counts = plan.schedule.run_counts()
     assert counts[0] == 1
     assert counts[2] > 1
     assert plan.peak_bytes < simulate(graph, plain_schedule(graph)).peak_bytes
@@ -335,7 +335,7 @@ def test_a_smallest_budget_that_was_named_holds_after_many_other_steps(
 def test_a_printed_plan_is_one_line_with_its_numbers() -> None:
     graph = chain([8, 9, 10, 9, 8], [1.0] * 5)
     plan = planner.smallest_plan(graph)
-    counts = plan.schedule.compute_counts().values()
+    counts = plan.schedule.run_counts().values()
     again = sum(counts) - len(counts)
     assert again > 0
     assert str(plan) == (

@@ -27,25 +27,28 @@ from packlight.planner.accounts import (
 )
 from packlight.report import write_report
 from packlight.report.figures import memory_over_time, peak_breakdown, three_kinds
-from packlight.report.transfers import buffer_transfers, busy
+from packlight.report.transfers import buffer_transfers, busy, lanes_over_time
 from packlight.step import (
     Action,
-    Device,
     GraphBuilder,
     Instruction,
-    Link,
+    Lane,
+    Machine,
     Phase,
     Plan,
     PlanStatus,
     Schedule,
+    Speed,
     StepGraph,
     live_after_forward,
     simulate,
+    with_transfers,
 )
 from packlight.step.profile import StepProfile
 from packlight.units import format_bytes, format_seconds
 from tests.oracles.gpt import gpt_profile, gpt_step
 from tests.oracles.liveness import recount_peak_bytes, schedule_from_order
+from tests.oracles.machines import lane, one_lane, read, several_lanes, write
 
 
 def plan_of(graph: StepGraph, schedule: Schedule, budget_bytes: int | None) -> Plan:
@@ -248,7 +251,7 @@ def test_layer_accounts_add_up(plans: list[Plan]) -> None:
     kept = live_after_forward(graph, plan.schedule)
     assert sum(a.kept_bytes for a in accounts) == sum(graph.buffers[b].bytes for b in kept)
     assert sum(a.rerun_seconds for a in accounts) == pytest.approx(plan.seconds - graph.seconds)
-    reruns = sum(runs - 1 for runs in plan.schedule.compute_counts().values())
+    reruns = sum(runs - 1 for runs in plan.schedule.run_counts().values())
     assert sum(a.num_reruns for a in accounts) == reruns
     # What the forward hands over is what is live when nothing of the backward has run.
     at_boundary = simulate(graph, plan.schedule).live_bytes[plan.schedule.num_forward - 1]
@@ -284,10 +287,18 @@ def test_figures_stand_alone(profile: StepProfile, plans: list[Plan], tmp_path: 
 # Plans with transfers.
 
 
-def there_and_back() -> tuple[StepGraph, Schedule, Device]:
-    """Return a step that sends its first buffer (4 MiB, 4 s each way) away and fetches it.
+def run(operation: int, overwrite: tuple[int, int] | None = None) -> Instruction:
+    return Instruction(Action.RUN, operation, overwrite)
 
-    f ends at 1; the write takes until 5, while g runs until 2: the FREE waits for 3 s. The fetch is
+
+def free(buffer: int) -> Instruction:
+    return Instruction(Action.FREE, buffer)
+
+
+def there_and_back() -> tuple[StepGraph, Schedule, Machine]:
+    """Return a step that writes its first buffer (4 MiB, 4 s each way) to a disk and reads it.
+
+    f ends at 1; the write takes until 5, while g runs until 2: the FREE waits for 3 s. The read is
     over at 9, in the middle of h, which runs from 5 to 25.
     """
     mib = 2**20
@@ -296,19 +307,18 @@ def there_and_back() -> tuple[StepGraph, Schedule, Device]:
     b = build.operation("g", [a], [2 * mib], seconds=1.0, layer="second")[0]
     c = build.operation("h", [b], [2 * mib], seconds=20.0, layer="third")[0]
     d = build.operation("f'", [c, a], [mib], seconds=1.0, phase=Phase.BACKWARD, layer="first")[0]
+    machine = one_lane(mib)
+    graph = with_transfers(build.finish(3, [c], [c, d]), machine)
     steps = (
-        (Action.COMPUTE, 0), (Action.OFFLOAD, a), (Action.COMPUTE, 1), (Action.FREE, a),
-        (Action.FETCH, a), (Action.COMPUTE, 2), (Action.FREE, b), (Action.COMPUTE, 3),
-        (Action.FREE, a),
+        run(0), write(graph, a), run(1), free(a), read(graph, a), run(2), free(b), run(3), free(a),
     )
-    schedule = Schedule(tuple(Instruction(*step) for step in steps), 7)
-    return build.finish(3, [c], [c, d]), schedule, Device("d", 0, links=(Link("disk", mib),))
+    return graph, Schedule(steps, 7), machine
 
 
 def test_curve_and_lanes_of_a_schedule_with_transfers_by_hand() -> None:
-    graph, schedule, device = there_and_back()
+    graph, schedule, machine = there_and_back()
     mib = 2**20
-    drawn = curve(graph, schedule, device)
+    drawn = curve(graph, schedule, machine)
     corners = [(s, b // mib) for s, b in zip(drawn.seconds, drawn.bytes, strict=True)]
     assert corners == [
         (0, 4), (1, 4), (1, 6), (2, 6), (2, 6), (5, 6), (5, 6), (5, 6), (5, 8), (25, 8),
@@ -316,33 +326,29 @@ def test_curve_and_lanes_of_a_schedule_with_transfers_by_hand() -> None:
     ]
     assert (drawn.peak_seconds, drawn.peak_name) == (15.0, "third (h)")
     assert drawn.forward_seconds == 25.0
-    timeline = simulate(graph, schedule, device)
+    timeline = simulate(graph, schedule, machine)
     assert busy(graph, schedule, timeline) == {
         "compute": [(0, 1), (1, 2), (5, 25), (25, 26)], "write": [(1, 5)], "read": [(5, 9)],
     }
     (entry,) = buffer_transfers(graph, schedule, timeline)
     assert (entry.buffer, entry.num_writes, entry.num_reads) == (0, 1, 1)
-    assert (entry.link_seconds, entry.gone_seconds) == (8.0, 0.0)  # freed and fetched at once
+    assert (entry.lane_seconds, entry.gone_seconds) == (8.0, 0.0)  # freed and read at once
 
 
 def test_a_buffer_is_gone_when_another_takes_its_storage() -> None:
-    """From 2 to 3 s g writes b over a, which is fetched at 13 s, when h is done."""
+    """From 2 to 3 s g writes b over a, which is read at 13 s, when h is done."""
     build = GraphBuilder()
     a = build.operation("f", [], [1], seconds=1.0)[0]
     b = build.operation("g", [a], [1], seconds=1.0, overwrites_read=a)[0]
     c = build.operation("h", [b], [1], seconds=10.0)[0]
     build.operation("f'", [a, c], [], phase=Phase.BACKWARD, seconds=1.0)
-    schedule = Schedule(
-        (
-            Instruction(Action.COMPUTE, 0), Instruction(Action.OFFLOAD, a),
-            Instruction(Action.COMPUTE, 1, overwrite=(b, a)), Instruction(Action.COMPUTE, 2),
-            Instruction(Action.FREE, b), Instruction(Action.FETCH, a),
-            Instruction(Action.COMPUTE, 3), Instruction(Action.FREE, a),
-        ),
-        5,
+    machine = one_lane(1.0)
+    graph = with_transfers(build.finish(3, [c], [c]), machine)
+    steps = (
+        run(0), write(graph, a), run(1, (b, a)), run(2), free(b), read(graph, a), run(3), free(a),
     )
-    graph, device = build.finish(3, [c], [c]), Device("d", 0, links=(Link("disk", 1.0),))
-    timeline = simulate(graph, schedule, device)
+    schedule = Schedule(steps, 5)
+    timeline = simulate(graph, schedule, machine)
     (entry,) = buffer_transfers(graph, schedule, timeline)
     assert (entry.num_writes, entry.num_reads, entry.gone_seconds) == (1, 1, 10.0)
 
@@ -357,12 +363,12 @@ def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepP
     from packlight.memory import scratch
     from packlight.search import prepare
 
-    link = Link("a disk", 2e8, 1e-4)
+    lane = Lane("a disk", "a disk", Speed(2e8, 1e-4), Speed(2e8, 1e-4))
     directory = tmp_path_factory.mktemp("tier")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PACKLIGHT_CACHE", str(directory / "cache"))
         patch.setattr(scratch, "file_system", lambda _: "a disk's")
-        patch.setattr(prepare, "measure_link", lambda *_: link)
+        patch.setattr(prepare, "measure_link", lambda *_: lane)
         layers = [torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)]
         model, batch = torch.nn.Sequential(*layers), torch.randn(64, 64)
         optimizer = torch.optim.AdamW(model.parameters())
@@ -385,28 +391,28 @@ def test_the_curve_of_a_real_plan_with_transfers_is_the_simulated_one(
 ) -> None:
     profile, plan = offloading
     graph = profile.graph
-    assert graph.stored and plan.link_seconds > 0
-    drawn = curve(graph, plan.schedule, profile.device)
+    assert graph.resting and plan.lane_seconds > 0
+    drawn = curve(graph, plan.schedule, profile.machine)
     assert max(drawn.bytes) == drawn.peak_bytes == plan.peak_bytes
     assert drawn.total_seconds == pytest.approx(plan.seconds)
     assert list(drawn.seconds) == sorted(drawn.seconds)
-    timeline = simulate(graph, plan.schedule, profile.device)
+    timeline = simulate(graph, plan.schedule, profile.machine)
     by_kind = peak_by_kind(graph, timeline)
     by_layer = peak_by_layer(graph, timeline, layer_groups(graph, 30))
     assert sum(by_kind.values()) == plan.peak_bytes
     assert sum(by_layer.values()) + timeline.peak_workspace_bytes == plan.peak_bytes
-    # On a link one thing happens at a time, and nothing is invisible.
+    # On a lane one thing happens at a time, and nothing is invisible.
     lanes = busy(graph, plan.schedule, timeline)
     transfers = sorted(lanes["write"] + lanes["read"])
     assert all(end <= start for (_, end), (start, _) in zip(transfers, transfers[1:], strict=False))
-    assert sum(end - start for start, end in transfers) == pytest.approx(plan.link_seconds)
+    assert sum(end - start for start, end in transfers) == pytest.approx(plan.lane_seconds)
     computing = sum(end - start for start, end in lanes["compute"])
     tail = timeline.seconds - timeline.done_seconds[-1]
     waits_inside = plan.wait_seconds - tail
     assert computing + waits_inside == pytest.approx(timeline.done_seconds[-1])
 
 
-def test_a_page_with_transfers_draws_the_link_and_lists_what_it_carries(
+def test_a_page_with_transfers_draws_the_lane_and_lists_what_it_carries(
     offloading: tuple[StepProfile, Plan], tmp_path: Path
 ) -> None:
     profile, plan = offloading
@@ -415,40 +421,64 @@ def test_a_page_with_transfers_draws_the_link_and_lists_what_it_carries(
     outline = Outline(text)
     assert outline.open == [] and len(outline.ids) == len(set(outline.ids))
     assert len(re.findall("<svg", text)) == 5
-    timeline = simulate(graph, plan.schedule, profile.device)
-    read_bytes = sum(graph.buffers[t.buffer].bytes for t in timeline.transfers
-                     if t.action is Action.FETCH)
+    timeline = simulate(graph, plan.schedule, profile.machine)
+    read_bytes = sum(graph.buffers[o.creates[0]].bytes for i in plan.schedule.runs()
+                     if (o := graph.operations[i]).kind == "read")
     caption = f"{format_bytes(plan.offloaded_bytes)} out and {format_bytes(read_bytes)} in"
     assert caption in text and format_seconds(timeline.wait_seconds) in text
     for entry in buffer_transfers(graph, plan.schedule, timeline)[:200]:
         assert escape(graph.buffers[entry.buffer].name) in text.replace("<wbr>", "")
     # The plain step has all of the optimizer's state in memory.
-    stored_bytes = sum(graph.buffers[b].bytes for b in graph.stored)
-    plain = simulate(replace(graph, stored=()), plain_schedule(replace(graph, stored=())))
-    plain_bytes = profile.memory.peak_bytes(plain.peak_bytes) + stored_bytes
+    resting_bytes = sum(graph.buffers[b].bytes for b in graph.resting)
+    bare = graph.without_transfers()
+    plain = simulate(bare, plain_schedule(bare))
+    plain_bytes = profile.memory.peak_bytes(plain.peak_bytes) + resting_bytes
     assert f"<b>{format_bytes(plain_bytes)}</b>" in text
-    accounts = layer_accounts(graph, plain_schedule(replace(graph, stored=())), plan)
+    accounts = layer_accounts(graph, plain_schedule(bare), plan)
     assert sum(a.written_bytes for a in accounts) == plan.offloaded_bytes
 
 
-def test_a_peak_at_a_fetch_is_named_by_the_operation_that_follows() -> None:
-    """The fetched buffer (4) and what is there (3) are more than any operation holds."""
+def test_a_peak_at_a_read_is_named_by_the_operation_that_follows() -> None:
+    """The buffer that is read (4) and what is there (3) are more than any operation holds."""
     build = GraphBuilder()
     a = build.operation("f", [], [4], layer="first", seconds=1.0)[0]
     b = build.operation("g", [a], [1], layer="second", seconds=1.0)[0]
     c = build.operation("h", [b], [2], layer="third", seconds=1.0)[0]
     build.operation("f'", [a, c], [], phase=Phase.BACKWARD, layer="first", seconds=1.0)
+    machine = one_lane(1.0)
+    graph = with_transfers(build.finish(3, [c], [c]), machine)
     steps = (
-        (Action.COMPUTE, 0), (Action.OFFLOAD, a), (Action.COMPUTE, 1), (Action.FREE, a),
-        (Action.COMPUTE, 2), (Action.FETCH, a), (Action.FREE, b), (Action.COMPUTE, 3),
-        (Action.FREE, a),
+        run(0), write(graph, a), run(1), free(a), run(2), read(graph, a), free(b), run(3), free(a),
     )
-    schedule = Schedule(tuple(Instruction(*step) for step in steps), 5)
-    device = Device("d", 0, links=(Link("disk", 1.0),))
-    graph = build.finish(3, [c], [c])
-    drawn = curve(graph, schedule, device)
+    schedule = Schedule(steps, 5)
+    drawn = curve(graph, schedule, machine)
     assert drawn.peak_bytes == 7 == max(drawn.bytes)
-    assert drawn.peak_name == "a fetch before first backward (f')"
+    assert drawn.peak_name == "a read before first backward (f')"
     plan = replace(plan_of(graph, plain_schedule(graph), None), schedule=schedule)
-    memory_over_time(graph, plan, device=device)
-    peak_breakdown(graph, plan, device=device)
+    memory_over_time(graph, plan, machine=machine)
+    peak_breakdown(graph, plan, machine=machine)
+
+
+def test_lanes_are_drawn_one_below_the_other() -> None:
+    """Two buffers of 4 s each, written and read on two disks at the same time."""
+    build = GraphBuilder()
+    a, b = build.operation("f", [], [4, 4], seconds=1.0)
+    c = build.operation("g", [a, b], [1], seconds=2.0)[0]
+    d = build.operation("h", [a, b], [1], seconds=1.0, phase=Phase.BACKWARD)[0]
+    machine = several_lanes(lane("one", 1.0), lane("two", 2.0))
+    graph = with_transfers(build.finish(2, [c], [c, d]), machine)
+    steps = (
+        run(0), write(graph, a, "one"), write(graph, b, "two"), run(1), free(a), free(b),
+        read(graph, a, "one"), read(graph, b, "two"), run(2), free(a), free(b),
+    )
+    schedule = Schedule(steps, 6)
+    timeline = simulate(graph, schedule, machine)
+    assert busy(graph, schedule, timeline) == {
+        "compute": [(0, 1), (1, 3), (9, 10)], "write 1": [(1, 5)], "read 1": [(5, 9)],
+        "write 2": [(1, 3)], "read 2": [(5, 7)],
+    }
+    entries = buffer_transfers(graph, schedule, timeline)
+    assert [(e.buffer, e.lane_seconds) for e in entries] == [(a, 8.0), (b, 4.0)]
+    (axes,) = lanes_over_time(graph, schedule, machine).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["compute", "write 1", "read 1", "write 2", "read 2"]

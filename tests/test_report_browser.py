@@ -18,19 +18,19 @@ from packlight.report import write_report
 from packlight.step import (
     Action,
     BufferKind,
-    Device,
     GraphBuilder,
     Instruction,
-    Link,
     Phase,
     Plan,
     PlanStatus,
     Schedule,
     simulate,
+    with_transfers,
 )
 from packlight.step.profile import StepProfile
 from tests.browser import Browser, find_chromium
 from tests.oracles.gpt import gpt_profile
+from tests.oracles.machines import lane, read, several_lanes, write
 from tests.test_report import blockwise_plan, plan_of
 
 pytest.importorskip("matplotlib", reason="reports need the extra 'report'")
@@ -109,24 +109,26 @@ def streamed_state() -> tuple[StepProfile, Schedule]:
     g = build.operation("f'", [a, b], [2**20], seconds=2e-3, phase=Phase.BACKWARD, layer=layer)[0]
     build.operation("update", [g, state], [], phase=Phase.UPDATE, seconds=1e-3, layer=layer,
                     mutates=[state, weight], can_recompute=False)
+    machine = several_lanes(*(lane(name, 2.0**30, 1e-4) for name in ("a disk", "the host")))
+    graph = with_transfers(build.finish(2, [b], [b]), machine, [state])
+    runs = [Instruction(Action.RUN, operation) for operation in range(4)]
+    frees = {buffer: Instruction(Action.FREE, buffer) for buffer in (a, g, state)}
     steps = (
-        (Action.COMPUTE, 0), (Action.OFFLOAD, a), (Action.COMPUTE, 1), (Action.FREE, a),
-        (Action.FETCH, a), (Action.COMPUTE, 2), (Action.FREE, a), (Action.FETCH, state),
-        (Action.COMPUTE, 3), (Action.FREE, g), (Action.OFFLOAD, state), (Action.FREE, state),
+        runs[0], write(graph, a, "the host"), runs[1], frees[a], read(graph, a, "the host"),
+        runs[2], frees[a], read(graph, state), runs[3], frees[g], write(graph, state),
+        frees[state],
     )
-    device = Device("d", 0, links=(Link("a disk", 2.0**30, 1e-4),))
-    graph = build.finish(2, [b], [b], stored=[state])
-    profile = StepProfile(graph, gpt_profile().memory, "a slow CPU", "2.13.0", device)
-    return profile, Schedule(tuple(Instruction(*step) for step in steps), 4)
+    profile = StepProfile(graph, gpt_profile().memory, "a slow CPU", "2.13.0", machine)
+    return profile, Schedule(steps, 4)
 
 
 def plan_of_transfers(profile: StepProfile, schedule: Schedule) -> Plan:
-    timeline = simulate(profile.graph, schedule, profile.device)
+    timeline = simulate(profile.graph, schedule, profile.machine)
     plain = plain_step(profile.graph).timeline
     return Plan(
         schedule, timeline.peak_bytes, timeline.peak_bytes, timeline.seconds, plain.seconds,
         plain.peak_bytes, plain.seconds, PlanStatus.FEASIBLE,
-        link_seconds=timeline.link_seconds, wait_seconds=timeline.wait_seconds,
+        lane_seconds=timeline.lane_seconds, wait_seconds=timeline.wait_seconds,
         offloaded_bytes=2 * 2**20 + 900 * 2**10,
     )
 

@@ -19,8 +19,9 @@ from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.memory.host import HostTier
 from packlight.planner import plan_schedule, smallest_plan
-from packlight.step import Device, Link, Schedule
+from packlight.step import Schedule, with_transfers
 from packlight.step.simulate import live_after_forward
+from tests.oracles.machines import one_lane
 
 ONE = torch.ones(())
 
@@ -54,7 +55,7 @@ def captured() -> tuple[nn.Module, list[torch.Tensor], JointStep, list[Any], Sch
     with CallProfiler(progress=False) as profiler:
         step = read_joint_graph(loss.joint, loss.num_forward_outputs, profiler.measure)
     schedule = smallest_plan(step.graph).schedule
-    counts = schedule.compute_counts()
+    counts = schedule.run_counts()
     assert any(o.is_random and counts[o.id] > 1 for o in step.graph.operations)
     return model, batches, step, loss.arguments, schedule
 
@@ -116,9 +117,10 @@ def test_frames_of_one_program_do_not_disturb_each_other(captured: Any, order: s
 @pytest.mark.parametrize("order", ORDERS)
 def test_frames_with_transfers_have_tiers_of_their_own(captured: Any, order: str) -> None:
     _, batches, step, _, _ = captured
-    device = Device("cpu", 0, links=(Link("a link", 1e9, 1e-5),))
+    machine = one_lane(1e9, 1e-5)
     budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
-    schedule = plan_schedule(step.graph, budget_bytes, device).schedule
+    step = replace(step, graph=with_transfers(step.graph, machine))
+    schedule = plan_schedule(step.graph, budget_bytes, machine).schedule
     program = emit(step, schedule, (schedule.num_forward,))
     assert program.slots and program.helpers == ("tier",)
     frames = [Frame(program, {"tier": HostTier(program.slots, verify=True)}) for _ in batches]
@@ -170,9 +172,10 @@ def test_frames_of_a_whole_step_accumulate_gradients_as_eager_does(captured: Any
 
 def test_programs_with_transfers_may_be_cut_where_transfers_are_under_way(captured: Any) -> None:
     model, batches, step, arguments, _ = captured
-    device = Device("cpu", 0, links=(Link("a link", 1e9, 1e-5),))
+    machine = one_lane(1e9, 1e-5)
     budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
-    schedule = plan_schedule(step.graph, budget_bytes, device).schedule
+    step = replace(step, graph=with_transfers(step.graph, machine))
+    schedule = plan_schedule(step.graph, budget_bytes, machine).schedule
     program = emit(step, schedule, range(1, len(schedule.instructions)))
     torch.manual_seed(7)
     with HostTier(program.slots, verify=True) as tier:

@@ -19,8 +19,10 @@ from packlight.step import (
     Schedule,
     StepGraph,
     simulate,
+    with_transfers,
 )
 from packlight.step.serialize import VERSION, from_json, to_json
+from tests.oracles.machines import lane, several_lanes
 
 
 def random_graph(seed: int) -> StepGraph:
@@ -49,7 +51,9 @@ def random_graph(seed: int) -> StepGraph:
         )
         if index == num_forward - 1:
             loss = live[-1]
-    return build.finish(num_forward, [loss], [loss, live[-1]])
+    graph = build.finish(num_forward, [loss], [loss, live[-1]])
+    lanes = [lane("disk", 1e9, 1e-4), lane("host", 3e10)][: rng.randrange(3)]
+    return with_transfers(graph, several_lanes(*lanes), [0] if lanes else [])
 
 
 def random_plan(seed: int) -> Plan:
@@ -79,10 +83,11 @@ def test_random_graphs_return_equal_and_cost_the_same(seed: int) -> None:
     returned = from_json(to_json(graph))
     assert returned == graph
     assert isinstance(returned, StepGraph)
+    bare = graph.without_transfers()
     compute_all = Schedule(
-        tuple(Instruction(Action.COMPUTE, op.id) for op in graph.operations), graph.num_forward
+        tuple(Instruction(Action.RUN, op.id) for op in bare.operations), graph.num_forward
     )
-    assert simulate(returned, compute_all) == simulate(graph, compute_all)
+    assert simulate(returned.without_transfers(), compute_all) == simulate(bare, compute_all)
 
 
 @pytest.mark.parametrize("seed", range(25))
@@ -104,7 +109,7 @@ def test_text_is_the_same_for_equal_objects() -> None:
     assert to_json(random_graph(3)) == to_json(random_graph(3))
 
 
-@pytest.mark.parametrize("version", [0, VERSION + 1, "1", None, True])
+@pytest.mark.parametrize("version", [0, 1, VERSION + 1, "1", None, True])
 def test_another_version_is_refused_with_both_versions_named(version: object) -> None:
     document = json.loads(to_json(random_plan(0)))
     document["version"] = version
@@ -149,6 +154,7 @@ def change(text: str, path: list[str | int], value: object) -> str:
         (["value", "buffers", 0, "kind"], "cheese", "'cheese', not one of parameter"),
         (["value", "buffers", 0, "id"], 7, "buffer at position 0 has id 7"),
         (["value", "operations", 0, "reads"], [99999], "reads .99999. too early"),
+        (["value", "operations", 0, "kind"], "fly", "'fly', not one of compute"),
         (["value", "num_forward"], 99999, "num_forward is 99999 in a graph of"),
         (["value", "outputs"], [99999], "outputs .99999. are created by no operation"),
     ],
@@ -160,16 +166,42 @@ def test_damage_is_named_with_its_place(
         from_json(change(to_json(random_graph(1)), path, value))
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (["operations", -1, "lane"], ..., "does not move one buffer on a lane"),
+        (["operations", -1, "creates"], [99999], "moves .* buffers"),
+        (["operations", -1, "kind"], "compute", "does not stand before all transfers"),
+        (["operations", 0, "kind"], "read", "does not move one buffer on a lane"),
+        (["operations", 0, "lane"], "disk", "does not stand before all transfers"),
+        (["buffers", -1, "memory"], ..., "between the device and elsewhere"),
+        (["buffers", 6, "memory"], "disk", "between the device and elsewhere"),
+    ],
+)
+def test_damaged_transfers_are_named(path: list[str | int], value: object, message: str) -> None:
+    graph = next(g for g in map(random_graph, range(9)) if g.transfers)
+    with pytest.raises(FormatError, match=message):
+        from_json(change(to_json(graph), ["value", *path], value))
+
+
+def test_a_computation_that_makes_a_buffer_in_another_memory_is_refused() -> None:
+    text = to_json(random_graph(1).without_transfers())
+    document = json.loads(text)
+    made = document["value"]["operations"][0]["creates"][0]
+    with pytest.raises(FormatError, match="creates buffers in another memory"):
+        from_json(change(text, ["value", "buffers", made, "memory"], "disk"))
+
+
 def test_an_operation_that_creates_an_unknown_buffer_is_refused() -> None:
     document = json.loads(to_json(random_graph(1)))
-    document["value"]["operations"][-1]["creates"].append(99999)
+    document["value"]["operations"][0]["creates"].append(99999)
     with pytest.raises(FormatError, match=r"creates buffers \[99999\] of"):
         from_json(json.dumps(document))
 
 
 def test_a_pair_of_the_wrong_length_is_refused() -> None:
     plan = Plan(
-        Schedule((Instruction(Action.COMPUTE, 0, (1, 2)),), 1),
+        Schedule((Instruction(Action.RUN, 0, (1, 2)),), 1),
         None, 0, 1.0, 1.0, 0, 1.0, PlanStatus.OPTIMAL,
     )
     place: list[str | int] = ["value", "schedule", "instructions", 0, "overwrite"]

@@ -22,7 +22,7 @@ from tests.oracles.liveness import plain_order, recount_peak_bytes, schedule_fro
 
 
 def run(target: int, overwrite: tuple[int, int] | None = None) -> Instruction:
-    return Instruction(Action.COMPUTE, target, overwrite)
+    return Instruction(Action.RUN, target, overwrite)
 
 
 def free(target: int) -> Instruction:
@@ -122,7 +122,7 @@ def test_a_recomputation_costs_its_seconds_again() -> None:
     assert timeline.seconds == 4.0
     assert timeline.live_bytes == (8, 12, 4, 12, 14, 6)
     assert timeline.peak_buffers == (a, b, c)
-    assert schedule.compute_counts() == {0: 2, 1: 1, 2: 1}
+    assert schedule.run_counts() == {0: 2, 1: 1, 2: 1}
 
 
 def test_an_empty_schedule_of_an_empty_graph_costs_nothing() -> None:
@@ -136,9 +136,6 @@ ERRORS = {
     "freed twice": (3, [run(0), run(1), free(0), free(0)], "freed but not live"),
     "freed before creation": (0, [free(0)], "freed but not live"),
     "created while live": (1, [run(0), run(0)], "creates live buffers"),
-    "transfer without a model": (
-        1, [run(0), Instruction(Action.OFFLOAD, 0), run(1)], "not simulated without a device",
-    ),
     "overwrite not offered": (1, [run(0), run(1, overwrite=(1, 0)), run(2)], "cannot overwrite"),
     "output missing at the end": (
         6, [run(0), run(1), free(0), run(0), run(2), free(2)], "the step ends without",
@@ -242,7 +239,7 @@ def with_late_frees(graph: StepGraph, schedule: Schedule, draw: random.Random) -
             late.append(instruction)
             continue
         creates: tuple[int, ...] = ()
-        if instruction.action is Action.COMPUTE:
+        if instruction.action is Action.RUN:
             creates = graph.operations[instruction.target].creates
         due = [f for f in late if f.target in creates or draw.random() < 0.2]
         instructions += [*due, instruction]
@@ -260,7 +257,7 @@ def test_random_schedules_cost_what_a_recount_says(name: str) -> None:
         for end in range(1, len(schedule.instructions), 7):
             part = recount_peak_bytes(graph, schedule.instructions[:end])
             assert (part == timeline.peak_bytes) == (end > timeline.peak_index)
-        runs = [i.target for i in schedule.instructions if i.action is Action.COMPUTE]
+        runs = [i.target for i in schedule.instructions if i.action is Action.RUN]
         assert timeline.seconds == pytest.approx(sum(graph.operations[r].seconds for r in runs))
         assert timeline.live_bytes[-1] == sum(graph.buffers[b].bytes for b in set(graph.outputs))
 
@@ -270,4 +267,4 @@ def test_plain_schedule_runs_every_operation_once(name: str) -> None:
     graph = graphs()[name]
     schedule = plain_order(graph)
     assert simulate(graph, schedule).seconds == pytest.approx(graph.seconds)
-    assert set(schedule.compute_counts().values()) == {1}
+    assert set(schedule.run_counts().values()) == {1}

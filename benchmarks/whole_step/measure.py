@@ -216,8 +216,8 @@ def without_recomputation() -> Iterator[None]:
     """Have everything planned in here with each operation running exactly once."""
 
     def plan_once(graph: StepGraph, *arguments: Any) -> Plan:
-        operations = tuple(dataclasses.replace(o, can_recompute=False) for o in graph.operations)
-        return plan_whole_step(dataclasses.replace(graph, operations=operations), *arguments)
+        once = (dataclasses.replace(o, can_recompute=False) for o in graph.computations)
+        return plan_whole_step(graph.with_computations(once), *arguments)
 
     plan_way.plan_whole_step = plan_once
     try:

@@ -154,7 +154,7 @@ def measure_fit(record: Record, seed: int) -> None:
     way = step.way
     record.moves, record.is_exact = moves_of(way), way.is_bit_exact
     record.predicted_peak_bytes, record.slowdown = step.peak_bytes, way.slowdown
-    record.num_operations = len(step.ready.parts[0].step.joint.graph.operations)
+    record.num_operations = step.ready.parts[0].step.joint.graph.num_computations
     mine = trainee.train(step)
     record.peak_bytes = mine.peak_bytes
     record.differences = mine.differences(eager)

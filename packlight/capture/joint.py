@@ -27,12 +27,9 @@ from packlight.capture.marks import LATE_KEY
 from packlight.capture.phases import after_tangents, forward_calls
 from packlight.costs.measure import CallFacts, allocated_bytes
 from packlight.errors import UnsupportedModelError
-from packlight.step import Buffer, BufferKind, Operation, Phase, StepGraph
+from packlight.step import Buffer, BufferKind, Operation, OperationKind, Phase, StepGraph
 from packlight.torch_internals import is_tangent
 
-RNG_STATE = "packlight.rng_state"
-TANGENT = "packlight.tangent"
-SNAPSHOT = "packlight.snapshot"
 CPU_GENERATOR_BYTES = 5056
 
 Measure = Callable[[torch._ops.OpOverload, Any, Any], CallFacts]
@@ -45,7 +42,7 @@ class JointStep:
     Attributes:
         graph: the step as data.
         module: the joint FX graph that it was read from.
-        node_of_operation: the FX node that an operation calls (for pseudo operations, the node
+        node_of_operation: the FX node that a computation calls (for pseudo operations, the node
             whose generator state, tangent or snapshot they stand for).
         root_of_buffer: the FX node whose value owns the buffer's whole storage.
         buffer_of_node: the buffer behind each tensor-valued node.
@@ -54,7 +51,7 @@ class JointStep:
         primals, tangents: placeholders in order.
         forward_results, backward_results: what the two graphs must return (nodes, None, constants).
         rng_state_of: random operation -> the buffer with the generator's state before it.
-        facts: what was observed of each operation's call, None for pseudo operations.
+        facts: what was observed of each computation's call, None for pseudo operations.
     """
 
     graph: StepGraph
@@ -87,10 +84,10 @@ class JointStep:
 
     def with_seconds(self, seconds: dict[int, float]) -> JointStep:
         """Return the step with other durations of some operations."""
-        operations = tuple(
-            replace(o, seconds=seconds.get(o.id, o.seconds)) for o in self.graph.operations
+        computations = (
+            replace(o, seconds=seconds.get(o.id, o.seconds)) for o in self.graph.computations
         )
-        return replace(self, graph=replace(self.graph, operations=operations))
+        return replace(self, graph=self.graph.with_computations(computations))
 
 
 def read_joint_graph(
@@ -217,8 +214,8 @@ class _Reader:
             # backward must read a copy.
             name = f"{node.name} before the step"
             copy = self._new_buffer(_storage_bytes(value), BufferKind.ACTIVATION, name, node)
-            self._new_operation(
-                node, SNAPSHOT, (buffer,), (copy,), Phase.FORWARD, can_recompute=False
+            self._new_pseudo_operation(
+                node, OperationKind.SNAPSHOT, (buffer,), copy, Phase.FORWARD
             )
             self.buffer_of_node[node] = copy
 
@@ -229,7 +226,7 @@ class _Reader:
         buffer = self._new_buffer(_storage_bytes(value), BufferKind.GRADIENT, node.name, node)
         self.buffer_of_node[node] = buffer
         self.tangent_buffers.append(buffer)
-        self._new_operation(node, TANGENT, (), (buffer,), Phase.BACKWARD, can_recompute=False)
+        self._new_pseudo_operation(node, OperationKind.TANGENT, (), buffer, Phase.BACKWARD)
 
     def _read_call(self, node: fx.Node, phase: Phase) -> None:
         if node.target is operator.getitem:
@@ -380,8 +377,21 @@ class _Reader:
         size = CPU_GENERATOR_BYTES if value.device.type == "cpu" else 0
         kind = BufferKind.ACTIVATION if phase is Phase.FORWARD else BufferKind.GRADIENT
         buffer = self._new_buffer(size, kind, f"generator state before {node.name}", node)
-        self._new_operation(node, RNG_STATE, (), (buffer,), phase, can_recompute=False)
+        self._new_pseudo_operation(node, OperationKind.GENERATOR, (), buffer, phase)
         return buffer
+
+    def _new_pseudo_operation(
+        self,
+        node: fx.Node,
+        kind: OperationKind,
+        reads: tuple[int, ...],
+        creates: int,
+        phase: Phase,
+    ) -> None:
+        name = f"packlight.{kind}"
+        self._new_operation(
+            node, name, reads, (creates,), phase, kind=kind, can_recompute=False
+        )
 
     # -- building
 
@@ -398,6 +408,7 @@ class _Reader:
         creates: tuple[int, ...],
         phase: Phase,
         *,
+        kind: OperationKind = OperationKind.COMPUTE,
         facts: CallFacts | None = None,
         is_random: bool = False,
         can_recompute: bool = True,
@@ -417,6 +428,7 @@ class _Reader:
                 can_recompute=can_recompute,
                 overwrites=overwrites,
                 layer=self.layers.get(node, ""),
+                kind=kind,
             )
         )
         self.node_of_operation.append(node)

@@ -24,11 +24,8 @@ from typing import Any
 
 from torch import fx
 
-from packlight.capture.joint import TANGENT, JointStep
-from packlight.step import Buffer, BufferKind, Operation, Phase
-
-KEEP = "packlight.keep"
-UPDATE = "packlight.update"
+from packlight.capture.joint import JointStep
+from packlight.step import Buffer, BufferKind, Operation, OperationKind, Phase
 
 
 class Consumption(StrEnum):
@@ -103,7 +100,10 @@ class _Builder:
     ) -> None:
         self.joint, self.consumers, self.how, self.together = joint, consumers, how, together
         self.old = joint.graph
-        tangents = {b for o in self.old.operations if o.name == TANGENT for b in o.creates}
+        tangents = {
+            b for o in self.old.operations
+            if o.kind is OperationKind.TANGENT for b in o.creates
+        }
         self.buffers = [
             replace(b, kind=BufferKind.INPUT) if b.id in tangents else b for b in self.old.buffers
         ]
@@ -124,7 +124,7 @@ class _Builder:
         new_id: dict[int, int] = {}
         num_forward = 0
         for old in (None, *self.old.operations):
-            if old is not None and old.name != TANGENT:
+            if old is not None and old.kind is not OperationKind.TANGENT:
                 new_id[old.id] = len(operations)
                 operations.append(replace(old, id=len(operations)))
                 nodes.append(self.joint.node_of_operation[old.id])
@@ -134,7 +134,8 @@ class _Builder:
                 operations.append(replace(operation, id=index))
                 nodes.append(node)
                 facts.append(None)
-                (self.kept_by if operation.name == KEEP else self.consumed_by)[index] = origin
+                is_kept = operation.kind is OperationKind.KEEP
+                (self.kept_by if is_kept else self.consumed_by)[index] = origin
             if old is None or old.id < self.old.num_forward:
                 num_forward = len(operations)
         graph = replace(
@@ -184,7 +185,7 @@ class _Builder:
             # Of several results that look at one storage, none can take it over.
             is_alone = num_sharing[buffer] == 1
             operation = Operation(
-                0, KEEP, (buffer,), (kept,), 0.0,
+                0, "packlight.keep", (buffer,), (kept,), 0.0, kind=OperationKind.KEEP,
                 phase=self.old.operations[self.maker[buffer]].phase,
                 can_recompute=False, overwrites=((kept, buffer),) if is_alone else (),
                 layer=self.old.operations[self.maker[buffer]].layer,
@@ -233,15 +234,16 @@ class _Builder:
             if mutates:
                 after = max(after, last_read.get(parameter, -1))
             operation = Operation(
-                0, UPDATE, reads, (), consumer.seconds, consumer.workspace_bytes, Phase.UPDATE,
-                can_recompute=False, layer=consumer.name, mutates=mutates,
+                0, "packlight.update", reads, (), consumer.seconds, consumer.workspace_bytes,
+                Phase.UPDATE, can_recompute=False, layer=consumer.name, mutates=mutates,
+                kind=OperationKind.UPDATE,
             )
             self._add(after, operation, node, (primal,))
         if first_node is not None:
             assert self.together is not None
             operation = Operation(
-                0, UPDATE, tuple(all_reads), (), self.together.seconds,
+                0, "packlight.update", tuple(all_reads), (), self.together.seconds,
                 self.together.workspace_bytes, Phase.UPDATE, can_recompute=False,
-                layer=self.together.name, mutates=tuple(all_mutated),
+                layer=self.together.name, mutates=tuple(all_mutated), kind=OperationKind.UPDATE,
             )
             self._add(end, operation, first_node, tuple(all_primals))

@@ -107,7 +107,7 @@ def layer_rows(
     """
     graph, memory = profile.graph, profile.memory
     timeline = simulate(graph, plain_schedule(graph))
-    creator = {b: operation.layer for operation in graph.operations for b in operation.creates}
+    creator = {b: operation.layer for operation in graph.computations for b in operation.creates}
     activations: dict[str, int] = {}
     for buffer in timeline.peak_buffers:
         if graph.buffers[buffer].kind is not BufferKind.GRADIENT:
@@ -117,7 +117,7 @@ def layer_rows(
     for name, size in parameter_bytes.items():
         layer = name.rpartition(".")[0]
         parameters[layer] = parameters.get(layer, 0) + size
-    order = dict.fromkeys(operation.layer for operation in graph.operations)
+    order = dict.fromkeys(operation.layer for operation in graph.computations)
     names = [layer for layer in order if layer in activations or layer in parameters]
     names += [layer for layer in (*parameters, *activations) if layer not in order]
     depth = sensible_depth(names, max_layers)
@@ -138,7 +138,7 @@ def plan_rows(
     graph: StepGraph, schedule: Schedule, max_layers: int = MAX_LAYERS
 ) -> list[PlanRow]:
     """Return what is kept and what runs again, layer by layer; equal layers share a row."""
-    counts = schedule.compute_counts()
+    reruns = graph.reruns(schedule)
     kept = live_after_forward(graph, schedule)
     operations = graph.operations[: graph.num_forward]
     depth = sensible_depth((o.layer for o in operations), 10 * max_layers)
@@ -147,7 +147,7 @@ def plan_rows(
         name = layer_at_depth(operation.layer, depth)
         row = layers.get(name, PlanRow(name, 1, 0, (), (), 0.0))
         kept_bytes = sum(graph.buffers[b].bytes for b in operation.creates if b in kept)
-        again = counts.get(operation.id, 1) - 1
+        again = reruns.get(operation.id, 0)
         label = operation.short_name
         layers[name] = PlanRow(
             name,

@@ -66,8 +66,7 @@ def other_plans(profile: StepProfile) -> list[Plan]:
     """Return plans for other budgets: fewer where each of them is searched with transfers."""
     from packlight.planner import pareto
 
-    has_link = profile.device is not None and profile.device.links
-    return pareto(profile.graph, 4 if has_link else 8, profile.device)
+    return pareto(profile.graph, 4 if profile.graph.transfers else 8, profile.machine)
 
 
 def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[str]:
@@ -77,10 +76,10 @@ def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[
     budget = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
     transfers = []
-    if plan.link_seconds:
+    if plan.lane_seconds:
         transfers.append(
-            f"transfers        {format_bytes(plan.offloaded_bytes)} offloaded; the link is busy "
-            f"for {format_seconds(plan.link_seconds)}, operations wait for it for "
+            f"transfers        {format_bytes(plan.offloaded_bytes)} offloaded; lanes are busy for "
+            f"{format_seconds(plan.lane_seconds)}, operations wait for them for "
             f"{format_seconds(plan.wait_seconds)}"
         )
     return [

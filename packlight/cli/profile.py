@@ -71,7 +71,7 @@ def kind_table(peak: PeakBreakdown, profile: StepProfile) -> Table:
     table = Table(
         title="Plain step: what is in memory at its peak",
         caption=(
-            f"{len(graph.operations)} operations, {format_seconds(graph.seconds)} "
+            f"{graph.num_computations} operations, {format_seconds(graph.seconds)} "
             f"on {profile.device_name} with torch {profile.torch_version}\n"
             f"the update at its end holds {format_bytes(profile.memory.gradient_bytes)} gradients"
         ),

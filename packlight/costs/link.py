@@ -14,13 +14,13 @@ import torch
 from packlight.memory.disk import DiskTier
 from packlight.memory.host import HostTier
 from packlight.memory.tier import SlotSpec, Tier
-from packlight.step import Link
+from packlight.step import Lane, Speed
 
 _SMALL_BYTES = 4096
 _NUM_ROUNDS = 3
 _ALONE_SECONDS = 0.02
 _CPU = torch.device("cpu")
-_measured: dict[tuple[object, ...], Link] = {}
+_measured: dict[tuple[object, ...], Lane] = {}
 
 
 def measure_link(
@@ -30,8 +30,8 @@ def measure_link(
     *,
     while_computing: bool = True,
     allow_memory: bool = False,
-) -> Link:
-    """Return the link to a directory's disk, or to the host's memory: medians of three rounds.
+) -> Lane:
+    """Return the lane to a directory's disk, or to the host's memory: medians of three rounds.
 
     A transfer to a disk has to share the cores with the step, so by default this thread multiplies
     matrices meanwhile, with as many threads as torch is set to use. The first round is dropped: a
@@ -46,7 +46,7 @@ def measure_link(
         allow_memory: see `DiskTier`.
 
     Returns:
-        A link with both directions' speeds and what transfers take from computing. What was
+        A lane with both directions' speeds and what transfers take from computing. What was
         measured for a memory is remembered until the process ends.
 
     Raises:
@@ -71,7 +71,7 @@ def measure_link(
 
 def _measure(
     tier: Tier, name: str, large: torch.Tensor, small: torch.Tensor, while_computing: bool
-) -> Link:
+) -> Lane:
     writes, reads, latencies, shares = [], [], [], []
     products_per_second = _products_per_second() if while_computing else math.inf
 
@@ -98,7 +98,7 @@ def _measure(
         for seconds in (writes, reads)
     )
     share = min(max(statistics.median(shares[2:]), 0.0), 1.0) if while_computing else 0.0
-    return Link(name, read, latency, write_bytes_per_second=write, compute_share=share)
+    return Lane(name, name, Speed(read, latency), Speed(write, latency), share)
 
 
 def _run(

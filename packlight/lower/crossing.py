@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from packlight.lower.facts import Facts
-from packlight.lower.kinds import UPDATE, kind_of
-from packlight.step import Action, Instruction
+from packlight.step import Action, Instruction, Operation, OperationKind
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ class _Trace:
     def __init__(self, facts: Facts) -> None:
         self.facts, self.joint = facts, facts.step.joint
         self.ran: set[int] = set()
-        self.in_transfer: dict[int, Action] = {}
+        self.in_transfer: dict[int, OperationKind] = {}
         self.constants = {
             b for b, root in enumerate(self.joint.root_of_buffer)
             if root is not None and root.op == "get_attr"
@@ -88,33 +87,34 @@ class _Trace:
         roots = self.joint.root_of_buffer
         primals = set(self.joint.primals if bounds.takes_primals else ())
         tangents = set(self.joint.tangents if bounds.takes_tangents else ())
+        buffers = self.joint.graph.buffers[: len(roots)]  # those in the device's memory
         return {
-            b.id for b in self.joint.graph.buffers
+            b.id for b in buffers
             if roots[b.id] in tangents or (roots[b.id] in primals and b.kind.is_resident)
         }
 
     def of(self, instruction: Instruction) -> tuple[list[int], Iterable[int]]:
         """Return what an instruction uses and what it makes."""
         target = instruction.target
-        if instruction.action is Action.COMPUTE:
-            return self._compute(target)
-        if target in self.facts.streamed:  # its holder has it
-            return [], [target] if instruction.action is Action.FETCH else ()
         if instruction.action is Action.FREE:  # a value is kept until its transfer is over
             is_moving = self.in_transfer.pop(target, None) is not None
             return self.values([target] if is_moving else []), ()
-        self.in_transfer[target] = instruction.action
-        if instruction.action is Action.OFFLOAD:
-            return self.values([target]), ()
-        return [], [target]
+        operation = self.joint.graph.operations[target]
+        return self._transfer(operation) if operation.lane else self._compute(operation)
 
-    def _compute(self, index: int) -> tuple[list[int], Iterable[int]]:
-        operation = self.joint.graph.operations[index]
-        reads = list(operation.reads)
+    def _transfer(self, operation: Operation) -> tuple[list[int], Iterable[int]]:
+        buffer, is_read = operation.moved, operation.kind is OperationKind.READ
+        if buffer in self.facts.streamed:  # its holder has it
+            return [], [buffer] if is_read else ()
+        self.in_transfer[buffer] = operation.kind
+        return ([], [buffer]) if is_read else (self.values([buffer]), ())
+
+    def _compute(self, operation: Operation) -> tuple[list[int], Iterable[int]]:
+        index, reads = operation.id, list(operation.reads)
         for buffer in reads:
-            if self.in_transfer.get(buffer) is Action.FETCH:
+            if self.in_transfer.get(buffer) is OperationKind.READ:
                 del self.in_transfer[buffer]
-        if kind_of(operation) == UPDATE:
+        if operation.kind is OperationKind.UPDATE:
             primals = self.facts.step.consumed_by[index]
             gradients = [self.joint.backward_results[primal] for primal in primals]
             reads = list(dict.fromkeys(self.joint.buffer_of_node[node] for node in gradients))

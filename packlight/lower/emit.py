@@ -19,12 +19,11 @@ from packlight.capture.whole_step import WholeStep
 from packlight.costs.measure import in_place_call
 from packlight.lower.crossing import Bounds, Crossing, crossings
 from packlight.lower.facts import Facts
-from packlight.lower.kinds import COMPUTE, KEEP, RNG_STATE, SNAPSHOT, TANGENT, UPDATE, kind_of
 from packlight.lower.program import OPERATION_KEY, Program, Section
 from packlight.lower.rng import generator_state, replay
 from packlight.lower.transfers import TransferWriter
 from packlight.lower.values import Values, plain_meta
-from packlight.step import Action, Instruction, Schedule
+from packlight.step import Action, Instruction, OperationKind, Schedule
 from packlight.torch_internals import box_arguments
 
 GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
@@ -156,22 +155,17 @@ class _Emitter:
 
     def _write(self, instruction: Instruction) -> None:
         target = instruction.target
-        if instruction.action is Action.COMPUTE:
-            operation = self.step.graph.operations[target]
-            for buffer in operation.touches:
-                self.transfers.wait_fetched(buffer)
-            if instruction.overwrite is not None:
-                self.transfers.wait_written(instruction.overwrite[1])
-            self.handlers[kind_of(operation)](self, instruction)
-            self.ran.add(target)
-        elif instruction.action is Action.FREE:
+        if instruction.action is Action.FREE:
             self.transfers.free(target)
             self.values.forget(target)
-        elif instruction.action is Action.OFFLOAD:
-            self.transfers.offload(target)
-        else:
-            assert instruction.action is Action.FETCH, instruction
-            self.transfers.fetch(target)
+            return
+        operation = self.step.graph.operations[target]
+        for buffer in operation.touches:
+            self.transfers.wait_fetched(buffer)
+        if instruction.overwrite is not None:
+            self.transfers.wait_written(instruction.overwrite[1])
+        self.handlers[operation.kind](self, instruction)
+        self.ran.add(target)
 
     def _compute(self, instruction: Instruction) -> None:
         """Write one call."""
@@ -279,13 +273,21 @@ class _Emitter:
             arguments = (self.helpers["events"], primal, self.values.of(node), is_last_use)
             self.graph.call_method("gradient", arguments)
 
-    handlers: ClassVar[dict[str, Callable[[_Emitter, Instruction], None]]] = {
-        COMPUTE: _compute,
-        TANGENT: _take_tangent,
-        RNG_STATE: _take_generator_state,
-        SNAPSHOT: _take_snapshot,
-        KEEP: _keep,
-        UPDATE: _update,
+    def _read(self, instruction: Instruction) -> None:
+        self.transfers.fetch(self.step.graph.operations[instruction.target].moved)
+
+    def _write_away(self, instruction: Instruction) -> None:
+        self.transfers.offload(self.step.graph.operations[instruction.target].moved)
+
+    handlers: ClassVar[dict[OperationKind, Callable[[_Emitter, Instruction], None]]] = {
+        OperationKind.COMPUTE: _compute,
+        OperationKind.TANGENT: _take_tangent,
+        OperationKind.GENERATOR: _take_generator_state,
+        OperationKind.SNAPSHOT: _take_snapshot,
+        OperationKind.KEEP: _keep,
+        OperationKind.UPDATE: _update,
+        OperationKind.READ: _read,
+        OperationKind.WRITE: _write_away,
     }
 
 

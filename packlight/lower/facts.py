@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 
 from packlight.capture.whole_step import WholeStep
-from packlight.step import Action, Schedule
+from packlight.step import Operation, OperationKind, Schedule
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,14 @@ class Facts:
     @cached_property
     def recomputed(self) -> frozenset[int]:
         """The operations that run more than once."""
-        counts = self.schedule.compute_counts()
-        return frozenset(operation for operation, count in counts.items() if count > 1)
+        return frozenset(self.step.joint.graph.reruns(self.schedule))
+
+    @cached_property
+    def transfers(self) -> tuple[Operation, ...]:
+        """The reads and writes that run, in order."""
+        graph = self.step.joint.graph
+        runs = (graph.operations[run] for run in self.schedule.runs())
+        return tuple(operation for operation in runs if operation.kind.is_transfer)
 
     @cached_property
     def states(self) -> frozenset[int]:
@@ -54,18 +60,16 @@ class Facts:
     def streamed(self) -> frozenset[int]:
         """Parameters and optimizer state that come and go; a holder outside has them.
 
-        A rehearsal, which fetches nothing, leaves the holders in peace.
+        A rehearsal, which reads nothing, leaves the holders in peace.
         """
-        instructions = self.schedule.instructions
-        fetched = {i.target for i in instructions if i.action is Action.FETCH}
+        read = {o.moved for o in self.transfers if o.kind is OperationKind.READ}
         held = {*self.step.parameter_buffer_of.values(), *self.step.state_buffer_of.values()}
-        return frozenset(fetched & held)
+        return frozenset(read & held)
 
     @cached_property
     def offloaded(self) -> frozenset[int]:
         """The buffers that go to a tier."""
-        transfers = (Action.OFFLOAD, Action.FETCH)
-        moved = {i.target for i in self.schedule.instructions if i.action in transfers}
+        moved = {operation.moved for operation in self.transfers}
         return frozenset(moved - self.streamed - self.unused_states)
 
     @cached_property
@@ -81,18 +85,12 @@ class Facts:
         operations = self.step.joint.graph.operations
         is_wanted: set[int] = set()
         found: set[tuple[int, int]] = set()
-        for instruction in reversed(self.schedule.instructions):
-            target = instruction.target
-            if instruction.action is Action.COMPUTE:
-                operation = operations[target]
-                if target in self.step.consumed_by:
-                    found.update((target, b) for b in operation.reads if b not in is_wanted)
-                is_wanted.difference_update(operation.creates)
-                is_wanted.update(operation.reads)
-            elif instruction.action is Action.OFFLOAD:
-                is_wanted.add(target)
-            elif instruction.action is Action.FETCH:
-                is_wanted.discard(target)
+        for run in reversed([*self.schedule.runs()]):
+            operation = operations[run]
+            if run in self.step.consumed_by:
+                found.update((run, b) for b in operation.reads if b not in is_wanted)
+            is_wanted.difference_update(operation.creates)
+            is_wanted.update(operation.reads)
         return frozenset(found)
 
     def buffer_of(self, result: Any) -> int | None:

@@ -13,7 +13,7 @@ from packlight.capture.whole_step import Consumption
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Streaming
-from packlight.step import Device
+from packlight.step import Machine
 
 Made = TypeVar("Made")
 
@@ -42,12 +42,12 @@ class Draft:
         costs: what the user's optimizer and model cost beside the graph.
         loss_fn: what is traced: the user's loss, perhaps under autocast.
         batch: the whole example batch.
-        linked: the device with the link that transfers may take, if there is one.
+        offered: the machine whose lanes transfers may take, if there is one.
         num_repeats: how often a (micro)batch runs for one update.
         gradients: what becomes of them.
         traced: the (micro)batch's loss; None until it is traced.
         module: its joint graph, rewritten so far.
-        device: where it runs, with the link that it uses; None where nothing is transferred.
+        machine: whose lanes the step uses; None where nothing is transferred.
         streaming: what of parameters and optimizer state lies elsewhere between uses.
     """
 
@@ -55,12 +55,12 @@ class Draft:
     costs: StepCosts
     loss_fn: LossFunction
     batch: Any
-    linked: Device | None = None
+    offered: Machine | None = None
     num_repeats: int = 1
     gradients: Consumption = Consumption.TOGETHER
     traced: Traced | None = None
     module: fx.GraphModule | None = None
-    device: Device | None = None
+    machine: Machine | None = None
     streaming: Streaming = field(default_factory=Streaming)
     _known: dict[Any, Any] = field(default_factory=dict)
 

@@ -25,7 +25,7 @@ from packlight.moves.stream.parameters import (
 )
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
-from packlight.step import BufferKind, StepMemory
+from packlight.step import BufferKind, Machine, StepMemory, with_transfers
 from packlight.updates.accounting import batch_bytes, measure_optimizer, tensors_bytes
 from packlight.updates.gradients import fills_storage
 from packlight.updates.twin import kinds_of_settings
@@ -110,6 +110,7 @@ class StepCosts:
         loss: CapturedLoss,
         how: Consumption,
         streaming: Streaming,
+        machine: Machine | None,
         profiler: CallProfiler,
     ) -> WholeStep:
         """Return a captured step in which every gradient is consumed, at its measured costs.
@@ -119,6 +120,7 @@ class StepCosts:
             loss: with the real inputs that it was captured with.
             how: what happens to gradients.
             streaming: what lies on the disk between uses.
+            machine: whose lanes buffers may leave memory on, if there is one.
             profiler: remembers seconds.
         """
         consumers: dict[int, Consumer] = {}
@@ -138,18 +140,19 @@ class StepCosts:
             workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
-        if not streaming:
+        if machine is None:
+            assert not streaming, "nothing can lie on the disk where there is none"
             return step
         moved = streamed_primals(loss, streaming)
         buffers = {primal: joint.buffer_of_node[joint.primals[primal]] for primal in moved}
-        stored = (*step.state_buffer_of.values(), *buffers.values())
+        resting = (*step.state_buffer_of.values(), *buffers.values()) if streaming else ()
         # What was captured are values without gradients; reports tell parameters from states.
         named = list(step.joint.graph.buffers)
         for primal, b in buffers.items():
             name = self.name_of.get(id(moved[primal]), named[b].name)
             named[b] = replace(named[b], kind=BufferKind.PARAMETER, name=name)
-        graph = replace(step.joint.graph, buffers=tuple(named), stored=stored)
-        joint = replace(step.joint, graph=graph)
+        graph = replace(step.joint.graph, buffers=tuple(named))
+        joint = replace(step.joint, graph=with_transfers(graph, machine, resting))
         return replace(step, joint=joint, parameter_buffer_of=buffers)
 
     def _consumer(

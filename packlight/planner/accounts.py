@@ -6,7 +6,7 @@ Bytes come from `simulate`; this module only groups and names them. No torch, no
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packlight.planner.explain import operation_at
@@ -14,8 +14,9 @@ from packlight.planner.plain import plain_schedule
 from packlight.step import (
     Action,
     BufferKind,
-    Device,
+    Machine,
     Operation,
+    OperationKind,
     Phase,
     Plan,
     Schedule,
@@ -37,21 +38,21 @@ class PlainStep:
     """A step without recomputation and without transfers, to compare a plan with.
 
     Attributes:
-        graph: nothing of it is stored on a far tier.
+        graph: its computations alone; nothing of it rests in another memory.
         schedule: every operation once.
-        stored_parameter_bytes, stored_state_bytes: what is in memory throughout, and in the
+        resting_parameter_bytes, resting_state_bytes: what is in memory throughout, and in the
             planned step only at times.
     """
 
     graph: StepGraph
     schedule: Schedule
-    stored_parameter_bytes: int
-    stored_state_bytes: int
+    resting_parameter_bytes: int
+    resting_state_bytes: int
 
     @property
-    def stored_bytes(self) -> int:
+    def resting_bytes(self) -> int:
         """Both together."""
-        return self.stored_parameter_bytes + self.stored_state_bytes
+        return self.resting_parameter_bytes + self.resting_state_bytes
 
     @property
     def timeline(self) -> Timeline:
@@ -61,11 +62,11 @@ class PlainStep:
 
 def plain_step(graph: StepGraph) -> PlainStep:
     """Return the plain step behind a graph; ids of operations and buffers are the same."""
-    stored = {BufferKind.PARAMETER: 0, BufferKind.STATE: 0}
-    for b in graph.stored:
-        stored[graph.buffers[b].kind] += graph.buffers[b].bytes
-    resident = replace(graph, stored=()) if graph.stored else graph
-    return PlainStep(resident, plain_schedule(resident), *stored.values())
+    resting = {BufferKind.PARAMETER: 0, BufferKind.STATE: 0}
+    for b in graph.resting:
+        resting[graph.buffers[b].kind] += graph.buffers[b].bytes
+    resident = graph.without_transfers()
+    return PlainStep(resident, plain_schedule(resident), *resting.values())
 
 
 @dataclass(frozen=True)
@@ -94,34 +95,36 @@ class Curve:
         return self.seconds[-1] if self.seconds else 0.0
 
 
-def curve(graph: StepGraph, schedule: Schedule, device: Device | None = None) -> Curve:
+def curve(graph: StepGraph, schedule: Schedule, machine: Machine | None = None) -> Curve:
     """Return a schedule's memory over time; an operation holds its workspace while it runs.
 
     Args:
         graph: the step.
         schedule: any of its schedules.
-        device: where it runs, if it has transfers.
+        machine: with the lanes of its transfers, if it has some.
     """
-    timeline = simulate(graph, schedule, device)
+    timeline = simulate(graph, schedule, machine)
     corners: list[tuple[float, int]] = []
     now, held = 0.0, 0
     forward_seconds, peak_seconds, peak_name = 0.0, 0.0, ""
     for index, instruction in enumerate(schedule.instructions):
         done, after = timeline.done_seconds[index], timeline.live_bytes[index]
-        start, during = done, after
-        if instruction.action is Action.COMPUTE:
+        start, during, kind = done, after, None
+        if instruction.action is Action.RUN:
             operation = graph.operations[instruction.target]
-            start = done - operation.seconds
-            during = max(held, after + operation.workspace_bytes)
-        if start > now:  # it waits for the link, with what is there before
+            kind = operation.kind
+            if not kind.is_transfer:
+                start = done - operation.seconds
+                during = max(held, after + operation.workspace_bytes)
+        if start > now:  # it waits for a lane, with what is there before
             corners += [(now, held), (start, held)]
-        if instruction.action in (Action.COMPUTE, Action.FETCH):
+        if kind is not None and kind is not OperationKind.WRITE:
             corners += [(start, during), (done, during)]
         if index == timeline.peak_index:
             at = operation_at(graph, schedule, index)
             peak_seconds, peak_name = (start + done) / 2, place_name(at)
-            if instruction.action is Action.FETCH:
-                peak_name = f"a fetch before {peak_name}"
+            if kind is OperationKind.READ:
+                peak_name = f"a read before {peak_name}"
         now, held = done, after
         if index < schedule.num_forward:
             forward_seconds = now
@@ -215,7 +218,7 @@ def peak_by_layer(graph: StepGraph, timeline: Timeline, groups: dict[str, str]) 
 def home_layers(graph: StepGraph) -> dict[int, str]:
     """Return the layer of each buffer: where it is made, or first used if it is there before."""
     layers: dict[int, str] = {}
-    for operation in graph.operations:
+    for operation in graph.computations:
         for b in (*operation.creates, *operation.touches):
             layers.setdefault(b, operation.layer)
     return layers
@@ -223,7 +226,7 @@ def home_layers(graph: StepGraph) -> dict[int, str]:
 
 def layer_groups(graph: StepGraph, max_groups: int) -> dict[str, str]:
     """Return for each layer the path to show: as deep as `max_groups` different paths allow."""
-    layers = {operation.layer for operation in graph.operations}
+    layers = {operation.layer for operation in graph.computations}
     depth = max((layer.count(".") + 1 for layer in layers), default=1)
     while True:
         groups = {layer: ".".join(layer.split(".")[:depth]) or OUTSIDE for layer in layers}
@@ -240,7 +243,7 @@ class LayerAccount:
         layer: its path.
         plain_bytes: made by its forward and in memory when the plain forward ends.
         kept_bytes: the same when the planned forward ends.
-        written_bytes: of it and of its optimizer state, sent to the far tier in one step.
+        written_bytes: of it and of its optimizer state, written to other memories in one step.
         num_reruns: how many more operations run than in the plain step.
         rerun_seconds: what they cost.
         reruns: how often each operation runs again, by name.
@@ -261,7 +264,7 @@ def layer_accounts(
     """Return what the plan keeps, offloads and recomputes in each layer, in the forward's order."""
     groups = layer_groups(graph, max_layers)
     accounts: dict[str, LayerAccount] = {}
-    for operation in graph.operations:
+    for operation in graph.computations:
         name = groups[operation.layer]
         accounts.setdefault(name, LayerAccount(name, reruns={}))
     account_of = {b: accounts[groups[layer]] for b, layer in home_layers(graph).items()}
@@ -270,17 +273,14 @@ def layer_accounts(
     if plan is not None:
         for b in live_after_forward(graph, plan.schedule):
             account_of[b].kept_bytes += graph.buffers[b].bytes
-        for instruction in plan.schedule.instructions:
-            if instruction.action is Action.OFFLOAD:
-                written = instruction.target
-                account_of[written].written_bytes += graph.buffers[written].bytes
-        for op, runs in plan.schedule.compute_counts().items():
+        for b in graph.written(plan.schedule):
+            account_of[b].written_bytes += graph.buffers[b].bytes
+        for op, again in graph.reruns(plan.schedule).items():
             operation = graph.operations[op]
             account = accounts[groups[operation.layer]]
-            if runs > 1:
-                account.num_reruns += runs - 1
-                account.rerun_seconds += (runs - 1) * operation.seconds
-                assert account.reruns is not None
-                name = operation.short_name
-                account.reruns[name] = account.reruns.get(name, 0) + runs - 1
+            account.num_reruns += again
+            account.rerun_seconds += again * operation.seconds
+            assert account.reruns is not None
+            name = operation.short_name
+            account.reruns[name] = account.reruns.get(name, 0) + again
     return list(accounts.values())

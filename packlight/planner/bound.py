@@ -8,67 +8,118 @@ byte first (Dantzig 1957), bounds it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-from packlight.step import Device, Link, Operation, StepGraph
+from packlight.planner.routes import Route, routes_of
+from packlight.step import Operation, StepGraph
 
 MAX_POSITIONS = 64
 
 
-def lower_bound_seconds(
-    graph: StepGraph, budget_bytes: int | None, device: Device | None = None
-) -> float:
+def lower_bound_seconds(graph: StepGraph, budget_bytes: int | None) -> float:
     """Return seconds that no schedule within a budget can beat, whatever its order.
 
     Around an operation only its ancestors are known to have run and only its descendants are known
     to come later, so buffers from the ones to the others are counted. Every position gives a bound,
     the best one counts. Gradients may be dropped and recomputed like everything else.
 
-    With a link, what is not held may also have been written before and be read later. With E bytes
-    too many at a position, of which x are transferred, the compute lane is busy for the plain step
-    and the least recomputation of E - x bytes, the link for what must be streamed in any case and
-    x bytes there and back. The step takes at least the longer of the two, at the best x.
+    With transfers, what is not held may also have been written before and be read later. With E
+    bytes too many at a position, of which x are transferred, the compute lane is busy for the plain
+    step and the least recomputation of E - x bytes, the other lanes for what must be streamed in
+    any case and x bytes there and back, shared out as well as can be. The step takes at least the
+    longest of all, at the best x.
 
     Args:
         graph: the step.
         budget_bytes: for what a schedule allocates; None for no limit.
-        device: with a link, for schedules with transfers.
 
     Cost: linear in the graph for each of at most `MAX_POSITIONS` positions.
     """
     plain = graph.seconds
-    link = device.links[0] if device is not None and device.links else None
-    streaming = 0.0 if link is None else _streaming_seconds(graph, link)
+    lanes = _Lanes.of(graph)
     if budget_bytes is None:
-        return max(plain, streaming)
+        return max(plain, lanes.least_seconds)
     facts = _Facts(graph)
-    positions = range(len(graph.operations))
+    positions = range(graph.num_computations)
     stride = max(1, len(positions) // MAX_POSITIONS)
     best = 0.0
     for position in positions[::stride]:
         before = _reach(position, facts.parents)
         after = _reach(position, facts.children)
         held = facts.crossing(before, after)
-        if link is None:
+        if not graph.transfers:
             best = max(best, facts.rerun_seconds(position, held, before, budget_bytes))
         else:
             excess, items = facts.excess(position, held, budget_bytes)
-            best = max(best, _least_seconds(excess, items, plain, streaming, link) - plain)
+            best = max(best, _least_seconds(excess, items, plain, lanes) - plain)
     return plain + best
 
 
-def _streaming_seconds(graph: StepGraph, link: Link) -> float:
-    """Return how long the link is busy with stored buffers: each read and update is needed once."""
-    stored = set(graph.stored)
-    used = {b for o in graph.operations for b in o.touches} & stored
-    updated = {b for o in graph.operations for b in o.mutates} & stored
-    return sum(link.read_seconds(graph.buffers[b].bytes) for b in used) + sum(
-        link.write_seconds(graph.buffers[b].bytes) for b in updated
-    )
+@dataclass(frozen=True)
+class _Lanes:
+    """What the lanes beside computation have to do, and how fast they do it together.
+
+    A step takes no less than any weighted mean of its lanes' work. The weights are such that equal
+    bytes there and back, on whatever lane, weigh about the same.
+
+    Attributes:
+        least_seconds: what one of them has to do in any case.
+        streaming_seconds: the weighted mean of what they have to do in any case.
+        seconds_per_byte: what another byte there and back adds to it at least; infinite where
+            nothing can leave but what rests elsewhere.
+    """
+
+    least_seconds: float
+    streaming_seconds: float
+    seconds_per_byte: float
+
+    @classmethod
+    def of(cls, graph: StepGraph) -> _Lanes:
+        """Return the lanes of a graph's transfers."""
+        routes = routes_of(graph)
+        lanes = {lane for found in routes.values() for route in found for lane in route.lanes}
+        moved = [
+            (graph.buffers[b].bytes, route)
+            for b, found in routes.items() if b not in graph.resting for route in found
+        ]
+        per_byte = dict.fromkeys(sorted(lanes), math.inf)
+        for num_bytes, route in moved:
+            for lane in route.lanes:
+                per_byte[lane] = min(per_byte[lane], route.seconds_on(lane) / num_bytes)
+        rates = {lane: 1 / seconds for lane, seconds in per_byte.items()}
+        total = sum(rates.values())
+        weights = {lane: rate / total if total else 1 / len(rates) for lane, rate in rates.items()}
+        streaming = 0.0
+        alone = dict.fromkeys(weights, 0.0)
+        for transfers in _needed_transfers(graph, routes):
+            streaming += min(weights[o.lane] * o.seconds for o in transfers)
+            if len({o.lane for o in transfers}) == 1:
+                alone[transfers[0].lane] += min(o.seconds for o in transfers)
+        least = max(alone.values(), default=0.0)
+        cheapest = min(
+            (sum(weights[lane] * route.seconds_on(lane) for lane in {*route.lanes}) / num_bytes
+             for num_bytes, route in moved),
+            default=math.inf,
+        )
+        return cls(least, streaming, cheapest)
+
+
+def _needed_transfers(
+    graph: StepGraph, routes: dict[int, tuple[Route, ...]]
+) -> Iterator[list[Operation]]:
+    """Yield the transfers of which one is needed: each that is used is read, if updated written."""
+    updated = {b for o in graph.computations for b in o.mutates}
+    for buffer in sorted({b for o in graph.computations for b in o.touches}.intersection(routes)):
+        if buffer in graph.resting:
+            yield [route.read for route in routes[buffer]]
+            if buffer in updated:
+                yield [route.write for route in routes[buffer] if route.write is not None]
 
 
 def _least_seconds(
-    excess: float, items: list[tuple[float, int]], plain: float, streaming: float, link: Link
+    excess: float, items: list[tuple[float, int]], plain: float, lanes: _Lanes
 ) -> float:
     """Return the least duration if bytes too many are recomputed or transferred.
 
@@ -76,28 +127,30 @@ def _least_seconds(
         excess: bytes too many.
         items: (seconds per byte, bytes) of what can be recomputed, in order.
         plain: seconds of the operations without recomputation.
-        streaming: seconds of the link without these bytes.
-        link: for them.
+        lanes: what else they do, and how fast.
     """
-    write_rate = link.write_bytes_per_second or link.bytes_per_second
-    per_byte = 1 / link.bytes_per_second + 1 / write_rate
-    # Transferring everything, the link is busy longest. Recompute the cheapest until it is not.
-    compute, linked = plain, streaming + max(excess, 0.0) * per_byte
+    per_byte, excess = lanes.seconds_per_byte, max(excess, 0.0)
+    # Transferring everything, lanes are busy longest. Recompute the cheapest until they are not.
+    compute, moving = plain, lanes.streaming_seconds + (excess * per_byte if excess else 0.0)
     for rate, total in items:
-        if linked <= compute or excess <= 0:
+        if moving <= compute or excess <= 0:
             break
-        amount = min(float(total), excess, (linked - compute) / (rate + per_byte))
+        amount = min(float(total), excess)
+        if math.isfinite(per_byte):
+            amount = min(amount, (moving - compute) / (rate + per_byte))
         compute += rate * amount
-        linked -= per_byte * amount
         excess -= amount
-    return max(compute, linked)
+        moving = moving - per_byte * amount if math.isfinite(per_byte) else moving
+    if not math.isfinite(per_byte):  # all of it is recomputed
+        moving = lanes.streaming_seconds
+    return max(compute, moving, lanes.least_seconds)
 
 
 def rerun_seconds_by_position(graph: StepGraph, budget_bytes: int) -> list[float]:
     """Return for each operation the least recomputation from it on, first runs in graph order."""
     facts = _Facts(graph)
     result, live = [], set[int]()
-    for operation in graph.operations:
+    for operation in graph.computations:
         later = {b for b in live if facts.last_read[b] > operation.id}
         result.append(facts.rerun_seconds(operation.id, later, None, budget_bytes))
         live = later | {b for b in operation.creates if facts.last_read[b] > operation.id}
@@ -109,7 +162,7 @@ class _Facts:
 
     def __init__(self, graph: StepGraph) -> None:
         self.graph = graph
-        operations = graph.operations
+        operations = graph.computations
         resident = graph.resident
         self.size = [0 if b.id in resident else b.bytes for b in graph.buffers]
         self.maker = [-1] * len(graph.buffers)

@@ -1,17 +1,18 @@
 """Plans that hold, recompute or transfer: which of the three for what, and what that costs.
 
-A buffer that is not in memory where it is needed comes back in one of two ways: its maker runs
-again, or it is fetched from the far tier. `TransferRetention` knows for each buffer which of them
-and gives it a price in seconds: a recomputation costs its seconds, a fetch the seconds of the link
-for it and its write, times the price of a second of the link. With price p, those buffers are
-fetched whose makers take more than p seconds per second of the link; the rest is recomputed. The
-local moves of `refine.py` then decide where to hold what, as they do without a link.
+A buffer that is not in memory where it is needed comes back by one of its makers: its computation
+runs again, or a read brings it from another memory. `TransferRetention` knows for each buffer which
+of them and gives it a price in seconds: a recomputation costs its seconds, a read the seconds that
+the lanes work for it and its write, times the price of a second of the lanes. With price p, those
+buffers are read whose computations take more than p seconds per second of the lanes; the rest is
+recomputed. The local moves of `refine.py` then decide where to hold what, as they do without
+transfers.
 
-The link's right price (0: it is idle anyway; 1: operations always wait for it) and how much memory
-transfers need besides are not known beforehand: several of both are tried, placed in time
-(`transfers.py`) and judged by the simulator. What waits or recomputes most in the best of them is
-then changed one by one. Joint planning of both is due to POFO (Beaumont et al. 2021), whose dynamic
-program works on chains; this works on any graph.
+The lanes' right price (0: they are idle anyway; 1: operations always wait for them) and how much
+memory transfers need besides are not known beforehand: several of both are tried, placed in time
+(`placement.py`, `transfers.py`) and judged by the simulator. What waits or recomputes most in the
+best of them is then changed one by one. Joint planning of both is due to POFO (Beaumont et al.
+2021), whose dynamic program works on chains; this works on any graph.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
+from packlight.planner.placement import Placement
 from packlight.planner.refine import (
     Effort,
     droppable,
@@ -32,10 +34,11 @@ from packlight.planner.refine import (
     ruin_and_recreate,
 )
 from packlight.planner.retention import Interval, Retention
+from packlight.planner.routes import Routes
 from packlight.planner.search import Found, View
 from packlight.planner.segments import replace_id, restore_ids
-from packlight.planner.transfers import UNLIMITED_BYTES, Placement, fetch_of, fetched_by
-from packlight.step import Action, Device, Link, Schedule, StepGraph, simulate
+from packlight.planner.transfers import UNLIMITED_BYTES, scheduled
+from packlight.step import Machine, Operation, Schedule, StepGraph, simulate
 
 PRICES = (0.03, 0.15, 0.4, 0.7)
 STREAMING_PRICES = (0.05, 0.3, 1.0)
@@ -52,47 +55,46 @@ SMALL_SHARE = 0.001
 
 
 class TransferRetention(Retention):
-    """Intervals, where some of the buffers that are not held are fetched instead of recomputed.
+    """Intervals, where some of the buffers that are not held are read instead of recomputed.
 
-    The fetch of a buffer is an operation that reads nothing and makes it. Its id is negative
-    (`fetch_of`), so that Python's lists find its facts at their ends.
+    To it, a read is an operation that reads nothing and makes a buffer.
 
     Attributes:
-        fetched: the buffers that are fetched.
+        moved: the buffers that are read.
     """
 
-    def __init__(self, graph: StepGraph, link: Link, fetched: Iterable[int], price: float) -> None:
+    def __init__(
+        self, graph: StepGraph, routes: Routes, moved: Iterable[int], price: float
+    ) -> None:
         super().__init__(graph)
-        self.fetched: set[int] = set()
-        backwards = range(len(graph.buffers) - 1, -1, -1)
-        stored = set(graph.stored)
-        self.reads += [()] * (len(graph.buffers) + 1)
-        self.overwrites += [()] * (len(graph.buffers) + 1)
-        self.workspace += [0] * (len(graph.buffers) + 1)
-        self.can_recompute += [True] * (len(graph.buffers) + 1)
-        self.last_chance += [self.num_positions] * (len(graph.buffers) + 1)
-        self.creates += [*((b,) for b in backwards), ()]
-        self.grows += [*(self.size[b] for b in backwards), 0]
-        self.seconds += [
-            *(price * link_seconds(link, graph.buffers[b].bytes, b in stored) for b in backwards),
-            0.0,
-        ]
+        self.moved: set[int] = set()
+        self._routes = routes
+        num = len(routes.brings)
+        self.reads += [()] * num
+        self.overwrites += [()] * num
+        self.workspace += [0] * num
+        self.can_recompute += [True] * num
+        self.first_chance += [-1] * num
+        self.last_chance += [self.num_positions] * num
+        self.creates += routes.brings
+        self.grows += [sum(self.size[b] for b in brought) for brought in routes.brings]
+        self.seconds += [price * seconds for seconds in routes.transfer_seconds]
         self._was_fixed = list(self.is_fixed)
-        for buffer in fetched:
+        for buffer in moved:
             self._turn(buffer)
 
     def _turn(self, buffer: int) -> None:
-        if buffer not in self.fetched:
-            self.fetched.add(buffer)
-            self.maker[buffer] = fetch_of(buffer)
+        if buffer not in self.moved:
+            self.moved.add(buffer)
+            self.maker[buffer] = self._routes.read(buffer).id
             self.is_fixed[buffer] = False
         else:
-            self.fetched.discard(buffer)
+            self.moved.discard(buffer)
             self.maker[buffer] = self.origin[buffer]
             self.is_fixed[buffer] = self._was_fixed[buffer]
 
     def turn(self, buffer: int) -> bool:
-        """Fetch a buffer instead of recomputing it, or the reverse; return whether that can be."""
+        """Read a buffer instead of recomputing it, or the reverse; return whether that can be."""
         places = set(self.rerun_at.get(self.maker[buffer], ()))
         self._journal.append((buffer, None, None))
         self._turn(buffer)
@@ -102,17 +104,17 @@ class TransferRetention(Retention):
         return ok
 
     def arranged(self, rerun: set[int], position: int) -> tuple[int, ...]:
-        """Return recomputations in order, each fetch just before the first that reads it."""
-        sequence = sorted(rerun)
-        if sequence[0] >= 0:
+        """Return recomputations in order, each read just before the first that uses it."""
+        num, sequence = self.num_positions, sorted(rerun)
+        if sequence[-1] < num:
             return tuple(sequence)
-        fetches = {fetched_by(i): i for i in sequence if i < 0}
+        reads = {self.creates[i][0]: i for i in sequence if i >= num}
         result: list[int] = []
         for index in sequence:
-            if index >= 0:
-                result.extend(fetches.pop(b) for b in self.reads[index] if b in fetches)
+            if index < num:
+                result.extend(reads.pop(b) for b in self.reads[index] if b in reads)
                 result.append(index)
-        return (*result, *fetches.values())
+        return (*result, *sorted(reads.values(), key=lambda i: -self.creates[i][0]))
 
     def hold_nothing(self) -> None:
         """Drop every buffer wherever that is possible."""
@@ -124,12 +126,6 @@ class TransferRetention(Retention):
                 mark = self.mark()
                 if not self.set_intervals(buffer, new):
                     self.undo_to(mark)
-
-
-def link_seconds(link: Link, num_bytes: int, is_stored: bool) -> float:
-    """Return how long the link is busy for one absence of a buffer."""
-    write = 0.0 if is_stored else link.write_seconds(num_bytes)
-    return write + link.read_seconds(num_bytes)
 
 
 @dataclass(frozen=True)
@@ -150,61 +146,57 @@ class Trial:
 
 
 class OffloadSearch:
-    """Plans one graph on one device, for any number of budgets."""
+    """Plans one graph with transfers on one machine, for any number of budgets."""
 
     def __init__(
-        self, graph: StepGraph, device: Device, views: Callable[[], Sequence[View]]
+        self, graph: StepGraph, machine: Machine, views: Callable[[], Sequence[View]]
     ) -> None:
         """Prepare the search.
 
         Args:
-            graph: the step; with `stored` buffers, these are streamed.
-            device: `links[0]` is used.
-            views: returns views of the same graph, with nothing stored, when first needed.
+            graph: the step; what rests in another memory is streamed.
+            machine: with the lanes of its transfers.
+            views: returns views of the same computations, when first needed.
         """
-        self.graph, self.device, self.link = graph, device, device.links[0]
-        self.stored = frozenset(graph.stored)
+        self.graph, self.machine, self.routes = graph, machine, Routes(graph, machine)
+        self.resting = self.routes.resting
         self._views = views
-        self._is_small = len(graph.operations) <= MAX_SWEPT
+        self._is_small = graph.num_computations <= MAX_SWEPT
         self._hurries = HURRIES if self._is_small else FEW_HURRIES
-        kept = {*graph.forward_outputs} | graph.resident | self.stored
-        self._movable = [b.id for b in graph.buffers if b.id not in kept and b.bytes > 0]
-        self._maker = {b: o for o in graph.operations for b in o.creates}
+        kept = {*graph.forward_outputs} | self.resting
+        self._movable = [b for b in self.routes.of if b not in kept]
+        self._maker = {b: graph.makers(b)[0] for b in self._movable}
+        self._moved_ids = list(range(graph.num_computations, len(graph.operations)))
 
     @cached_property
     def _plain(self) -> list[Seed]:
-        order = tuple(range(len(self.graph.operations)))
+        order = tuple(range(self.graph.num_computations))
         return [
-            Seed(View(replace(v.graph, stored=self.graph.stored), v.old_ids, []), order)
-            for v in self._views()
+            Seed(self._view(v.graph.computations, v.old_ids), order) for v in self._views()
         ]
+
+    def _view(self, computations: Sequence[Operation], old_ids: Sequence[int]) -> View:
+        """Return the graph with its computations in another order."""
+        graph = self.graph.with_computations(computations)
+        return View(graph, [*old_ids, *self._moved_ids], [])
 
     def _seed_of(self, schedule: Schedule) -> Seed:
         """Return the order of a schedule of this graph, its first runs numbered as they come."""
-        order = [i.target for i in schedule.instructions if i.action is Action.COMPUTE]
+        order = [run for run in schedule.runs() if run < self.graph.num_computations]
         old_ids = list(dict.fromkeys(order))
         new_ids = {old: new for new, old in enumerate(old_ids)}
-        operations = tuple(replace_id(self.graph.operations[old], new_ids[old]) for old in old_ids)
-        view = View(replace(self.graph, operations=operations), old_ids, [])
-        return Seed(view, tuple(new_ids[old] for old in order))
+        computations = [replace_id(self.graph.operations[old], new_ids[old]) for old in old_ids]
+        return Seed(self._view(computations, old_ids), tuple(new_ids[old] for old in order))
 
-    # -- what to fetch
-
-    def _seconds_of(self, buffer: int) -> float:
-        """Return how long the link is busy for one absence of a buffer."""
-        return link_seconds(self.link, self.graph.buffers[buffer].bytes, buffer in self.stored)
-
-    def _price(self, of_waiting: float) -> float:
-        """Return the price of a second of the link: what it takes from computing, and waiting."""
-        return self.link.compute_share + (1 - self.link.compute_share) * of_waiting
+    # -- what to read instead of recomputing it
 
     def _worth(self, price: float, smallest_bytes: float) -> frozenset[int]:
-        """Return the buffers whose fetch, at a price of the link, costs less than recomputing."""
-        found = set(self.stored)
+        """Return the buffers whose read, at a price of the lanes, costs less than recomputing."""
+        found = set(self.resting)
         for buffer in self._movable:
             maker = self._maker[buffer]
             if self.graph.buffers[buffer].bytes >= smallest_bytes:
-                if not maker.can_recompute or maker.seconds >= price * self._seconds_of(buffer):
+                if not maker.can_recompute or maker.seconds >= price * self.routes.seconds(buffer):
                     found.add(buffer)
         return frozenset(found)
 
@@ -216,13 +208,13 @@ class OffloadSearch:
         for buffer in self._movable:
             maker = self._maker[buffer]
             if maker.id in again and self.graph.buffers[buffer].bytes >= smallest_bytes:
-                cost[buffer] = again[maker.id] * maker.seconds / self._seconds_of(buffer)
+                cost[buffer] = again[maker.id] * maker.seconds / self.routes.seconds(buffer)
         ranked = sorted(cost, key=lambda b: (-cost[b], self._maker[b].id, b))
-        total = sum(self._seconds_of(b) for b in ranked)
+        total = sum(self.routes.seconds(b) for b in ranked)
         for part in PARTS:
-            chosen, left = set(self.stored), part * total
+            chosen, left = set(self.resting), part * total
             for buffer in ranked:
-                left -= self._seconds_of(buffer)
+                left -= self.routes.seconds(buffer)
                 if left < 0:
                     break
                 chosen.add(buffer)
@@ -235,19 +227,21 @@ class OffloadSearch:
         hurries: Sequence[float] = HURRIES,
     ) -> Found:
         """Return the fastest schedule behind an order, over some hurries."""
-        placement = Placement(view.graph, order, self.link)
+        placement = Placement(view.graph, order, self.routes)
         tried = hurries if placement.residences else hurries[:1]
-        placed = [placement.schedule(budget_bytes, hurry) for hurry in tried]
+        placed = [scheduled(placement, budget_bytes, hurry) for hurry in tried]
         schedule = restore_ids(min(placed, key=lambda p: p[1])[0], view.old_ids)
-        timeline = simulate(self.graph, schedule, self.device)
+        timeline = simulate(self.graph, schedule, self.machine)
+        if self.routes.overflow(timeline):
+            return Found(schedule, math.inf, UNLIMITED_BYTES)
         return Found(schedule, timeline.seconds, timeline.peak_bytes)
 
     def plain(self) -> Found:
         """Return the fastest step without recomputation, in as much memory as it likes."""
-        order = tuple(range(len(self.graph.operations)))
+        order = tuple(range(self.graph.num_computations))
         best: Found | None = None
-        for seed in [Seed(View(self.graph, list(order), []), order), *self._plain]:
-            retention = TransferRetention(seed.view.graph, self.link, self.stored, 1.0)
+        for seed in [Seed(self._view(self.graph.computations, order), order), *self._plain]:
+            retention = TransferRetention(seed.view.graph, self.routes, self.resting, 1.0)
             retention.load(order)
             effort = Effort(0)
             effort.more(retention, 10 * EVALUATIONS)
@@ -280,17 +274,17 @@ class OffloadSearch:
         plain = self._plain if self._is_small else self._plain[:1]
         tried = [
             (seed, self._worth(price, smallest_bytes), price)
-            for price in map(self._price, STREAMING_PRICES if self.stored else PRICES)
+            for price in map(self.routes.price, STREAMING_PRICES if self.resting else PRICES)
             for seed in [*plain, *seeds]
         ]
         # Streamed steps wait for parameters more than they recompute.
-        for seed in [] if self.stored and not self._is_small else seeds:
+        for seed in [] if self.resting and not self._is_small else seeds:
             sets = list(self._replacements(seed, smallest_bytes))[:: 1 if self._is_small else 2]
-            tried.extend((seed, fetched, self._price(REPLACING_PRICE)) for fetched in sets)
+            tried.extend((seed, moved, self.routes.price(REPLACING_PRICE)) for moved in sets)
         trials: list[Trial] = []
         ranks: list[tuple[tuple[bool, float, int], int]] = []
-        for number, (seed, fetched, price) in enumerate(tried):
-            trial = self._trial(seed, fetched, price, budget_bytes, 1.0)
+        for number, (seed, moved, price) in enumerate(tried):
+            trial = self._trial(seed, moved, price, budget_bytes, 1.0)
             if trial is not None:
                 trials.append(trial)
                 ranks.append((_rank(trial.found, budget_bytes), number))
@@ -299,17 +293,17 @@ class OffloadSearch:
         for _, number in sorted(ranks):
             best_of_seed.setdefault(number if self._is_small else id(tried[number][0]), number)
         for number in best_of_seed.values():
-            seed, fetched, price = tried[number]
-            for share in STREAMING_SHARES if self.stored else SHARES:
-                trial = self._trial(seed, fetched, price, budget_bytes, share)
+            seed, moved, price = tried[number]
+            for share in STREAMING_SHARES if self.resting else SHARES:
+                trial = self._trial(seed, moved, price, budget_bytes, share)
                 if trial is not None:
                     trials.append(trial)
         return trials
 
     def _trial(
-        self, seed: Seed, fetched: frozenset[int], price: float, budget_bytes: int, share: float
+        self, seed: Seed, moved: frozenset[int], price: float, budget_bytes: int, share: float
     ) -> Trial | None:
-        retention = TransferRetention(seed.view.graph, self.link, fetched, price)
+        retention = TransferRetention(seed.view.graph, self.routes, moved, price)
         retention.load(seed.order)
         effort = Effort(0)
         effort.more(retention, EVALUATIONS)
@@ -322,7 +316,7 @@ class OffloadSearch:
     def _polished(self, trial: Trial, budget_bytes: int, num_moves: int) -> Trial:
         """Make small changes and keep what turned out faster.
 
-        In turn: fetch a buffer instead of recomputing it (or the reverse), and drop a few buffers
+        In turn: read a buffer instead of recomputing it (or the reverse), and drop a few buffers
         at random and refill, now and then leaving more memory for transfers.
         """
         retention, best = trial.retention, trial.found
@@ -364,11 +358,10 @@ class OffloadSearch:
             if buffer in tabu or not places:
                 continue
             maker = self._maker[buffer]
-            fetch = self._seconds_of(buffer)
-            if buffer in retention.fetched:
+            if buffer in retention.moved:
                 if not maker.can_recompute:
                     continue
-                gain = len(places) * (fetch - maker.seconds)
+                gain = len(places) * (self.routes.seconds(buffer) - maker.seconds)
             else:
                 gain = len(places) * maker.seconds
             if best is None or (gain, -buffer) > best:
@@ -378,9 +371,9 @@ class OffloadSearch:
     def smallest(self) -> list[Found]:
         """Return schedules with small peaks."""
         found = []
-        fetched = self._worth(0.0, 0.0)
+        moved = self._worth(0.0, 0.0)
         for seed in self._plain:
-            retention = TransferRetention(seed.view.graph, self.link, fetched, 1.0)
+            retention = TransferRetention(seed.view.graph, self.routes, moved, 1.0)
             retention.load(seed.order)
             effort = Effort(0)
             effort.more(retention, 2 * EVALUATIONS)

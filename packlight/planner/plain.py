@@ -9,7 +9,7 @@ from packlight.step import Action, Instruction, Schedule, StepGraph
 
 def plain_schedule(graph: StepGraph) -> Schedule:
     """Return the plain step: everything kept, freed at last use, in place where possible."""
-    return schedule_from_order(graph, [o.id for o in graph.operations], graph.num_forward)
+    return schedule_from_order(graph, range(graph.num_computations), graph.num_forward)
 
 
 def schedule_from_order(
@@ -57,7 +57,7 @@ def schedule_from_order(
         if in_place:
             possible = [pair for pair in operations[index].overwrites if pair[1] in dead]
             overwrite = max(possible, key=lambda pair: graph.buffers[pair[0]].bytes, default=None)
-        instructions.append(Instruction(Action.COMPUTE, index, overwrite))
+        instructions.append(Instruction(Action.RUN, index, overwrite))
         for buffer in dead:
             if overwrite is None or buffer != overwrite[1]:
                 instructions.append(Instruction(Action.FREE, buffer))

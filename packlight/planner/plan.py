@@ -5,7 +5,7 @@ found is remembered: the answer is always the fastest known one that fits, so th
 a larger budget never gets a slower plan than a smaller one planned before it. Two planners that are
 asked the same questions in the same order give the same answers.
 
-On a device with a link, what was found without transfers is where the search with them starts
+With transfers in the graph, what was found without them is where the search with them starts
 (`offload.py`), and is remembered, too: transfers never make a plan slower or larger.
 """
 
@@ -22,7 +22,7 @@ from packlight.planner.explain import infeasible_budget
 from packlight.planner.offload import OffloadSearch
 from packlight.planner.plain import plain_schedule
 from packlight.planner.search import Found, LocalSearch, schedule_of
-from packlight.step import Action, Device, Plan, PlanStatus, Schedule, StepGraph, simulate
+from packlight.step import Machine, Plan, PlanStatus, Schedule, StepGraph, simulate
 
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
@@ -37,41 +37,43 @@ class Planner:
 
     Attributes:
         graph: the step.
-        device: where it runs; without a link, plans are free of transfers.
-        plain: the schedule without recomputation. With stored buffers, it fetches each of them once
-            and keeps it.
+        machine: with the lanes of its transfers, if it has some.
+        plain: the schedule without recomputation. What rests in another memory, it reads once and
+            keeps.
         plain_peak_bytes: its peak.
-        plain_seconds: its duration; with stored buffers, without its waiting for them.
+        plain_seconds: its duration; where something rests elsewhere, without waiting for it.
     """
 
     def __init__(
-        self, graph: StepGraph, device: Device | None = None, without: Planner | None = None
+        self, graph: StepGraph, machine: Machine | None = None, without: Planner | None = None
     ) -> None:
         """Prepare planning.
 
         Args:
             graph: the step.
-            device: where it runs.
-            without: a planner of the same graph (with nothing stored) without a device, to go on
-                from what it found; by default a new one.
+            machine: with the lanes of its transfers, if it has some.
+            without: a planner of the same graph without transfers, to go on from what it found; by
+                default a new one.
         """
-        self.graph, self.device = graph, device
+        self.graph, self.machine = graph, machine
         self._transfers: OffloadSearch | None = None
         self._without: Planner | None = None
         self._exact: ExactSearch | None = None
-        if device is not None and device.links:
-            self._without = without or Planner(replace(graph, stored=()))
-            if graph.stored and without is None:
+        if graph.transfers:
+            names = {lane.name for lane in machine.lanes} if machine is not None else set()
+            missing = {o.lane for o in graph.transfers} - names
+            if machine is None or missing:
+                raise ValueError(
+                    f"a graph with transfers on {', '.join(sorted(missing))} needs the machine "
+                    "that they were made for\nhint: pass it, or graph.without_transfers()"
+                )
+            self._without = without or Planner(graph.without_transfers())
+            if graph.resting and without is None:
                 # What it finds is a start for something else: it need not be the optimum.
                 self._without._exact = None
-            self._transfers = OffloadSearch(graph, device, lambda: self.local.views)
-        if graph.stored:
-            if self._transfers is None:
-                raise ValueError(
-                    f"{len(graph.stored)} buffers are stored on a far tier, but the device "
-                    f"{'has no link' if device is not None else 'is not given'}\n"
-                    "hint: pass a Device with a Link, or a graph with stored=()"
-                )
+            self._transfers = OffloadSearch(graph, machine, lambda: self.local.views)
+        if graph.resting:
+            assert self._transfers is not None
             first = self._transfers.plain()
             self.plain, self.plain_peak_bytes = first.schedule, first.peak_bytes
             self.plain_seconds = graph.seconds
@@ -105,15 +107,15 @@ class Planner:
             InfeasibleBudgetError: nothing was found that fits; names the smallest budget that does.
         """
         limit = self.plain_peak_bytes if budget_bytes is None else budget_bytes
-        # Without stored buffers, nothing is faster than the plain step.
-        is_open = limit < self.plain_peak_bytes or bool(self.graph.stored)
+        # Where nothing rests elsewhere, nothing is faster than the plain step.
+        is_open = limit < self.plain_peak_bytes or bool(self.graph.resting)
         if limit not in self._bounds and limit > self._impossible_bytes and is_open:
             self._solve(limit)
         best = self._fastest_within(limit)
         if best is None:
             smallest = self.smallest()
             if smallest.peak_bytes > limit:
-                raise infeasible_budget(self.graph, limit, smallest.schedule, self.device)
+                raise infeasible_budget(self.graph, limit, smallest.schedule, self.machine)
             best = self._fastest_within(limit) or smallest
         return self._as_plan(best, budget_bytes)
 
@@ -127,7 +129,7 @@ class Planner:
             self._smallest_was_sought = True
             if self._transfers is not None:
                 self._found.extend(self._transfers.smallest())
-                if self._without is not None and not self.graph.stored:
+                if self._without is not None and not self.graph.resting:
                     self._found.append(self._without.smallest())
             else:
                 self._found.extend(self.local.smallest(self.plain_peak_bytes))
@@ -139,7 +141,7 @@ class Planner:
     def know(self, schedules: Iterable[Schedule]) -> None:
         """Take schedules found for the same operations with other times."""
         for schedule in schedules:
-            timeline = simulate(self.graph, schedule, self.device)
+            timeline = simulate(self.graph, schedule, self.machine)
             self._found.append(Found(schedule, timeline.seconds, timeline.peak_bytes))
         self._forget_beaten()
 
@@ -163,7 +165,7 @@ class Planner:
     # -- search
 
     def _solve(self, budget_bytes: int) -> None:
-        self._bounds[budget_bytes] = lower_bound_seconds(self.graph, budget_bytes, self.device)
+        self._bounds[budget_bytes] = lower_bound_seconds(self.graph, budget_bytes)
         if self._transfers is not None:
             self._solve_with_transfers(self._transfers, budget_bytes)
         elif self._exact is None:
@@ -173,13 +175,13 @@ class Planner:
         self._forget_beaten()
 
     def _solve_with_transfers(self, transfers: OffloadSearch, budget_bytes: int) -> None:
-        """Search from what there is without transfers; with nothing stored, remember that, too."""
+        """Search from what there is without transfers: answers, too, where nothing is streamed."""
         assert self._without is not None
-        shares = STREAMING_SHARES if self.graph.stored else (1.0,)
+        shares = STREAMING_SHARES if self.graph.resting else (1.0,)
         seeds = []
         for share in shares:
             found = self._without.best_within(int(share * budget_bytes))
-            if not self.graph.stored:
+            if not self.graph.resting:
                 self._found.append(found)
             if found.schedule not in seeds:
                 seeds.append(found.schedule)
@@ -249,8 +251,8 @@ class Planner:
 
     def _as_plan(self, found: Found, budget_bytes: int | None) -> Plan:
         bound = self.plain_seconds
-        if self.graph.stored:
-            bound = lower_bound_seconds(self.graph, budget_bytes, self.device)
+        if self.graph.resting:
+            bound = lower_bound_seconds(self.graph, budget_bytes)
         elif budget_bytes is not None and budget_bytes < self.plain_peak_bytes:
             bound = self._bounds.get(budget_bytes, self.plain_seconds)
             proven = self._proven.get(budget_bytes)
@@ -261,14 +263,15 @@ class Planner:
         plan = Plan(
             found.schedule, budget_bytes, found.peak_bytes, found.seconds, self.plain_seconds,
             self.plain_peak_bytes, bound, PlanStatus.OPTIMAL if optimal else PlanStatus.FEASIBLE,
+            num_reruns=sum(self.graph.reruns(found.schedule).values()),
         )
         if self._transfers is None:
             return plan
-        timeline = simulate(self.graph, found.schedule, self.device)
-        written = [i.target for i in found.schedule.instructions if i.action is Action.OFFLOAD]
+        timeline = simulate(self.graph, found.schedule, self.machine)
+        written = self.graph.written(found.schedule)
         return replace(
             plan,
-            link_seconds=timeline.link_seconds,
+            lane_seconds=timeline.lane_seconds,
             wait_seconds=timeline.wait_seconds,
             offloaded_bytes=sum(self.graph.buffers[b].bytes for b in written),
         )
@@ -278,7 +281,7 @@ def least_peak_bytes(graph: StepGraph) -> int:
     """Return the most that one operation needs in memory: no schedule's peak is smaller."""
     size = [0 if b.id in graph.resident else b.bytes for b in graph.buffers]
     most = 0
-    for operation in graph.operations:
+    for operation in graph.computations:
         touched = sum(size[b] for b in {*operation.touches, *operation.creates})
         in_place = max((size[created] for created, _ in operation.overwrites), default=0)
         most = max(most, touched + operation.workspace_bytes - in_place)
@@ -287,30 +290,30 @@ def least_peak_bytes(graph: StepGraph) -> int:
 
 _latest: list[Planner] = []
 # Schedules of steps planned before, by everything but the operations' times.
-_earlier: OrderedDict[tuple[StepGraph, Device | None], list[Schedule]] = OrderedDict()
+_earlier: OrderedDict[tuple[StepGraph, Machine | None], list[Schedule]] = OrderedDict()
 
 
-def _planner_of(graph: StepGraph, device: Device | None) -> Planner:
-    """Return the latest planner, with a link or without, if it is of this graph; else a new one.
+def _planner_of(graph: StepGraph, machine: Machine | None) -> Planner:
+    """Return the latest planner, with transfers or without, if it is of this graph; else a new one.
 
     A new one of a step that was planned before with other times (before a rehearsal, by an earlier
     `fit`) knows the schedules found then: what fitted still fits.
     """
-    if device is not None and not device.links:
-        device = None
+    if not graph.transfers:
+        machine = None
     for planner in _latest:
-        if planner.device == device and planner.graph == graph:
+        if planner.machine == machine and planner.graph == graph:
             return planner
     for planner in _latest:
         _remember(planner)
-    new = Planner(graph, device)
-    new.know(_earlier.get((_without_times(graph), device), ()))
-    _latest[:] = [p for p in _latest if (p.device is None) != (device is None)] + [new]
+    new = Planner(graph, machine)
+    new.know(_earlier.get((_without_times(graph), machine), ()))
+    _latest[:] = [p for p in _latest if (p.machine is None) != (machine is None)] + [new]
     return new
 
 
 def _remember(planner: Planner) -> None:
-    key = (_without_times(planner.graph), planner.device)
+    key = (_without_times(planner.graph), planner.machine)
     _earlier[key] = planner.some_schedules(NUM_REMEMBERED_SCHEDULES)
     _earlier.move_to_end(key)
     for key in list(_earlier)[:-NUM_REMEMBERED_STEPS]:
@@ -320,11 +323,11 @@ def _remember(planner: Planner) -> None:
 
 
 def _without_times(graph: StepGraph) -> StepGraph:
-    return replace(graph, operations=tuple(replace(o, seconds=0.0) for o in graph.operations))
+    return graph.with_computations(replace(o, seconds=0.0) for o in graph.computations)
 
 
 def plan_schedule(
-    graph: StepGraph, budget_bytes: int | None, device: Device | None = None
+    graph: StepGraph, budget_bytes: int | None, machine: Machine | None = None
 ) -> Plan:
     """Return the fastest schedule found for a step within a budget.
 
@@ -335,36 +338,36 @@ def plan_schedule(
         graph: the step, as captured.
         budget_bytes: for what the schedule allocates; resident buffers are not counted. None for no
             limit: the plain step.
-        device: with a link, the plan may offload to and fetch from the memory behind it.
+        machine: with the lanes of the graph's transfers, if it has some.
 
     Raises:
         InfeasibleBudgetError: with the smallest budget for which a schedule was found.
     """
-    return _planner_of(graph, device).plan(budget_bytes)
+    return _planner_of(graph, machine).plan(budget_bytes)
 
 
-def smallest_peak_bytes(graph: StepGraph, device: Device | None = None) -> int:
+def smallest_peak_bytes(graph: StepGraph, machine: Machine | None = None) -> int:
     """Return the smallest peak found: `plan_schedule` finds a schedule for it, asked in any order.
 
     The plan made for it may peak lower, by luck; so low, a schedule might not be found again.
     """
-    return _planner_of(graph, device).smallest().peak_bytes
+    return _planner_of(graph, machine).smallest().peak_bytes
 
 
-def smallest_plan(graph: StepGraph, device: Device | None = None) -> Plan:
+def smallest_plan(graph: StepGraph, machine: Machine | None = None) -> Plan:
     """Return the plan with the smallest peak found."""
-    return _planner_of(graph, device).smallest_plan()
+    return _planner_of(graph, machine).smallest_plan()
 
 
-def pareto(graph: StepGraph, num_budgets: int = 8, device: Device | None = None) -> list[Plan]:
+def pareto(graph: StepGraph, num_budgets: int = 8, machine: Machine | None = None) -> list[Plan]:
     """Return plans from the plain step's peak down to the smallest feasible, ever slower.
 
     Args:
         graph: the step.
         num_budgets: how many budgets to look at, evenly spaced.
-        device: with a link, plans may offload to and fetch from the memory behind it.
+        machine: with the lanes of the graph's transfers, if it has some.
     """
-    planner = _planner_of(graph, device)
+    planner = _planner_of(graph, machine)
     high, low = planner.plain_peak_bytes, planner.smallest().peak_bytes
     if low >= high:
         return [planner.plan(None)]

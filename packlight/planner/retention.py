@@ -43,7 +43,7 @@ class Retention:
     """
 
     def __init__(self, graph: StepGraph) -> None:
-        operations, buffers = graph.operations, graph.buffers
+        operations, buffers = graph.computations, graph.buffers
         self.graph = graph
         self.num_positions = n = len(operations)
         resident = [b.id in graph.resident for b in buffers]
@@ -65,6 +65,7 @@ class Retention:
             )
             for o in operations
         ]
+        self.first_chance = list(range(n))  # after its own position
         self.last_chance = graph.last_chances()
         self.maker = [-1] * len(buffers)
         for o in operations:
@@ -244,7 +245,7 @@ class Retention:
         rerun: set[int] = set()
         used: set[int] = set()
         intervals, maker, can_recompute = self.intervals, self.maker, self.can_recompute
-        last_chance = self.last_chance
+        first_chance, last_chance = self.first_chance, self.last_chance
         stack = list(self.reads[position])
         if self.starts[position]:
             stack.extend(b for b in self.starts[position] if b not in creates)
@@ -262,7 +263,11 @@ class Retention:
                     break
             else:
                 index = maker[buffer]
-                if index >= position or not can_recompute[index] or last_chance[index] < position:
+                if (
+                    first_chance[index] >= position
+                    or not can_recompute[index]
+                    or last_chance[index] < position
+                ):
                     ok = False
                     lacking.append(buffer)
                 elif index not in rerun:

@@ -178,7 +178,7 @@ def restore_ids(schedule: Schedule, old_ids: list[int]) -> Schedule:
     return Schedule(
         tuple(
             Instruction(i.action, old_ids[i.target], i.overwrite)
-            if i.action is Action.COMPUTE
+            if i.action is Action.RUN
             else i
             for i in schedule.instructions
         ),

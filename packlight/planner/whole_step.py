@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner.plan import plan_schedule, smallest_peak_bytes
-from packlight.step import Device, Plan, StepGraph, StepMemory
+from packlight.step import Machine, Plan, StepGraph, StepMemory
 
 
 def plan_whole_step(
     graph: StepGraph,
     memory: StepMemory,
     budget_bytes: int | None,
-    device: Device | None = None,
+    machine: Machine | None = None,
 ) -> Plan:
     """Return a plan whose whole-step peak is within a budget.
 
@@ -19,20 +19,20 @@ def plan_whole_step(
         graph: forward, backward and (where they belong to the schedule) updates.
         memory: what the step holds besides.
         budget_bytes: for all of it; None for no limit.
-        device: with a link, buffers may be offloaded.
+        machine: with the lanes of the graph's transfers, if it has some.
 
     Raises:
         InfeasibleBudgetError: with whole-step numbers.
     """
     if budget_bytes is None:
-        return plan_schedule(graph, None, device)
+        return plan_schedule(graph, None, machine)
     left = max(0, budget_bytes - memory.resident_bytes)
     where, live, hint = "", [], ""
     try:
-        plan = plan_schedule(graph, left, device)
+        plan = plan_schedule(graph, left, machine)
         if memory.update_workspace_bytes <= left:
             return plan
-        smallest_bytes = smallest_peak_bytes(graph, device)
+        smallest_bytes = smallest_peak_bytes(graph, machine)
     except InfeasibleBudgetError as error:
         smallest_bytes = error.smallest_bytes
         where, live, hint = error.peak_operation, error.peak_buffers, error.hint

@@ -21,7 +21,7 @@ from packlight.planner.accounts import (
 )
 from packlight.planner.explain import operation_at
 from packlight.report.style import LIGHT, drawing
-from packlight.step import Device, Plan, StepGraph, simulate
+from packlight.step import Machine, Plan, StepGraph, simulate
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def memory_over_time(
     *,
     plain: PlainStep | None = None,
     memory: StepMemory | None = None,
-    device: Device | None = None,
+    machine: Machine | None = None,
     height_inches: float = 4.3,
 ) -> Figure:
     """Return the picture of memory over one step, planned against plain.
@@ -53,14 +53,14 @@ def memory_over_time(
         plan: the plan; None draws the plain step alone.
         plain: the plain step, made here if not given.
         memory: what is in memory besides what the step allocates; None leaves it out.
-        device: where the plan runs, if it has transfers.
+        machine: with the lanes of the plan's transfers, if it has some.
         height_inches: of the figure; its width is fixed.
     """
     base = 0 if memory is None else memory.resident_bytes
     plain = plain or plain_step(graph)
-    plain_base = base + plain.stored_bytes
+    plain_base = base + plain.resting_bytes
     plain_curve = curve(plain.graph, plain.schedule)
-    plan_curve = None if plan is None else curve(graph, plan.schedule, device)
+    plan_curve = None if plan is None else curve(graph, plan.schedule, machine)
     curves = [c for c in (plain_curve, plan_curve) if c is not None]
     budget = None if plan is None or plan.budget_bytes is None else base + plan.budget_bytes
     top = max(plain_base + plain_curve.peak_bytes, budget or 0, 1)
@@ -154,7 +154,7 @@ def peak_breakdown(
     plan: Plan | None,
     *,
     plain: PlainStep | None = None,
-    device: Device | None = None,
+    machine: Machine | None = None,
 ) -> Figure:
     """Return two bar charts: what is live at the peak, by kind and by layer, plain and planned.
 
@@ -164,7 +164,7 @@ def peak_breakdown(
     timelines = {"plain": plain.timeline}
     schedules = {"plain": plain.schedule}
     if plan is not None:
-        timelines["planned"] = simulate(graph, plan.schedule, device)
+        timelines["planned"] = simulate(graph, plan.schedule, machine)
         schedules["planned"] = plan.schedule
     groups = layer_groups(graph, 30)
     by_kind = {name: peak_by_kind(graph, timeline) for name, timeline in timelines.items()}

@@ -26,8 +26,8 @@ from packlight.report.tables import (
     sortable_table,
 )
 from packlight.report.template import CSS, PAGE, SCRIPT
-from packlight.report.transfers import buffer_transfers, link_lane
-from packlight.step import Phase, Plan, StepGraph, simulate
+from packlight.report.transfers import buffer_transfers, lanes_over_time
+from packlight.step import Phase, Plan, StepGraph, Timeline, simulate
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -82,22 +82,22 @@ def render_report(
     """Return the page as text; see `write_report`."""
     with drawing():
         from packlight.report import figures
-    graph, memory, device = profile.graph, profile.memory, profile.device
+    graph, memory, machine = profile.graph, profile.memory, profile.machine
     plain = plain_step(graph)
     plain_memory = replace(
         memory,
-        parameter_bytes=memory.parameter_bytes + plain.stored_parameter_bytes,
-        optimizer_bytes=memory.optimizer_bytes + plain.stored_state_bytes,
+        parameter_bytes=memory.parameter_bytes + plain.resting_parameter_bytes,
+        optimizer_bytes=memory.optimizer_bytes + plain.resting_state_bytes,
     )
     plain_peak_bytes = plain.timeline.peak_bytes
     plain_curve = curve(plain.graph, plain.schedule)
-    shown = plain_curve if plan is None else curve(graph, plan.schedule, device)
+    shown = plain_curve if plan is None else curve(graph, plan.schedule, machine)
     plain_bytes = whole_step_bytes(plain_memory, plain_peak_bytes)
     sections = [_tiles(profile, plan, plain_bytes), _how_section(plan, how)]
     base = memory.resident_bytes
 
     description = f"{figures.plain_name(plan).capitalize()}: "
-    description += f"{figures.describe_curve(plain_curve, base + plain.stored_bytes)}."
+    description += f"{figures.describe_curve(plain_curve, base + plain.resting_bytes)}."
     if plan is not None:
         description += f" Planned: {figures.describe_curve(shown, base)}."
     sections.append(
@@ -105,7 +105,7 @@ def render_report(
             "Memory over the step",
             to_svg(
                 figures.memory_over_time(
-                    graph, plan, plain=plain, memory=memory, device=device
+                    graph, plan, plain=plain, memory=memory, machine=machine
                 ),
                 "memory-over-time", escape(description),
             ),
@@ -118,14 +118,14 @@ def render_report(
         _figure(
             "Where the peak is",
             to_svg(
-                figures.peak_breakdown(graph, plan, plain=plain, device=device), "peak-breakdown",
+                figures.peak_breakdown(graph, plan, plain=plain, machine=machine), "peak-breakdown",
                 escape("Bytes in memory at the peak, by kind and by layer."),
             ),
             f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
             "</b>. What is resident comes on top.",
         )
     )
-    if plan is not None and plan.link_seconds:
+    if plan is not None and plan.lane_seconds:
         sections.insert(3, _transfer_section(profile, plan))
     pies = to_svg(
         figures.three_kinds(memory, plain_peak_bytes, plan, plain_memory), "three-kinds",
@@ -150,7 +150,7 @@ def render_report(
     if plan is not None:
         sections.append(_operation_section(profile, plan))
     facts = f"{escape(profile.device_name)}, torch {escape(profile.torch_version)}, "
-    facts += f"{len(graph.operations)} operations"
+    facts += f"{graph.num_computations} operations"
     return PAGE.format(
         title=escape(title),
         facts=facts,
@@ -175,7 +175,7 @@ def _what_runs(graph: StepGraph, plan: Plan | None) -> str:
     what = "one step"
     if plan is not None and plan.num_microbatches > 1:
         what = f"one of {plan.num_microbatches} microbatches"
-    if any(operation.phase is Phase.UPDATE for operation in graph.operations):
+    if any(operation.phase is Phase.UPDATE for operation in graph.computations):
         return f"{what} runs, updates included"
     return f"{what} runs, before the optimizer's update"
 
@@ -268,10 +268,10 @@ def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None
 
 
 def _transfer_section(profile: StepProfile, plan: Plan) -> str:
-    """Return what the link does and when."""
-    graph, device = profile.graph, profile.device
-    assert device is not None, "a plan with transfers was made for a device"
-    timeline = simulate(graph, plan.schedule, device)
+    """Return what the lanes do and when."""
+    graph, machine = profile.graph, profile.machine
+    assert machine is not None, "a plan with transfers was made for a machine"
+    timeline = simulate(graph, plan.schedule, machine)
     layer_of = home_layers(graph)
     transferred = buffer_transfers(graph, plan.schedule, timeline)
     rows = []
@@ -284,30 +284,40 @@ def _transfer_section(profile: StepProfile, plan: Plan) -> str:
             bytes_cell(buffer.bytes),
             number_cell(entry.num_writes, str(entry.num_writes or "–")),
             number_cell(entry.num_reads, str(entry.num_reads or "–")),
-            seconds_cell(entry.link_seconds),
+            seconds_cell(entry.lane_seconds),
             seconds_cell(entry.gone_seconds),
         ])
     read_bytes = sum(graph.buffers[e.buffer].bytes * e.num_reads for e in transferred)
-    link = device.links[0]
-    counts = plan.schedule.compute_counts()
-    computing_seconds = sum(graph.operations[op].seconds * n for op, n in counts.items())
+    runs = [graph.operations[run] for run in plan.schedule.runs()]
+    num_transfers = sum(operation.kind.is_transfer for operation in runs)
+    computing_seconds = sum(o.seconds for o in runs if not o.kind.is_transfer)
     copying_seconds = timeline.seconds - timeline.wait_seconds - computing_seconds
     more = ""
     if len(transferred) > _MAX_TRANSFERS:
         more = f" The {_MAX_TRANSFERS} with most bytes of {len(transferred)}."
     caption = (
-        f"{escape(link.name)}: {format_bytes(plan.offloaded_bytes)} out and "
-        f"{format_bytes(read_bytes)} in, in {len(timeline.transfers)} transfers. The link is busy "
-        f"for {format_seconds(timeline.link_seconds)}. Where the first row is empty, operations "
-        f"wait for it ({format_seconds(timeline.wait_seconds)} in all) or their cores copy for it "
+        f"{format_bytes(plan.offloaded_bytes)} out and {format_bytes(read_bytes)} in, in "
+        f"{num_transfers} transfers. {_busy_lanes(timeline)} Where the first row is empty, "
+        f"operations wait ({format_seconds(timeline.wait_seconds)} in all) or their cores copy "
         f"({format_seconds(max(0.0, copying_seconds))}).{more}"
     )
     svg = to_svg(
-        link_lane(graph, plan.schedule, device), "link-lane",
-        escape("When operations run, and when the link writes and reads."),
+        lanes_over_time(graph, plan.schedule, machine), "lanes-over-time",
+        escape("When operations run, and when lanes write and read."),
     )
-    heads = ("buffer", "layer", "kind", "bytes", "out", "in", "on the link", "not in memory")
+    heads = ("buffer", "layer", "kind", "bytes", "out", "in", "on lanes", "not in memory")
     return _figure("Transfers", svg, caption, sortable_table(heads, rows))
+
+
+def _busy_lanes(timeline: Timeline) -> str:
+    """Return how long each lane works."""
+    busy = [
+        f"{escape(lane.name)} is busy for {format_seconds(lane.busy_seconds)}"
+        for lane in timeline.lanes
+    ]
+    if len(busy) == 1:
+        return f"{busy[0]}."
+    return "; ".join(f"{number}: {text}" for number, text in enumerate(busy, 1)) + "."
 
 
 def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) -> str:
@@ -346,7 +356,7 @@ def _layer_section(profile: StepProfile, plan: Plan | None, plain: PlainStep) ->
 
 def _operation_section(profile: StepProfile, plan: Plan) -> str:
     graph = profile.graph
-    again = {op: n - 1 for op, n in plan.schedule.compute_counts().items() if n > 1}
+    again = graph.reruns(plan.schedule)
     if not again:
         return "<section><h2>Recomputed operations</h2><p class=note>None.</p></section>"
     ranked = sorted(again, key=lambda op: (-again[op] * graph.operations[op].seconds, op))

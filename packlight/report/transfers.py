@@ -1,4 +1,4 @@
-"""What a plan transfers, as numbers and as a picture: compute lane and link, side by side."""
+"""What a plan transfers, as numbers and as a picture: computation and the lanes beside it."""
 
 from __future__ import annotations
 
@@ -7,54 +7,68 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from packlight.report.style import LIGHT, drawing
-from packlight.step import Action, Device, Schedule, StepGraph, Timeline, simulate
+from packlight.step import (
+    Action,
+    Machine,
+    OperationKind,
+    Schedule,
+    StepGraph,
+    Timeline,
+    simulate,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Gaps narrower than this share of a step are not drawn, and nothing is drawn narrower.
 _NARROW = 1 / 3000
+_COLOURS = {"compute": "planned", "write": "allocated", "read": "bound"}
 
 
 @dataclass
 class BufferTransfers:
-    """What happens to one buffer on the link in one step.
+    """What happens to one buffer on the lanes in one step.
 
     Attributes:
         buffer: its id.
         num_writes, num_reads: how often it goes and comes.
-        link_seconds: what that takes.
-        gone_seconds: how long it is not in memory between a write and a fetch, all its absences
-            together; a stored buffer is gone from the start, and until the end.
+        lane_seconds: what that takes.
+        gone_seconds: how long it is not in the device's memory between a write and a read, all its
+            absences together; what rests elsewhere is gone from the start, and until the end.
     """
 
     buffer: int
     num_writes: int = 0
     num_reads: int = 0
-    link_seconds: float = 0.0
+    lane_seconds: float = 0.0
     gone_seconds: float = 0.0
 
 
 def buffer_transfers(
     graph: StepGraph, schedule: Schedule, timeline: Timeline
 ) -> list[BufferTransfers]:
-    """Return every buffer that is transferred, those with the most bytes on the link first."""
+    """Return every buffer that is transferred, those with the most bytes on the lanes first."""
     found: dict[int, BufferTransfers] = {}
-    for transfer in timeline.transfers:
-        entry = found.setdefault(transfer.buffer, BufferTransfers(transfer.buffer))
-        entry.num_writes += transfer.action is Action.OFFLOAD
-        entry.num_reads += transfer.action is Action.FETCH
-        entry.link_seconds += transfer.end_seconds - transfer.start_seconds
-    gone_since = dict.fromkeys(graph.stored, 0.0)
-    for index, instruction in enumerate(schedule.instructions):
-        target, done = instruction.target, timeline.done_seconds[index]
+    for lane in timeline.lanes:
+        for run in lane.runs:
+            operation = graph.operations[run.operation]
+            is_write = operation.kind is OperationKind.WRITE
+            entry = found.setdefault(operation.moved, BufferTransfers(operation.moved))
+            entry.num_writes += is_write
+            entry.num_reads += not is_write
+            entry.lane_seconds += run.end_seconds - run.start_seconds
+    gone_since = dict.fromkeys(graph.resting, 0.0)
+    for instruction, done in zip(schedule.instructions, timeline.done_seconds, strict=True):
         if instruction.overwrite is not None:  # its storage goes to what is created
             gone_since[instruction.overwrite[1]] = done
         if instruction.action is Action.FREE:
-            gone_since[target] = done
-        elif instruction.action is Action.FETCH:
-            found[target].gone_seconds += done - gone_since.pop(target, done)
-    for b in graph.stored:
+            gone_since[instruction.target] = done
+            continue
+        operation = graph.operations[instruction.target]
+        if operation.kind is OperationKind.READ:
+            away_since = gone_since.pop(operation.moved, done)
+            found[operation.moved].gone_seconds += done - away_since
+    for b in graph.resting:
         if b in found and b in gone_since:
             found[b].gone_seconds += timeline.seconds - gone_since[b]
 
@@ -82,42 +96,46 @@ def merged(intervals: Iterable[tuple[float, float]], gap_seconds: float) -> list
 def busy(
     graph: StepGraph, schedule: Schedule, timeline: Timeline
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return when operations run and when the link writes and reads: (start, end) in seconds."""
-    runs = [
-        (timeline.done_seconds[index] - graph.operations[i.target].seconds,
-         timeline.done_seconds[index])
-        for index, i in enumerate(schedule.instructions)
-        if i.action is Action.COMPUTE
-    ]
-    lanes = {"compute": runs}
-    for name, action in (("write", Action.OFFLOAD), ("read", Action.FETCH)):
-        lanes[name] = [
-            (t.start_seconds, t.end_seconds) for t in timeline.transfers if t.action is action
-        ]
-    return lanes
+    """Return when computations run and when lanes write and read: (start, end) in seconds.
+
+    Where there are several lanes, they are told apart by their number.
+    """
+    rows = {"compute": [
+        (done - graph.operations[i.target].seconds, done)
+        for i, done in zip(schedule.instructions, timeline.done_seconds, strict=True)
+        if i.action is Action.RUN and not graph.operations[i.target].lane
+    ]}
+    for number, lane in enumerate(timeline.lanes, 1):
+        for kind in (OperationKind.WRITE, OperationKind.READ):
+            name = kind.value if len(timeline.lanes) == 1 else f"{kind.value} {number}"
+            rows[name] = [
+                (run.start_seconds, run.end_seconds) for run in lane.runs
+                if graph.operations[run.operation].kind is kind
+            ]
+    return rows
 
 
-def link_lane(graph: StepGraph, schedule: Schedule, device: Device) -> Figure:
-    """Return the picture of a step's two lanes, on the time axis of `memory_over_time`.
+def lanes_over_time(graph: StepGraph, schedule: Schedule, machine: Machine) -> Figure:
+    """Return the picture of what a step's lanes do, on the time axis of `memory_over_time`.
 
-    Where the first row is empty, operations wait for the link, or their cores copy for it.
+    Where the first row is empty, operations wait for another lane, or their cores copy for it.
     """
     from packlight.report.figures import WIDTH_INCHES, into_the_step, second_axis
 
-    timeline = simulate(graph, schedule, device)
-    lanes = busy(graph, schedule, timeline)
+    timeline = simulate(graph, schedule, machine)
+    rows = busy(graph, schedule, timeline)
     end = max(timeline.seconds, 1e-9)
+    height = 0.8 + 0.3 * len(rows)
     with drawing() as matplotlib:
-        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, 1.7))
-        axes = figure.add_axes((0.075, 0.30, 0.905, 0.66))
-        for row, (intervals, colour) in enumerate(
-            zip(lanes.values(), ("planned", "allocated", "bound"), strict=True)
-        ):
+        figure: Figure = matplotlib.figure.Figure(figsize=(WIDTH_INCHES, height))
+        axes = figure.add_axes((0.075, 0.51 / height, 0.905, 1 - 0.578 / height))
+        for row, (name, intervals) in enumerate(rows.items()):
+            colour = _COLOURS[name.split()[0]]
             joined = merged(sorted(intervals), end * _NARROW)
             drawn = [(a, max(b - a, end * _NARROW)) for a, b in joined]
             axes.broken_barh(drawn, (row - 0.36, 0.72), color=LIGHT[colour], linewidth=0)
-        axes.set_yticks(range(len(lanes)), list(lanes), color=LIGHT["ink"])
-        axes.set_ylim(len(lanes) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), list(rows), color=LIGHT["ink"])
+        axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, end)
         axes.grid(False)
         second_axis(axes.xaxis, end)

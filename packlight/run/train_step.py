@@ -204,7 +204,7 @@ class TrainStep:
         graph = self.ready.parts[0].step.joint.graph
         return StepProfile(
             graph, self.way.memory, device_name(self._preparer.device), torch.__version__,
-            self.way.device,
+            self.way.machine,
         )
 
     @property

@@ -35,7 +35,7 @@ from packlight.search.rehearse import (
     with_estimated_seconds,
 )
 from packlight.search.way import Environment, PartPlan, Way
-from packlight.step import Action, Plan, StepMemory
+from packlight.step import Plan, StepMemory
 from packlight.step.digest import structure_digest
 
 Moves = tuple[Move, ...]
@@ -129,7 +129,7 @@ class WayPlanner:
             return None
         draft = self.draft(moves)
         left_bytes = budget_bytes - self.memory(draft).resident_bytes
-        if left_bytes <= budget_bytes // CHUNK_SHARE and draft.linked is not None:
+        if left_bytes <= budget_bytes // CHUNK_SHARE and draft.offered is not None:
             streaming = streamable(draft)
             left_bytes = budget_bytes - self.memory(draft, streaming).resident_bytes
         return left_bytes
@@ -187,7 +187,7 @@ class WayPlanner:
         )
         joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)
         return self.costs.completed(
-            joint, draft.loss, draft.gradients, draft.streaming, self.profiler
+            joint, draft.loss, draft.gradients, draft.streaming, draft.machine, self.profiler
         )
 
     def part(self, draft: Draft, step: WholeStep, plan: Plan) -> ReadyPart:
@@ -210,7 +210,7 @@ class WayPlanner:
             memory=memory,
             environment=environment(self.costs.device),
             finish_seconds=self._finish_seconds(draft, parts[0]),
-            device=draft.device,
+            machine=draft.machine,
             words=self.words(moves),
         )
         return self.bound(way, parts)
@@ -253,17 +253,17 @@ class WayPlanner:
                 step = self._rehearsed(step, memory, draft)
             else:
                 step = replace(step, joint=with_estimated_seconds(step.joint, self.profiler))
-        plan = plan_whole_step(step.joint.graph, memory, request.budget_bytes, draft.device)
+        plan = plan_whole_step(step.joint.graph, memory, request.budget_bytes, draft.machine)
         return step, replace(plan, allowed=tuple(sorted(request.allow)))
 
     def _rehearsed(self, step: WholeStep, memory: StepMemory, draft: Draft) -> WholeStep:
         """Return a step with times measured inside it."""
         joint = step.joint
-        graph = replace(joint.graph, stored=())
+        graph = joint.graph.without_transfers()
         try:
             plan = plan_whole_step(graph, memory, self.request.budget_bytes)
         except InfeasibleBudgetError:
-            if draft.device is None:
+            if draft.machine is None:
                 raise
             return step  # only with transfers, which are not rehearsed
         device = self.costs.device
@@ -279,11 +279,10 @@ class WayPlanner:
 
 
 def _part_plan(part: ReadyPart, count: int) -> PartPlan:
-    graph, stored = part.step.joint.graph, set(part.step.joint.graph.stored)
-    written = [i.target for i in part.plan.schedule.instructions if i.action is Action.OFFLOAD]
+    graph = part.step.joint.graph
     return PartPlan(
         part.traced.num_rows, count, structure_digest(graph), part.plan,
-        sum(buffer not in stored for buffer in written),
+        sum(buffer not in graph.resting for buffer in part.written_buffers),
     )
 
 
@@ -296,7 +295,8 @@ def _moved_seconds(parameter: nn.Parameter, draft: Draft) -> float:
     """Return how long an update after the last schedule waits for its parameter and state."""
     if not draft.streaming:
         return 0.0
-    assert draft.device is not None
-    link = draft.device.links[0]
+    assert draft.machine is not None
+    (lane,) = draft.machine.lanes
+    assert lane.read is not None and lane.write is not None
     sizes = [spec.num_bytes for spec in draft.streaming.of_update(parameter)]
-    return sum(link.read_seconds(size) + link.write_seconds(size) for size in sizes)
+    return sum(lane.read.seconds(size) + lane.write.seconds(size) for size in sizes)

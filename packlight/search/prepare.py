@@ -20,7 +20,7 @@ from packlight.search.restore import restored
 from packlight.search.saved import cache_key, cached_way, remember_way
 from packlight.search.search import Search
 from packlight.search.way import Way
-from packlight.step import Device
+from packlight.step import Machine
 
 LINK_PROBE_BYTES = 16 * 2**20
 
@@ -37,12 +37,12 @@ class Preparer:
         self.request, self._given = request, way
         self.costs = StepCosts(request)
         self.device = self.costs.device
-        linked: Device | None = None
+        machine: Machine | None = None
         far = far_memory(self.device, request.offload_directory)
         if far is not None and "offload" in request.moves:
-            link = measure_link(far.directory, LINK_PROBE_BYTES, self.device)
-            linked = Device(str(self.device), request.budget_bytes or 0, links=(link,))
-        self._base = Draft(request, self.costs, request.loss_fn, None, linked)
+            lane = measure_link(far.directory, LINK_PROBE_BYTES, self.device)
+            machine = Machine.with_one_lane(lane)
+        self._base = Draft(request, self.costs, request.loss_fn, None, machine)
         self._loss_moves: tuple[Move, ...] = ()
         room = Room(None, {})
         for kind in of_stage(Stage.LOSS):

@@ -34,6 +34,11 @@ class ReadyPart:
     parameter_of: Mapping[int, nn.Parameter]
     streamed_of: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def written_buffers(self) -> list[int]:
+        """The buffers that are written away in one run of the schedule."""
+        return self.step.joint.graph.written(self.plan.schedule)
+
 
 @dataclass(frozen=True)
 class Ready:

@@ -11,7 +11,7 @@ from packlight.moves.registry import techniques_of
 from packlight.search.plan_way import WayPlanner, environment
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.way import PartPlan, Way
-from packlight.step import StepGraph, simulate
+from packlight.step import Machine, StepGraph, simulate
 from packlight.step.digest import structure_digest
 from packlight.units import format_bytes
 
@@ -46,7 +46,7 @@ def restored(way: Way, planner: WayPlanner) -> Ready:
     plans = tuple(
         replace(saved, plan=part.plan) for saved, part in zip(way.parts, parts, strict=True)
     )
-    way = replace(way, parts=plans, memory=memory)
+    way = replace(way, parts=plans, memory=memory, machine=planner.draft(moves).machine)
     budget_bytes = planner.request.budget_bytes
     if budget_bytes is not None and way.peak_bytes > budget_bytes:
         raise WayError(
@@ -73,7 +73,7 @@ def _check_moves(way: Way, planner: WayPlanner) -> None:
                 "set of moves", f"it makes {move.name!r}", "among those that may be made",
                 f"moves= has to name {move.name!r}, or " + FIND_ANEW,
             )
-    if any(move.stage is Stage.PLACEMENT for move in way.moves) and planner.base.linked is None:
+    if any(move.stage is Stage.PLACEMENT for move in way.moves) and planner.base.offered is None:
         raise WayError(
             "set of moves", "it offloads", "given where to", "pass offload_directory="
         )
@@ -88,12 +88,13 @@ def _restored_part(saved: PartPlan, way: Way, planner: WayPlanner) -> ReadyPart:
         raise WayError(
             "step", f"digest {saved.graph_digest[:12]}", structure_digest(graph)[:12], FIND_ANEW
         )
-    return planner.part(draft, step, replace(saved.plan, peak_bytes=_peak_bytes(saved, way, graph)))
+    peak_bytes = _peak_bytes(saved, draft.machine, graph)
+    return planner.part(draft, step, replace(saved.plan, peak_bytes=peak_bytes))
 
 
-def _peak_bytes(saved: PartPlan, way: Way, graph: StepGraph) -> int:
+def _peak_bytes(saved: PartPlan, machine: Machine | None, graph: StepGraph) -> int:
     """Return the peak of a saved schedule, which must be one of this graph."""
     try:
-        return simulate(graph, saved.plan.schedule, way.device).peak_bytes
+        return simulate(graph, saved.plan.schedule, machine).peak_bytes
     except (ScheduleError, IndexError) as error:
         raise WayError("step", "its schedule", f"one of this step: {error}", FIND_ANEW) from error

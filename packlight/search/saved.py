@@ -128,7 +128,7 @@ def cache_key(whole: Draft) -> str | None:
         [move.name for move in registered()],
         request.budget_bytes, sorted(request.moves), sorted(request.allow),
         request.clipping.norm is None, request.clipping.value is None,
-        request.scaler is None, str(request.loss_weight), whole.linked is None,
+        request.scaler is None, str(request.loss_weight), whole.offered is None,
         "" if optimizer is None else f"{type(optimizer)} {kinds_of_settings(optimizer)}",
         whole.costs.optimizer_bytes,
         graph_digest(whole.graph_module),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from packlight.moves.move import ROUNDING_MARGIN, Effect, Move
-from packlight.step import Action, Device, Plan, StepMemory
+from packlight.step import Machine, Plan, StepMemory
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Way:
         memory: bytes outside of the schedule.
         environment: where it was found.
         finish_seconds: of the update after the last schedule.
-        device: with the link that transfers take, if there is one.
+        machine: whose lanes transfers take, if there is one.
         words: what the moves do, where that is to be told.
         not_made: what was not possible -> why.
     """
@@ -62,7 +62,7 @@ class Way:
     memory: StepMemory
     environment: Environment
     finish_seconds: float = 0.0
-    device: Device | None = None
+    machine: Machine | None = None
     words: tuple[str, ...] = ()
     not_made: Mapping[str, str] = field(default_factory=dict)
 
@@ -96,17 +96,6 @@ class Way:
     def slowdown(self) -> float:
         """Predicted duration over that of the same calls without recomputation or transfers."""
         return max(part.plan.slowdown for part in self.parts)
-
-    @property
-    def num_transfers(self) -> int:
-        """How many buffers leave memory in one run of the schedule."""
-        return len(self.written_buffers)
-
-    @property
-    def written_buffers(self) -> list[int]:
-        """The buffers that leave memory in one run of the schedule, those not written left out."""
-        schedule = self.parts[0].plan.schedule
-        return [i.target for i in schedule.instructions if i.action is Action.OFFLOAD]
 
     @property
     def is_plain(self) -> bool:

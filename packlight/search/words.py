@@ -18,7 +18,7 @@ def describe(ready: Ready, request: Request) -> str:
     memory = way.memory
     part = max(ready.parts, key=lambda p: p.plan.peak_bytes)
     graph, plan = part.step.joint.graph, part.plan
-    timeline = simulate(graph, plan.schedule, way.device)
+    timeline = simulate(graph, plan.schedule, way.machine)
     operation = operation_at(graph, plan.schedule, timeline.peak_index)
     where = operation.short_name + (f" in {operation.layer}" if operation.layer else "")
     kinds = {
@@ -61,10 +61,9 @@ def how_it_runs(way: Way, request: Request) -> list[tuple[str, str]]:
 def moves_of(way: Way) -> list[str]:
     """Return what is done to fit, in words."""
     plan, num_offloaded = way.parts[0].plan, way.parts[0].num_offloaded
-    num_again = sum(count - 1 for count in plan.schedule.compute_counts().values())
     words = list(way.words)
     if num_offloaded:
         words.append(f"{num_offloaded} activations offloaded")
-    if num_again:
-        words.append(f"{num_again} operations recomputed")
+    if plan.num_reruns:
+        words.append(f"{plan.num_reruns} operations recomputed")
     return words

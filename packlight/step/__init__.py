@@ -1,45 +1,52 @@
 """One training step as data: graph, schedule, timeline, plan. Standard library and numpy only."""
 
+from packlight.step.builder import GraphBuilder
+from packlight.step.machine import Lane, Machine, Memory, Speed
 from packlight.step.profile import StepMemory, StepProfile
-from packlight.step.simulate import live_after_forward, simulate
-from packlight.step.types import (
+from packlight.step.schedule import (
     Action,
-    Buffer,
-    BufferKind,
-    Cluster,
-    Device,
-    GraphBuilder,
     Instruction,
-    Link,
-    Operation,
-    Phase,
+    LaneRun,
+    LaneTimeline,
     Plan,
     PlanStatus,
     Schedule,
-    StepGraph,
     Timeline,
-    Transfer,
+)
+from packlight.step.simulate import live_after_forward, simulate
+from packlight.step.transfers import with_transfers
+from packlight.step.types import (
+    Buffer,
+    BufferKind,
+    Operation,
+    OperationKind,
+    Phase,
+    StepGraph,
 )
 
 __all__ = [
     "Action",
     "Buffer",
     "BufferKind",
-    "Cluster",
-    "Device",
     "GraphBuilder",
     "Instruction",
-    "Link",
+    "Lane",
+    "LaneRun",
+    "LaneTimeline",
+    "Machine",
+    "Memory",
     "Operation",
+    "OperationKind",
     "Phase",
     "Plan",
     "PlanStatus",
     "Schedule",
+    "Speed",
     "StepGraph",
     "StepMemory",
     "StepProfile",
     "Timeline",
-    "Transfer",
     "live_after_forward",
     "simulate",
+    "with_transfers",
 ]

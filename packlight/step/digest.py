@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 
 from packlight.step.types import StepGraph
 
@@ -11,17 +12,23 @@ from packlight.step.types import StepGraph
 def structure_digest(graph: StepGraph) -> str:
     """Return a digest of all that decides whether a schedule runs and what it holds.
 
-    Times are left out (the same step takes other times tomorrow), and so are names of buffers and
-    layers, which are for reports.
+    Times are left out (the same step takes other times tomorrow), and so are names: those of
+    buffers and layers are for reports, those of memories and lanes are another machine's elsewhere.
     """
+    lanes = _numbered(o.lane for o in graph.operations)
+    memories = _numbered(b.memory for b in graph.buffers)
     content = [
         [
             [o.name, o.reads, o.creates, o.workspace_bytes, o.phase, o.is_random,
-             o.can_recompute, o.overwrites, o.mutates]
+             o.can_recompute, o.overwrites, o.mutates, o.kind, lanes[o.lane]]
             for o in graph.operations
         ],
-        [[b.bytes, b.kind] for b in graph.buffers],
-        graph.num_forward, graph.forward_outputs, graph.outputs, graph.stored,
+        [[b.bytes, b.kind, memories[b.memory]] for b in graph.buffers],
+        graph.num_forward, graph.forward_outputs, graph.outputs,
     ]
     text = json.dumps(content, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _numbered(names: Iterable[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(dict.fromkeys(names))}

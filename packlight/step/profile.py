@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from packlight.step.types import Device, StepGraph
+from packlight.step.machine import Machine
+from packlight.step.types import StepGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +55,11 @@ class StepProfile:
         memory: everything else.
         device_name: where times were measured.
         torch_version: with which torch.
-        device: with the link that transfers take, if there is one.
+        machine: other memories and the lanes that reach them, if there are any.
     """
 
     graph: StepGraph
     memory: StepMemory
     device_name: str
     torch_version: str
-    device: Device | None = None
+    machine: Machine | None = None

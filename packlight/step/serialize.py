@@ -1,6 +1,6 @@
 """Graphs, schedules and plans as versioned JSON text, and back.
 
-The text is one object: `{"format": "packlight", "version": 1, "type": "plan", "value": {...}}`.
+The text is one object: `{"format": "packlight", "version": 2, "type": "plan", "value": {...}}`.
 Fields that have their default value are left out: files stay small, and a later release can add
 fields with defaults and still read them. Reading is strict: an unknown field, a value of the wrong
 type, an id that points nowhere or a truncated file is a `FormatError` that says where, never a
@@ -18,10 +18,11 @@ from functools import cache
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from packlight.errors import FormatError
-from packlight.step.types import Plan, Schedule, StepGraph
+from packlight.step.schedule import Plan, Schedule
+from packlight.step.types import StepGraph
 
 FORMAT = "packlight"
-VERSION = 1
+VERSION = 2
 
 _TYPE_NAMES: dict[str, type[StepGraph] | type[Schedule] | type[Plan]] = {
     "step_graph": StepGraph,
@@ -41,7 +42,7 @@ def to_json(obj: StepGraph | Schedule | Plan) -> str:
         FormatError: the object is of another type, or holds a number that JSON has no word for.
 
     >>> from packlight.step import Action, Instruction
-    >>> text = to_json(Schedule((Instruction(Action.COMPUTE, 0),), num_forward=1))
+    >>> text = to_json(Schedule((Instruction(Action.RUN, 0),), num_forward=1))
     >>> from_json(text).num_forward
     1
     """
@@ -274,10 +275,14 @@ def _check_ranges(obj: Any) -> None:
         for buffer in obj.buffers:
             if buffer.bytes < 0:
                 raise FormatError(f"buffer {buffer.id} has {buffer.bytes} bytes")
-        for operation in obj.operations:
+        for operation in obj.computations:
             lost = [b for b in operation.creates if not 0 <= b < len(obj.buffers)]
             if lost:
                 raise FormatError(
                     f"operation {operation.id} ({operation.name}) creates buffers {lost} of "
                     f"{len(obj.buffers)}"
+                )
+            if any(obj.buffers[b].memory for b in operation.creates):
+                raise FormatError(
+                    f"operation {operation.id} ({operation.name}) creates buffers in another memory"
                 )

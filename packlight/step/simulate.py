@@ -8,19 +8,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from packlight.errors import ScheduleError
-from packlight.step.types import (
+from packlight.step.machine import Machine
+from packlight.step.schedule import (
     Action,
-    Device,
     Instruction,
-    Link,
+    LaneRun,
+    LaneTimeline,
     Schedule,
-    StepGraph,
     Timeline,
-    Transfer,
 )
+from packlight.step.types import Operation, OperationKind, StepGraph
 
 
-def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None) -> Timeline:
+def simulate(graph: StepGraph, schedule: Schedule, machine: Machine | None = None) -> Timeline:
     """Return the bytes live after each instruction of a schedule, its peak and its duration.
 
     While an operation runs, its inputs, everything else that is live, all that it creates and its
@@ -28,245 +28,307 @@ def simulate(graph: StepGraph, schedule: Schedule, device: Device | None = None)
     (`Instruction.overwrite`) costs nothing and ends the other's life. Resident buffers (parameters,
     inputs, states) are there before the step and are not counted.
 
-    Transfers run beside the operations on `device.links[0]`, one after the other in the order in
-    which they are issued:
+    An operation on another lane is issued where its instruction stands. The lane works through its
+    operations in that order, beside computation and beside other lanes; each starts when it is
+    issued, the lane is free, and its input is there. From its issue on, what it creates counts;
+    until its end
 
-        OFFLOAD b   writes a live buffer. It stays in memory until its FREE, which waits until it is
-                    written; so does whatever overwrites or updates it.
-        FETCH b     reads a buffer that was written (or whose write is queued) and is not live. It
-                    counts from here on; what reads it waits until it is there, and so does its
-                    FREE.
+        what it reads stays: a FREE of it waits, and so does whatever overwrites or updates it
+        who reads what it creates waits, and so does a FREE of that
 
-    A copy on the far tier stays valid when the buffer is freed, and when it is computed again (the
-    value is the same); an update (`Operation.mutates`) makes it stale. `StepGraph.stored` buffers
-    are on the far tier from the start, may be freed whenever their copy there is valid, and must
-    all be freed when the step ends.
+    A copy in another memory stays valid when its buffer is freed, and when that is computed again
+    (the value is the same). What rests in another memory (`StepGraph.resting`) is there when the
+    step starts. An update of it makes that copy stale until it is written again: before, the buffer
+    cannot be freed. At the end, all of it must be written and freed.
 
     Args:
         graph: the step.
         schedule: its instructions.
-        device: not needed for schedules without transfers.
+        machine: not needed for schedules without transfers.
 
     Raises:
         ScheduleError: an operation reads a buffer that is not live, a buffer is freed twice, an
             operation that must run once runs again or never, something reads what was updated
             before, a backward operation runs in the forward, an output is missing when it is due,
-            or is not left alone once the forward handed it out, or a transfer has nothing to
-            transfer, or an update would be lost.
+            or is not left alone once the forward handed it out, a lane is missing, a transfer has
+            nothing to transfer, or an update would be lost.
 
     Cost: linear in the number of instructions.
     """
-    resident = graph.resident
-    stored = frozenset(graph.stored)
-    size = [0 if b.id in resident else b.bytes for b in graph.buffers]
-    live = set(resident)
-    lanes = _Lanes(device.links[0] if device is not None and device.links else None, stored)
-    live_bytes = 0
-    timeline: list[int] = []
-    done_seconds: list[float] = []
-    peak_bytes, peak_index, peak_workspace = 0, 0, 0
-    peak_live: tuple[int, ...] = ()
-    ran: set[int] = set()
-    mutated: set[int] = set()
-    # What the forward handed out belongs to the caller from there on, if it outlives the step.
-    handed_out: frozenset[int] = frozenset()
+    run = _Run(graph, machine)
     for index, instruction in enumerate(schedule.instructions):
-        target = instruction.target
         if index == schedule.num_forward:
-            _require_live(graph.forward_outputs, live, index, "the forward ends without")
-            lanes.wait_for(graph.forward_outputs)
-            handed_out = frozenset(graph.forward_outputs) & frozenset(graph.outputs) - resident
-        if instruction.action is Action.COMPUTE:
-            operation = graph.operations[target]
-            _require_live(operation.touches, live, index, f"{operation.name} reads")
-            if operation.id in ran and not operation.can_recompute:
-                raise ScheduleError(index, f"{operation.name} must run exactly once")
-            if index < schedule.num_forward and operation.id >= graph.num_forward:
-                raise ScheduleError(index, f"{operation.name} of the backward runs in the forward")
-            late = mutated.intersection(operation.reads)
-            if late:
-                raise ScheduleError(index, f"{operation.name} reads {sorted(late)} updated before")
-            ran.add(operation.id)
-            mutated.update(operation.mutates)
-            before = live_bytes
-            again = [b for b in operation.creates if b in live]
-            if again:
-                raise ScheduleError(index, f"{operation.name} creates live buffers {again}")
-            lanes.wait_for(operation.reads)
-            lanes.update(operation.mutates)
-            for buffer in operation.creates:
-                live.add(buffer)
-                live_bytes += size[buffer]
-            if instruction.overwrite is not None:
-                created, read = _checked_overwrite(instruction, index, graph, live)
-                if read in handed_out:
-                    raise ScheduleError(index, f"output {read} of the forward is overwritten")
-                lanes.let_go(read)
-                live_bytes -= size[created]
-                live.discard(read)
-            lanes.now += operation.seconds
-            during = live_bytes + operation.workspace_bytes
-            # An operation with no workspace may still hold less at its end than while it runs.
-            during = max(during, before)
-            if during > peak_bytes or not timeline:
-                peak_bytes, peak_index = during, index
-                peak_workspace = during - live_bytes
-                peak_live = tuple(live - resident)
-        elif instruction.action is Action.FREE:
-            if target not in live or target in resident:
-                raise ScheduleError(index, f"buffer {target} is freed but not live")
-            if target in handed_out:
-                raise ScheduleError(index, f"output {target} of the forward is freed")
-            if target in stored and target not in lanes.far:
-                raise ScheduleError(index, f"buffer {target} is freed, its update not written")
-            lanes.let_go(target)
-            live.discard(target)
-            live_bytes -= size[target]
-        elif instruction.action is Action.OFFLOAD:
-            if target in resident:
-                raise ScheduleError(index, f"resident buffer {target} is offloaded")
-            if target not in live:
-                raise ScheduleError(index, f"buffer {target} is offloaded but not live")
-            lanes.offload(graph.buffers[target].bytes, target, index)
-        elif instruction.action is Action.FETCH:
-            if target in live:
-                raise ScheduleError(index, f"buffer {target} is fetched but in memory already")
-            lanes.fetch(graph.buffers[target].bytes, target, index)
-            live.add(target)
-            live_bytes += size[target]
-            if live_bytes > peak_bytes:
-                peak_bytes, peak_index, peak_workspace = live_bytes, index, 0
-                peak_live = tuple(live - resident)
+            run.end_forward(index)
+        if instruction.action is Action.FREE:
+            run.free(index, instruction.target)
         else:
-            raise ScheduleError(index, f"{instruction.action} is not simulated")
-        timeline.append(live_bytes)
-        done_seconds.append(lanes.now)
-    end = len(timeline)
-    if schedule.num_forward >= end:
-        _require_live(graph.forward_outputs, live, end, "the forward ends without")
-    _require_live(graph.outputs, live, end, "the step ends without")
-    for operation in graph.operations:
-        if operation.id not in ran and not operation.can_recompute:
-            raise ScheduleError(end, f"{operation.name} never runs")
-    if unwritten := sorted(stored - lanes.far):
-        raise ScheduleError(end, f"the step ends with updates of {unwritten} not written")
-    if left := sorted(stored & live):
-        raise ScheduleError(end, f"the step ends with stored buffers {left} in memory")
-    lanes.wait_until(lanes.link_free)
-    return Timeline(
-        live_bytes=tuple(timeline),
-        peak_bytes=peak_bytes,
-        peak_index=peak_index,
-        seconds=lanes.now,
-        peak_buffers=tuple(sorted(peak_live, key=lambda b: (-size[b], b))),
-        peak_workspace_bytes=peak_workspace,
-        link_seconds=lanes.link_seconds,
-        wait_seconds=lanes.wait_seconds,
-        done_seconds=tuple(done_seconds),
-        transfers=tuple(lanes.transfers),
-    )
+            operation = graph.operations[instruction.target]
+            if operation.lane:
+                run.hand_over(index, operation)
+            else:
+                is_forward = index < schedule.num_forward
+                run.compute(index, operation, instruction, is_forward)
+        run.live_bytes.append(run.held)
+        run.done_seconds.append(run.clocks.now)
+    run.end(schedule)
+    return run.timeline(schedule)
 
 
-class _Lanes:
-    """The clocks of the compute lane and of the link, and what lies on the far tier.
+class _Run:
+    """What is in memory while a schedule runs."""
 
-    Attributes:
-        far: buffers with a valid copy there, written or queued to be.
-        now: when the compute lane has done what was issued so far.
-        link_free: when the link has.
-        link_seconds, wait_seconds: how long the link worked, how long the compute lane waited.
-        transfers: what the link worked on.
-    """
+    def __init__(self, graph: StepGraph, machine: Machine | None) -> None:
+        self.graph = graph
+        self.resident = graph.resident
+        self.size = [0 if b.memory or b.id in self.resident else b.bytes for b in graph.buffers]
+        self.clocks = _Clocks(machine)
+        self.live = {b.id for b in graph.buffers if b.kind.is_resident}
+        self.live.difference_update(graph.resting)
+        self.held = 0
+        self.held_elsewhere = {m.name: 0 for m in machine.memories} if machine is not None else {}
+        self.most_elsewhere = dict(self.held_elsewhere)
+        if graph.transfers:
+            self._count_elsewhere([b for b in self.live if graph.buffers[b].memory], 1)
+        self.live_bytes: list[int] = []
+        self.done_seconds: list[float] = []
+        self.peak_bytes, self.peak_index, self.peak_workspace = 0, 0, 0
+        self.ran: set[int] = set()
+        self.mutated: set[int] = set()
+        # What rests elsewhere and is newer here than there.
+        self.unwritten: set[int] = set()
+        # What the forward handed out belongs to the caller from there on, if it outlives the step.
+        self.handed_out: frozenset[int] = frozenset()
 
-    def __init__(self, link: Link | None, stored: Iterable[int]) -> None:
-        self.link = link
-        self.far = set(stored)
-        self.now = self.link_free = 0.0
-        self.link_seconds = self.wait_seconds = 0.0
-        self.transfers: list[Transfer] = []
-        self._written_at: dict[int, float] = {}
-        self._ready_at: dict[int, float] = {}
+    def end_forward(self, index: int) -> None:
+        """Check that the forward leaves its outputs."""
+        outputs = self.graph.forward_outputs
+        self._require_live(outputs, index, "the forward ends without")
+        self.clocks.wait_for(outputs)
+        self.handed_out = frozenset(outputs) & frozenset(self.graph.outputs) - self.resident
 
-    def offload(self, num_bytes: int, buffer: int, index: int) -> None:
-        if buffer in self.far:
-            raise ScheduleError(index, f"buffer {buffer} is offloaded but on the far tier already")
-        self.far.add(buffer)
-        link = self._link_for(Action.OFFLOAD, index)
-        self._written_at[buffer] = self._run(
-            Action.OFFLOAD, buffer, link.write_seconds(num_bytes)
+    def compute(
+        self, index: int, operation: Operation, instruction: Instruction, is_forward: bool
+    ) -> None:
+        """Run a computation."""
+        live, clocks = self.live, self.clocks
+        self._require_live(operation.touches, index, f"{operation.name} reads")
+        if operation.id in self.ran and not operation.can_recompute:
+            raise ScheduleError(index, f"{operation.name} must run exactly once")
+        if is_forward and operation.id >= self.graph.num_forward:
+            raise ScheduleError(index, f"{operation.name} of the backward runs in the forward")
+        if self.mutated and not self.mutated.isdisjoint(operation.reads):
+            late = sorted(self.mutated.intersection(operation.reads))
+            raise ScheduleError(index, f"{operation.name} reads {late} updated before")
+        self.ran.add(operation.id)
+        clocks.wait_for(operation.reads)
+        for buffer in operation.mutates:
+            clocks.let_go(buffer)
+            self.mutated.add(buffer)
+            if buffer in self.graph.resting:
+                self.unwritten.add(buffer)
+        before = self.held
+        self._create(operation, index)
+        if instruction.overwrite is not None:
+            created, read = self._checked_overwrite(instruction, index)
+            clocks.let_go(read)
+            self.held -= self.size[created]
+            live.discard(read)
+        clocks.now += operation.seconds
+        # An operation with no workspace may still hold less at its end than while it runs.
+        self._see(index, max(self.held + operation.workspace_bytes, before))
+
+    def hand_over(self, index: int, operation: Operation) -> None:
+        """Hand an operation to another lane."""
+        self._require_live(operation.touches, index, f"{operation.name} reads")
+        if operation.kind is OperationKind.WRITE and operation.mutates:
+            (buffer,) = operation.reads
+            if buffer not in self.unwritten:
+                raise ScheduleError(index, f"buffer {buffer} is written but up to date there")
+            self.unwritten.discard(buffer)
+        elif operation.kind is OperationKind.READ and operation.creates[0] in self.unwritten:
+            buffer = operation.creates[0]
+            raise ScheduleError(index, f"buffer {buffer} is read, its update not written")
+        self._create(operation, index)
+        self.clocks.hand_over(operation, index)
+        if self.held_elsewhere:
+            self._count_elsewhere(operation.creates, 1)
+        self._see(index, self.held)
+
+    def free(self, index: int, buffer: int) -> None:
+        """Free a buffer in any memory."""
+        if buffer not in self.live or buffer in self.resident:
+            raise ScheduleError(index, f"buffer {buffer} is freed but not live")
+        if buffer in self.handed_out:
+            raise ScheduleError(index, f"output {buffer} of the forward is freed")
+        if buffer in self.unwritten:
+            raise ScheduleError(index, f"buffer {buffer} is freed, its update not written")
+        self.clocks.let_go(buffer)
+        self.live.discard(buffer)
+        self.held -= self.size[buffer]
+        if self.graph.buffers[buffer].memory:
+            self._count_elsewhere((buffer,), -1)
+
+    def end(self, schedule: Schedule) -> None:
+        """Check how the step ends, and wait for all lanes."""
+        graph, end = self.graph, len(self.live_bytes)
+        if schedule.num_forward >= end:
+            self._require_live(graph.forward_outputs, end, "the forward ends without")
+        self._require_live(graph.outputs, end, "the step ends without")
+        for operation in graph.computations:
+            if not operation.can_recompute and operation.id not in self.ran:
+                raise ScheduleError(end, f"{operation.name} never runs")
+        if self.unwritten:
+            what = sorted(self.unwritten)
+            raise ScheduleError(end, f"the step ends with updates of {what} not written")
+        if left := sorted(self.live.intersection(graph.resting)):
+            raise ScheduleError(end, f"the step ends with {left} in memory, which rest elsewhere")
+        if gone := sorted({*graph.resting.values()} - self.live):
+            raise ScheduleError(end, f"the step ends without what rests elsewhere as {gone}")
+        self.clocks.wait_for_all()
+
+    def timeline(self, schedule: Schedule) -> Timeline:
+        """Return what was seen."""
+        size, clocks = self.size, self.clocks
+        at_peak = _live_at(self.graph, schedule, self.peak_index) if self.live_bytes else set()
+        return Timeline(
+            live_bytes=tuple(self.live_bytes),
+            peak_bytes=self.peak_bytes,
+            peak_index=self.peak_index,
+            seconds=clocks.now,
+            peak_buffers=tuple(sorted(at_peak, key=lambda b: (-size[b], b))),
+            peak_workspace_bytes=self.peak_workspace,
+            wait_seconds=clocks.wait_seconds,
+            done_seconds=tuple(self.done_seconds),
+            lanes=clocks.lanes(),
+            far_peak_bytes=tuple(self.most_elsewhere.items()),
         )
 
-    def fetch(self, num_bytes: int, buffer: int, index: int) -> None:
-        link = self._link_for(Action.FETCH, index)
-        if buffer not in self.far:
-            raise ScheduleError(index, f"buffer {buffer} is fetched but not on the far tier")
-        self._ready_at[buffer] = self._run(Action.FETCH, buffer, link.read_seconds(num_bytes))
+    # -- what they share
 
-    def _link_for(self, action: Action, index: int) -> Link:
-        if self.link is None:
-            raise ScheduleError(index, f"{action} is not simulated without a device with a link")
-        return self.link
+    def _create(self, operation: Operation, index: int) -> None:
+        live, size = self.live, self.size
+        if not live.isdisjoint(operation.creates):
+            again = [b for b in operation.creates if b in live]
+            raise ScheduleError(index, f"{operation.name} creates live buffers {again}")
+        for buffer in operation.creates:
+            live.add(buffer)
+            self.held += size[buffer]
 
-    def _run(self, action: Action, buffer: int, seconds: float) -> float:
-        assert self.link is not None
-        start = max(self.link_free, self.now)
-        self.link_free = start + seconds
-        self.transfers.append(Transfer(action, buffer, start, self.link_free))
-        self.link_seconds += seconds
-        self.now += self.link.compute_share * seconds  # taken from what computes meanwhile
-        return self.link_free
+    def _see(self, index: int, during: int) -> None:
+        if during > self.peak_bytes or not index:
+            self.peak_bytes, self.peak_index = during, index
+            self.peak_workspace = during - self.held
+
+    def _count_elsewhere(self, buffers: Iterable[int], sign: int) -> None:
+        held, most = self.held_elsewhere, self.most_elsewhere
+        for buffer in map(self.graph.buffers.__getitem__, buffers):
+            if buffer.memory:
+                held[buffer.memory] = held.get(buffer.memory, 0) + sign * buffer.bytes
+                most[buffer.memory] = max(most.get(buffer.memory, 0), held[buffer.memory])
+
+    def _require_live(self, buffers: tuple[int, ...], index: int, what: str) -> None:
+        if not self.live.issuperset(buffers):
+            missing = [b for b in buffers if b not in self.live]
+            raise ScheduleError(index, f"{what} buffers {missing}, which are not in memory")
+
+    def _checked_overwrite(self, instruction: Instruction, index: int) -> tuple[int, int]:
+        assert instruction.overwrite is not None
+        operation = self.graph.operations[instruction.target]
+        created, read = instruction.overwrite
+        is_resident = self.graph.buffers[read].kind.is_resident
+        if (created, read) not in operation.overwrites or is_resident or read not in self.live:
+            raise ScheduleError(index, f"{operation.name} cannot overwrite buffer {read}")
+        if read in self.handed_out:
+            raise ScheduleError(index, f"output {read} of the forward is overwritten")
+        return created, read
+
+
+class _Clocks:
+    """The clocks of computation and of the lanes beside it.
+
+    Attributes:
+        now: when computation has done what was issued so far.
+        wait_seconds: how long it waited.
+    """
+
+    def __init__(self, machine: Machine | None) -> None:
+        self.now = self.wait_seconds = 0.0
+        self._lanes = {lane.name: lane for lane in machine.lanes} if machine is not None else {}
+        self._free_at = dict.fromkeys(self._lanes, 0.0)
+        self._busy_seconds = dict.fromkeys(self._lanes, 0.0)
+        self._runs: dict[str, list[LaneRun]] = {name: [] for name in self._lanes}
+        self._read_until: dict[int, float] = {}
+        self._ready_at: dict[int, float] = {}
+
+    def hand_over(self, operation: Operation, index: int) -> None:
+        """Have a lane do an operation as soon as it can."""
+        lane = self._lanes.get(operation.lane)
+        if lane is None:
+            raise ScheduleError(
+                index, f"{operation.name} is not simulated without a machine with a lane "
+                f"{operation.lane!r}",
+            )
+        ready_at, read_until, seconds = self._ready_at, self._read_until, operation.seconds
+        start = max(self._free_at[lane.name], self.now)
+        for buffer in operation.reads:
+            start = max(start, ready_at.get(buffer, 0.0))
+        for buffer in operation.mutates:
+            start = max(start, ready_at.get(buffer, 0.0), read_until.get(buffer, 0.0))
+        end = self._free_at[lane.name] = start + seconds
+        for buffer in operation.reads:
+            read_until[buffer] = max(end, read_until.get(buffer, 0.0))
+        for buffer in (*operation.creates, *operation.mutates):
+            ready_at[buffer] = end
+        self._runs[lane.name].append(LaneRun(operation.id, start, end))
+        self._busy_seconds[lane.name] += seconds
+        self.now += lane.compute_share * seconds  # taken from what computes meanwhile
 
     def wait_until(self, time: float) -> None:
+        """Have computation do nothing until then."""
         if time > self.now:
             self.wait_seconds += time - self.now
             self.now = time
 
     def wait_for(self, buffers: Iterable[int]) -> None:
-        """Wait until buffers that were fetched are there."""
+        """Wait until buffers that lanes make are there."""
         if self._ready_at:
             for buffer in buffers:
                 self.wait_until(self._ready_at.pop(buffer, 0.0))
 
     def let_go(self, buffer: int) -> None:
-        """Wait until neither a write nor a fetch needs a buffer's memory."""
-        self.wait_until(self._written_at.pop(buffer, 0.0))
-        self.wait_until(self._ready_at.pop(buffer, 0.0))
+        """Wait until no lane needs a buffer's memory."""
+        if self._read_until or self._ready_at:
+            self.wait_until(self._read_until.pop(buffer, 0.0))
+            self.wait_until(self._ready_at.pop(buffer, 0.0))
 
-    def update(self, buffers: Iterable[int]) -> None:
-        """Wait until buffers may change; what lies on the far tier is then stale."""
-        for buffer in buffers:
-            self.let_go(buffer)
-            self.far.discard(buffer)
+    def wait_for_all(self) -> None:
+        """Wait until all lanes are done."""
+        self.wait_until(max(self._free_at.values(), default=0.0))
+
+    def lanes(self) -> tuple[LaneTimeline, ...]:
+        """Return what each lane did."""
+        return tuple(
+            LaneTimeline(name, tuple(runs), self._busy_seconds[name])
+            for name, runs in self._runs.items()
+        )
 
 
-def _require_live(buffers: tuple[int, ...], live: set[int], index: int, what: str) -> None:
-    missing = [b for b in buffers if b not in live]
-    if missing:
-        raise ScheduleError(index, f"{what} buffers {missing}, which are not in memory")
+def _live_at(graph: StepGraph, schedule: Schedule, index: int) -> set[int]:
+    """Return what is in the device's memory while an instruction runs, resident buffers left out.
 
-
-def _checked_overwrite(
-    instruction: Instruction, index: int, graph: StepGraph, live: set[int]
-) -> tuple[int, int]:
-    assert instruction.overwrite is not None
-    operation = graph.operations[instruction.target]
-    created, read = instruction.overwrite
-    is_resident = graph.buffers[read].kind.is_resident
-    if (created, read) not in operation.overwrites or is_resident or read not in live:
-        raise ScheduleError(index, f"{operation.name} cannot overwrite buffer {read}")
-    return created, read
+    A buffer that an instruction frees is not.
+    """
+    live: set[int] = set()
+    for instruction in schedule.instructions[: index + 1]:
+        if instruction.action is Action.FREE:
+            live.discard(instruction.target)
+        else:
+            live.update(graph.operations[instruction.target].creates)
+            if instruction.overwrite is not None:
+                live.discard(instruction.overwrite[1])
+    return {b for b in live if not graph.buffers[b].memory} if graph.transfers else live
 
 
 def live_after_forward(graph: StepGraph, schedule: Schedule) -> set[int]:
     """Return the buffers, resident ones left out, in memory when the forward ends."""
-    live: set[int] = set()
-    for instruction in schedule.instructions[: schedule.num_forward]:
-        if instruction.action is Action.COMPUTE:
-            live.update(graph.operations[instruction.target].creates)
-            if instruction.overwrite is not None:
-                live.discard(instruction.overwrite[1])
-        elif instruction.action is Action.FETCH:
-            live.add(instruction.target)
-        elif instruction.action is Action.FREE:
-            live.discard(instruction.target)
-    return live
+    return _live_at(graph, schedule, schedule.num_forward - 1)

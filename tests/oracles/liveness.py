@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from packlight.step import Action, Device, Instruction, Schedule, StepGraph
+from packlight.step import Action, Instruction, Machine, OperationKind, Schedule, StepGraph
 
 
 def schedule_from_order(
@@ -60,7 +60,7 @@ def schedule_from_order(
                 instructions += [Instruction(Action.FREE, b) for b in dying]
             continue
         pair = _best_overwrite(graph, runs, dying) if in_place else None
-        instructions.append(Instruction(Action.COMPUTE, runs, pair))
+        instructions.append(Instruction(Action.RUN, runs, pair))
         instructions += [
             Instruction(Action.FREE, b) for b in dying if pair is None or b != pair[1]
         ]
@@ -82,76 +82,74 @@ def recount_peak_bytes(graph: StepGraph, instructions: Iterable[Instruction]) ->
     """Return the peak of valid instructions, adding up every live buffer anew at every moment.
 
     Quadratic on purpose: no running total that could drift. A buffer is the set of its storage's
-    names, so that one which took over another's storage is still one storage.
+    names, so that one which took over another's storage is still one storage. What lies in other
+    memories does not count; a parameter or state that a read makes does.
     """
-    resident = {b.id for b in graph.buffers if b.kind.is_resident} - set(graph.stored)
+    made = {b for o in graph.operations for b in o.creates}
+    uncounted = {b.id for b in graph.buffers if b.memory or b.id not in made}
     live: set[int] = set()
     peak_bytes = 0
     for instruction in instructions:
         if instruction.action is Action.FREE:
             live.remove(instruction.target)
             continue
-        if instruction.action is Action.OFFLOAD:
-            assert instruction.target in live
-            continue
-        if instruction.action is Action.FETCH:
-            assert instruction.target not in live
-            live.add(instruction.target)
-            peak_bytes = max(peak_bytes, sum(graph.buffers[b].bytes for b in live))
-            continue
         operation = graph.operations[instruction.target]
+        assert live.isdisjoint(operation.creates)
+        if operation.kind is OperationKind.WRITE:
+            assert live.issuperset(operation.reads)
         held = set(live) | set(operation.creates)
         if instruction.overwrite is not None:
             # One storage under two names: the read one goes, the created one stays.
             held.remove(instruction.overwrite[1])
             live.remove(instruction.overwrite[1])
         now_bytes = operation.workspace_bytes
-        for buffer in held - resident:
+        for buffer in held - uncounted:
             now_bytes += graph.buffers[buffer].bytes
         peak_bytes = max(peak_bytes, now_bytes)
         live |= set(operation.creates)
     return peak_bytes
 
 
-def recount_seconds(graph: StepGraph, schedule: Schedule, device: Device) -> float:
+def recount_seconds(graph: StepGraph, schedule: Schedule, machine: Machine) -> float:
     """Return the duration of a valid schedule with transfers, from when each thing can start.
 
     Not a simulation: every instruction is a node that ends `duration` after the last of the nodes
     that it must come after, and the step's duration is the longest path. Computations, frees and
-    the issuing of transfers come after one another; transfers come after the transfer before.
+    the issuing of transfers come after one another; a transfer comes after the one before on its
+    lane and after those that made what it reads; what touches a buffer comes after the transfers
+    of it.
     """
-    link = device.links[0]
-    write_rate = link.write_bytes_per_second or link.bytes_per_second
+    shares = {lane.name: lane.compute_share for lane in machine.lanes}
     ends: list[float] = []  # of every instruction's effect
-    lane = 0.0  # when the instruction before handed on
-    previous_transfer: int | None = None
-    last_transfer_of: dict[int, int] = {}
+    handed_on = 0.0  # when the instruction before handed on
+    latest_on: dict[str, float] = {}
+    made_by: dict[int, float] = {}  # transfers
+    read_by: dict[int, float] = {}
     for index, instruction in enumerate(schedule.instructions):
-        touched: tuple[int, ...] = (instruction.target,)
-        duration = 0.0
-        after = [lane]
-        if instruction.action in (Action.OFFLOAD, Action.FETCH):
-            rate = write_rate if instruction.action is Action.OFFLOAD else link.bytes_per_second
-            duration = link.latency_seconds + graph.buffers[instruction.target].bytes / rate
-            if previous_transfer is not None:
-                after.append(ends[previous_transfer])
-            ends.append(max(after) + duration)
-            previous_transfer = last_transfer_of[instruction.target] = index
-            lane += link.compute_share * duration
-            continue
-        fetched = {
-            b for b, i in last_transfer_of.items()
-            if schedule.instructions[i].action is Action.FETCH
-        }
-        if instruction.action is Action.COMPUTE:
-            operation = graph.operations[instruction.target]
-            duration = operation.seconds
-            touched = tuple(b for b in operation.reads if b in fetched) + operation.mutates
-            if instruction.overwrite is not None:
-                touched += (instruction.overwrite[1],)
         if index == schedule.num_forward:
-            touched += tuple(b for b in graph.forward_outputs if b in fetched)
-        after += [ends[last_transfer_of[b]] for b in touched if b in last_transfer_of]
-        lane = max(after) + duration
-        ends.append(lane)
+            due = [made_by[b] for b in graph.forward_outputs if b in made_by]
+            handed_on = max(handed_on, *due, 0.0)
+        after = [handed_on]
+        if instruction.action is Action.FREE:
+            after += [at[instruction.target] for at in (made_by, read_by)
+                      if instruction.target in at]
+            handed_on = max(after)
+            ends.append(handed_on)
+            continue
+        operation = graph.operations[instruction.target]
+        after += [made_by[b] for b in operation.touches if b in made_by]
+        gone = operation.mutates
+        if instruction.overwrite is not None:
+            gone += (instruction.overwrite[1],)
+        after += [read_by[b] for b in gone if b in read_by]
+        if not operation.lane:
+            handed_on = max(after) + operation.seconds
+            ends.append(handed_on)
+            continue
+        end = max(*after, latest_on.get(operation.lane, 0.0)) + operation.seconds
+        latest_on[operation.lane] = end
+        ends.append(end)
+        made_by |= dict.fromkeys((*operation.creates, *operation.mutates), end)
+        read_by |= {b: max(end, read_by.get(b, 0.0)) for b in operation.reads}
+        handed_on += shares[operation.lane] * operation.seconds
     return max([0.0, *ends])

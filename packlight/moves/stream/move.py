@@ -43,7 +43,7 @@ class Offload(Move):
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[Offload | Refusal]:
         """Yield activations alone, state, parameters as well: each where what was found is slow."""
-        if draft.linked is None:
+        if draft.offered is None:
             return
         yield Offload()
         if room.has_plain or (draft.num_repeats > 1 and room.found):
@@ -61,13 +61,13 @@ class Offload(Move):
             yield Offload(bool(all_of_it.states), True)
 
     def apply(self, draft: Draft) -> Draft:
-        """Return the draft with what rests on the disk, on a device with the link to it."""
+        """Return the draft with what rests on the disk, on the machine with the lane to it."""
         all_of_it = streamable(draft) if self.states or self.parameters else Streaming()
         streaming = Streaming(
             all_of_it.states if self.states else {},
             all_of_it.parameters if self.parameters else {},
         )
-        return draft.changed(device=draft.linked, streaming=streaming)
+        return draft.changed(machine=draft.offered, streaming=streaming)
 
     def describe(self, draft: Draft) -> str:
         """Return what rests on the disk; activations are the schedule's to tell."""
@@ -87,7 +87,7 @@ class Offload(Move):
 
 def streamable(draft: Draft) -> Streaming:
     """Return all that could lie on the disk: what is updated together, cannot."""
-    if draft.linked is None or draft.request.offload_directory is None:
+    if draft.offered is None or draft.request.offload_directory is None:
         return Streaming()  # what is on no disk cannot be mapped for whoever looks at it
 
     def found() -> Streaming:
