@@ -27,7 +27,7 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.capture.joint import JointStep, read_joint_graph
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
@@ -50,7 +50,7 @@ from packlight.torch_internals import (
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
-LINK_PROBE_BYTES = 16 * 2**20
+LANE_PROBE_BYTES = 16 * 2**20
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -226,7 +226,7 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
 def _machine(device: torch.device, far: FarMemory) -> Machine:
     """Return the machine with the lane to a far memory, measured."""
     with real_tensors():
-        return Machine.with_one_lane(measure_link(far.directory, LINK_PROBE_BYTES, device))
+        return Machine.with_one_lane(measure_lane(far.directory, LANE_PROBE_BYTES, device))
 
 
 def _replanned(

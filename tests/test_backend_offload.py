@@ -20,7 +20,7 @@ from torch import nn
 from packlight import backend as backend_module
 from packlight.backend import Compilation, PacklightBackend, backend_from_options
 from packlight.capture.dynamo import plain_errors
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, OffloadError
 from packlight.memory import far, scratch
@@ -44,7 +44,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Own times, a fast link, a directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
-    monkeypatch.setattr(backend_module, "measure_link", lambda *_: lane("disk", 1e9, 1e-5))
+    monkeypatch.setattr(backend_module, "measure_lane", lambda *_: lane("disk", 1e9, 1e-5))
     yield
     torch._dynamo.reset()
     gc.collect()
@@ -305,7 +305,7 @@ def test_hooks_that_copy_what_is_saved_are_an_error_and_never_wrong_values(tmp_p
 def test_a_missing_directory_is_an_error_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_module, "measure_link", measure_link)
+    monkeypatch.setattr(backend_module, "measure_lane", measure_lane)
     backend = backend_from_options(
         {"budget": "1MiB", "offload_directory": tmp_path / "nowhere", "progress": False}
     )
