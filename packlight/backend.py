@@ -27,7 +27,7 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.capture.joint import JointStep, read_joint_graph
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, OptionError
@@ -50,7 +50,7 @@ from packlight.torch_internals import (
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
-LINK_PROBE_BYTES = 16 * 2**20
+LANE_PROBE_BYTES = 16 * 2**20
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -64,7 +64,7 @@ class Compilation:
     Attributes:
         graph: the captured step.
         plan: what runs.
-        machine: with the lanes that transfers take, if buffers may be transferred.
+        machine: whose lanes transfers take, if buffers may be transferred.
         tiers: where they are, for each forward whose backward is still to come.
     """
 
@@ -127,9 +127,8 @@ class PacklightBackend:
             if self.choose_budget is not None:
                 budget = self.choose_budget(step.graph)
             far = None if budget is None else far_memory(step.device, self.offload_directory)
-            machine = None
-            if far is not None:
-                machine = _machine_with(step.device, far)
+            machine = None if far is None else _machine(step.device, far)
+            if machine is not None:
                 step = replace(step, graph=with_transfers(step.graph, machine))
             plan = plan_schedule(step.graph, budget, machine)
             rehearsed = self._rehearsed(step, budget, plan, profiler)
@@ -224,10 +223,10 @@ def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfi
     )
 
 
-def _machine_with(device: torch.device, far: FarMemory) -> Machine:
-    """Return a machine with the lane to a far memory, measured."""
+def _machine(device: torch.device, far: FarMemory) -> Machine:
+    """Return the machine with the lane to a far memory, measured."""
     with real_tensors():
-        return Machine.with_one_lane(measure_link(far.directory, LINK_PROBE_BYTES, device))
+        return Machine.with_one_lane(measure_lane(far.directory, LANE_PROBE_BYTES, device))
 
 
 def _replanned(

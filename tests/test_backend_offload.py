@@ -20,7 +20,7 @@ from torch import nn
 from packlight import backend as backend_module
 from packlight.backend import Compilation, PacklightBackend, backend_from_options
 from packlight.capture.dynamo import plain_errors
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, OffloadError
 from packlight.memory import far, scratch
@@ -30,14 +30,13 @@ from packlight.planner import smallest_plan
 from packlight.step import (
     Action,
     Instruction,
-    Lane,
     OperationKind,
     Plan,
     Schedule,
-    Speed,
     StepGraph,
 )
 from tests.models import make
+from tests.oracles.machines import lane, read, write
 
 
 @pytest.fixture(autouse=True)
@@ -45,8 +44,7 @@ def disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Own times, a fast link, a directory that may lie in memory; no thread is left behind."""
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
-    lane = Lane("disk", "disk", Speed(1e9, 1e-5), Speed(1e9, 1e-5))
-    monkeypatch.setattr(backend_module, "measure_link", lambda *_: lane)
+    monkeypatch.setattr(backend_module, "measure_lane", lambda *_: lane("disk", 1e9, 1e-5))
     yield
     torch._dynamo.reset()
     gc.collect()
@@ -93,17 +91,15 @@ def compilation(backend: PacklightBackend) -> Compilation:
     """Return the one graph that was compiled; it transfers from the forward to the backward."""
     (found,) = backend.compilations
     schedule, operations = found.plan.schedule, found.graph.operations
-    written, read = (
-        {
-            operations[i.target].moved for i in part
-            if i.action is Action.RUN and operations[i.target].kind is kind
-        }
-        for part, kind in (
-            (schedule.instructions[: schedule.num_forward], OperationKind.WRITE),
-            (schedule.instructions[schedule.num_forward :], OperationKind.READ),
+    runs = [
+        [operations[i.target] for i in part if i.action is Action.RUN]
+        for part in (
+            schedule.instructions[: schedule.num_forward],
+            schedule.instructions[schedule.num_forward :],
         )
-    )
-    assert written & read
+    ]
+    early = {o.moved for o in runs[0] if o.kind is OperationKind.WRITE}
+    assert early.intersection(o.moved for o in runs[1] if o.kind is OperationKind.READ)
     return found
 
 
@@ -253,12 +249,8 @@ def with_snapshot_transferred(graph: StepGraph, plan: Plan) -> Plan:
     assert any(
         i.action is Action.RUN and copy in graph.operations[i.target].reads for i in late
     ), "something that reads it runs again"
-    write, read = (
-        next(o for o in graph.transfers if o.kind is kind and o.moved == copy)
-        for kind in (OperationKind.WRITE, OperationKind.READ)
-    )
-    forward = (*early, Instruction(Action.RUN, write.id), Instruction(Action.FREE, copy))
-    backward = (Instruction(Action.RUN, read.id), *late, Instruction(Action.FREE, copy))
+    forward = (*early, write(graph, copy), Instruction(Action.FREE, copy))
+    backward = (read(graph, copy), *late, Instruction(Action.FREE, copy))
     return replace(plan, schedule=Schedule((*forward, *backward), len(forward)), lane_seconds=1.0)
 
 
@@ -267,8 +259,9 @@ def test_the_old_value_of_a_buffer_that_changes_is_offloaded_and_comes_back(
 ) -> None:
     plan_schedule = backend_module.plan_schedule
 
-    def transferred(graph: StepGraph, budget: int | None, device: Any) -> Plan:
-        return with_snapshot_transferred(graph, plan_schedule(graph.without_transfers(), budget))
+    def transferred(graph: StepGraph, budget: int | None, machine: Any) -> Plan:
+        plan = plan_schedule(graph.without_transfers(), budget)
+        return with_snapshot_transferred(graph, plan)
 
     monkeypatch.setattr(backend_module, "plan_schedule", transferred)
     eager, mine, batch, call, backend = twins_on(tmp_path, Shifted, share=1.0, rehearse=False)
@@ -312,7 +305,7 @@ def test_hooks_that_copy_what_is_saved_are_an_error_and_never_wrong_values(tmp_p
 def test_a_missing_directory_is_an_error_with_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend_module, "measure_link", measure_link)
+    monkeypatch.setattr(backend_module, "measure_lane", measure_lane)
     backend = backend_from_options(
         {"budget": "1MiB", "offload_directory": tmp_path / "nowhere", "progress": False}
     )

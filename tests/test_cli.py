@@ -497,7 +497,7 @@ def tier_anywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     lane = Lane("a disk", "a disk", Speed(2e8, 1e-4), Speed(2e8, 1e-4))
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(scratch, "file_system", lambda _: "a disk's")
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
+    monkeypatch.setattr(prepare, "measure_lane", lambda *_: lane)
     return tmp_path / "tier"
 
 

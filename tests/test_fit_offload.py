@@ -178,7 +178,7 @@ def test_with_a_fast_disk_recomputation_and_offload_together_beat_recomputation(
     """By prediction, with the same times: the planner may use both."""
     speed = Speed(1e10, 1e-6)
     lane = Lane("disk", "disk", speed, speed)
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
+    monkeypatch.setattr(prepare, "measure_lane", lambda *_: lane)
     model, batch, loss_fn = make("gpt2")
     plain = packlight.fit(model, loss_fn, adamw(model), batch, progress=False)
     memory = plain.way.memory
@@ -201,7 +201,9 @@ def test_where_buffers_go_to_the_hosts_memory_a_step_has_eagers_bits_and_streams
     lane = Lane("host memory", "host memory", Speed(1e10, 1e-6), Speed(1e10, 1e-6))
     for module in (prepare, run_step):
         monkeypatch.setattr(module, "far_memory", lambda *_: FarMemory())
-    monkeypatch.setattr(prepare, "measure_link", lambda *_: lane)
+    speed = Speed(1e10, 1e-6)
+    lane = Lane("host memory", "host memory", speed, speed)
+    monkeypatch.setattr(prepare, "measure_lane", lambda *_: lane)
     model, batch, loss_fn = make("mlp")
     options: dict[str, Any] = dict(moves=packlight.EXACT_MOVES, progress=False)
     with pytest.raises(InfeasibleBudgetError) as caught:

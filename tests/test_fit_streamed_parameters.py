@@ -347,7 +347,7 @@ def test_a_disk_too_small_for_the_parameters_is_an_error_of_fit_and_changes_noth
 
     mine, eager = twins(Tower(), loss_fn, momentum)
     places = [p.data_ptr() for p in mine.model.parameters()]
-    prepare.measure_link(tmp_path, prepare.LINK_PROBE_BYTES)  # remembered
+    prepare.measure_lane(tmp_path, prepare.LANE_PROBE_BYTES)  # remembered
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OffloadError, match="cannot reserve"):
         packlight.fit(

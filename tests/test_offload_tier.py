@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.peak import allocator_peak
 from packlight.errors import OffloadError
 from packlight.memory import DiskTier, HostTier, SlotSpec, Tier, scratch
@@ -674,13 +674,13 @@ def test_tiers_refuse_devices_that_they_do_not_serve(tmp_path: Path) -> None:
 def test_a_link_is_measured_once_per_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link = measure_link(tmp_path, 2**20, allow_memory=True)
+    link = measure_lane(tmp_path, 2**20, allow_memory=True)
     assert link.bytes_per_second > 0 and (link.write_bytes_per_second or 0) > 0
     assert 0 < link.latency_seconds < link.read_seconds(2**30)
     assert link.write_seconds(0) == link.latency_seconds
     assert 0 <= link.compute_share <= 1
     monkeypatch.setattr(os, "pwritev", None)
-    assert measure_link(tmp_path / ".", 2**20, allow_memory=True) is link
+    assert measure_lane(tmp_path / ".", 2**20, allow_memory=True) is link
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

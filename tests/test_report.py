@@ -368,7 +368,7 @@ def offloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[StepP
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PACKLIGHT_CACHE", str(directory / "cache"))
         patch.setattr(scratch, "file_system", lambda _: "a disk's")
-        patch.setattr(prepare, "measure_link", lambda *_: lane)
+        patch.setattr(prepare, "measure_lane", lambda *_: lane)
         layers = [torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64)]
         model, batch = torch.nn.Sequential(*layers), torch.randn(64, 64)
         optimizer = torch.optim.AdamW(model.parameters())

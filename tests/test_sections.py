@@ -19,8 +19,9 @@ from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.memory.host import HostTier
 from packlight.planner import plan_schedule, smallest_plan
-from packlight.step import Lane, Machine, Schedule, Speed, with_transfers
+from packlight.step import Schedule, with_transfers
 from packlight.step.simulate import live_after_forward
+from tests.oracles.machines import one_lane
 
 ONE = torch.ones(())
 
@@ -124,7 +125,10 @@ def transferring(step: Any) -> tuple[Any, Schedule]:
 @pytest.mark.parametrize("order", ORDERS)
 def test_frames_with_transfers_have_tiers_of_their_own(captured: Any, order: str) -> None:
     _, batches, step, _, _ = captured
-    step, schedule = transferring(step)
+    machine = one_lane(1e9, 1e-5)
+    budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
+    step = replace(step, graph=with_transfers(step.graph, machine))
+    schedule = plan_schedule(step.graph, budget_bytes, machine).schedule
     program = emit(step, schedule, (schedule.num_forward,))
     assert program.slots and program.helpers == ("tier",)
     frames = [Frame(program, {"tier": HostTier(program.slots, verify=True)}) for _ in batches]
@@ -176,7 +180,10 @@ def test_frames_of_a_whole_step_accumulate_gradients_as_eager_does(captured: Any
 
 def test_programs_with_transfers_may_be_cut_where_transfers_are_under_way(captured: Any) -> None:
     model, batches, step, arguments, _ = captured
-    step, schedule = transferring(step)
+    machine = one_lane(1e9, 1e-5)
+    budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
+    step = replace(step, graph=with_transfers(step.graph, machine))
+    schedule = plan_schedule(step.graph, budget_bytes, machine).schedule
     program = emit(step, schedule, range(1, len(schedule.instructions)))
     torch.manual_seed(7)
     with HostTier(program.slots, verify=True) as tier:

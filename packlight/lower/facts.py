@@ -69,7 +69,8 @@ class Facts:
     @cached_property
     def offloaded(self) -> frozenset[int]:
         """The buffers that go to a tier."""
-        return frozenset({o.moved for o in self.transfers} - self.streamed - self.unused_states)
+        moved = {operation.moved for operation in self.transfers}
+        return frozenset(moved - self.streamed - self.unused_states)
 
     @cached_property
     def values(self) -> frozenset[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from packlight.costs.link import measure_link
+from packlight.costs.lane import measure_lane
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import WayError
 from packlight.memory.far import far_memory
@@ -22,7 +22,7 @@ from packlight.search.search import Search
 from packlight.search.way import Way
 from packlight.step import Machine
 
-LINK_PROBE_BYTES = 16 * 2**20
+LANE_PROBE_BYTES = 16 * 2**20
 
 
 class Preparer:
@@ -40,7 +40,7 @@ class Preparer:
         machine: Machine | None = None
         far = far_memory(self.device, request.offload_directory)
         if far is not None and "offload" in request.moves:
-            lane = measure_link(far.directory, LINK_PROBE_BYTES, self.device)
+            lane = measure_lane(far.directory, LANE_PROBE_BYTES, self.device)
             machine = Machine.with_one_lane(lane)
         self._base = Draft(request, self.costs, request.loss_fn, None, machine)
         self._loss_moves: tuple[Move, ...] = ()

@@ -268,9 +268,9 @@ def _check_ranges(obj: Any) -> None:
                 "instructions"
             )
     elif isinstance(obj, StepGraph):
-        if not 0 <= obj.num_forward <= len(obj.operations):
+        if not 0 <= obj.num_forward <= obj.num_computations:
             raise FormatError(
-                f"num_forward is {obj.num_forward} in a graph of {len(obj.operations)} operations"
+                f"num_forward is {obj.num_forward} in a graph of {obj.num_computations} operations"
             )
         for buffer in obj.buffers:
             if buffer.bytes < 0:

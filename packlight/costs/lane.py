@@ -23,7 +23,7 @@ _CPU = torch.device("cpu")
 _measured: dict[tuple[object, ...], Lane] = {}
 
 
-def measure_link(
+def measure_lane(
     directory: str | os.PathLike[str] | None,
     num_bytes: int = 64 * 2**20,
     device: torch.device = _CPU,
