@@ -198,7 +198,6 @@ def test_where_buffers_go_to_the_hosts_memory_a_step_has_eagers_bits_and_streams
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On a GPU they do; on a CPU the same tier is asked for here."""
-    lane = Lane("host memory", "host memory", Speed(1e10, 1e-6), Speed(1e10, 1e-6))
     for module in (prepare, run_step):
         monkeypatch.setattr(module, "far_memory", lambda *_: FarMemory())
     speed = Speed(1e10, 1e-6)

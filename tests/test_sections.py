@@ -114,14 +114,6 @@ def test_frames_of_one_program_do_not_disturb_each_other(captured: Any, order: s
     assert_eagers(captured, order, *run_frames(captured, frames, order))
 
 
-def transferring(step: Any) -> tuple[Any, Schedule]:
-    """Return the step with a lane, and a schedule in less than recomputation can reach."""
-    machine = Machine.with_one_lane(Lane("a lane", "far", Speed(1e9, 1e-5), Speed(1e9, 1e-5)))
-    budget_bytes = int(0.85 * smallest_plan(step.graph).peak_bytes)
-    step = replace(step, graph=with_transfers(step.graph, machine))
-    return step, plan_schedule(step.graph, budget_bytes, machine).schedule
-
-
 @pytest.mark.parametrize("order", ORDERS)
 def test_frames_with_transfers_have_tiers_of_their_own(captured: Any, order: str) -> None:
     _, batches, step, _, _ = captured
