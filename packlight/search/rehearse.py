@@ -25,9 +25,10 @@ from packlight.costs.profiler import CallProfiler
 from packlight.lower.emit import OPERATION_KEY, EmittedStep
 from packlight.lower.program import IgnoredEvents, Program
 
-NUM_REHEARSALS = 2
-# Long steps are rehearsed less often: what disturbs them takes a smaller part of them.
-ENOUGH_SECONDS = 10.0
+NUM_REHEARSALS = 3
+# Long steps are rehearsed once: what disturbs them, and memory that is new at first,
+# takes a smaller part of them.
+ENOUGH_SECONDS = 1.5
 MEMORY_FRACTION = 0.8
 
 
@@ -111,19 +112,18 @@ def _least_seconds(
     tangents: list[torch.Tensor],
     device: torch.device,
 ) -> dict[int, float]:
-    """What disturbs a call (another process, a stalled thread) only ever adds to its time."""
+    """What disturbs a call (other processes, memory that is new at first) only adds to its time."""
     samples: dict[int, list[float]] = defaultdict(list)
     start = time.perf_counter()
     with real_tensors():
         ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
-        for rehearsal in range(NUM_REHEARSALS + 1):
+        for _ in range(NUM_REHEARSALS):
             clock = _Clock(device)
             once(clock, ones)
-            if rehearsal > 0:  # the first one warms up
-                for operation, seconds in clock.read():
-                    samples[operation].append(seconds)
-                if time.perf_counter() - start > ENOUGH_SECONDS:
-                    break
+            for operation, seconds in clock.read():
+                samples[operation].append(seconds)
+            if time.perf_counter() - start > ENOUGH_SECONDS:
+                break
     return {operation: min(seconds) for operation, seconds in samples.items()}
 
 
