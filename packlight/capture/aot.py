@@ -7,6 +7,13 @@ from typing import Any
 from torch import fx
 
 
+class GraphData(fx.GraphModule):
+    """A graph that is read and never run: no Python is written for it, which takes long."""
+
+    def recompile(self) -> Any:
+        """Do nothing."""
+
+
 def mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
     """Return, for forward outputs that are new values of inputs, which input each belongs to."""
     output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")
