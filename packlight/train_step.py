@@ -19,6 +19,7 @@ from packlight.capture.step_capture import CapturedAgainError, LossFunction
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import OptionError, UnsupportedModelError
+from packlight.garbage import old_objects_kept
 from packlight.moves.precision import (
     blaming_precision,
     chosen_precision,
@@ -161,9 +162,10 @@ class TrainStep:
             self._runners.clear()
         signature = (_signature(batch), self.model.training)
         if signature not in self._runners:
-            way = self._preparer.prepare(batch)
-            self._note_plan()
-            self._runners[signature] = StepRunner(self._preparer, way)
+            with old_objects_kept():
+                way = self._preparer.prepare(batch)
+                self._note_plan()
+                self._runners[signature] = StepRunner(self._preparer, way)
         self._signature = signature
         return self.way
 
