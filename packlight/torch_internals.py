@@ -161,6 +161,27 @@ def saved_descriptions(num_saved: int) -> list[Any]:
     return [SavedForBackwardsAOTOutput(i) for i in range(num_saved)]
 
 
+def description_class(name: str) -> Callable[..., Any]:
+    """Return one of AOTAutograd's classes of descriptions, by its name.
+
+    Relied upon: they are dataclasses in one module.
+    """
+    from torch._functorch._aot_autograd import descriptors
+
+    found: Callable[..., Any] = getattr(descriptors, name)
+    return found
+
+
+def tracing_settings() -> list[Any]:
+    """Return what beside torch's public settings decides how a graph is traced.
+
+    Relied upon: functorch's configuration has a hash; modes of dispatch lie on a stack.
+    """
+    from torch._functorch import config
+
+    return [config.get_hash().hex(), torch._C._len_torch_dispatch_stack()]
+
+
 def modules_around(node: fx.Node) -> list[tuple[str, Any]]:
     """Return the modules that a call was traced in, outermost first, as (dynamo's path, class).
 
@@ -205,6 +226,11 @@ def boxed(function: Compiled) -> Compiled:
 def is_fake(value: Any) -> bool:
     """Whether a tensor is one of a trace's, without memory."""
     return isinstance(value, FakeTensor)
+
+
+def fake_of(mode: FakeTensorMode, meta: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on the meta device as a trace's tensor that says it is on another one."""
+    return FakeTensor(mode, meta, device)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import ast
 import copy
 import logging
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -463,6 +464,35 @@ def test_the_model_inside_a_compiled_one_is_found() -> None:
     model = nn.Linear(2, 2)
     assert inside.uncompiled(model) is model
     assert inside.uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+
+
+# -- what tells one traced graph from another, and puts it together again
+
+
+def test_settings_of_tracing_change_with_functorchs_and_with_modes_of_dispatch() -> None:
+    from torch._functorch import config
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    before = inside.tracing_settings()
+    assert before == inside.tracing_settings()
+    with config.patch(functionalize_rng_ops=not config.functionalize_rng_ops):
+        assert inside.tracing_settings() != before
+    with TorchDispatchMode():
+        assert inside.tracing_settings() != before
+
+
+def test_descriptions_are_made_again_from_their_names_and_fields() -> None:
+    described = inside.saved_descriptions(2)[1]
+    assert is_dataclass(described)
+    content = {f.name: getattr(described, f.name) for f in fields(described)}
+    assert inside.description_class(type(described).__name__)(**content) == described
+
+
+def test_a_fake_tensor_is_made_from_one_without_memory() -> None:
+    meta = torch.empty(2, 3, device="meta")
+    fake = inside.fake_of(inside.FakeTensorMode(), meta, torch.device("cpu"))
+    assert inside.is_fake(fake)
+    assert (fake.shape, fake.device.type, fake.dtype) == ((2, 3), "cpu", torch.float32)
 
 
 # -- the profiler

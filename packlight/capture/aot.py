@@ -9,6 +9,13 @@ from torch import fx
 from packlight.torch_internals import descriptions, is_tangent, mutated_input, place_returned
 
 
+class GraphData(fx.GraphModule):
+    """A graph that is read and never run: no Python is written for it, which takes long."""
+
+    def recompile(self) -> Any:
+        """Do nothing."""
+
+
 def mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:
     """Return, for forward outputs that are new values of inputs, which input each belongs to."""
     output = next(n for n in reversed(joint.graph.nodes) if n.op == "output")

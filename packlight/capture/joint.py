@@ -19,7 +19,7 @@ from packlight.capture.layers import layers_of_nodes
 from packlight.capture.layouts import (
     as_observed,
     copies_before_view,
-    fake_value,
+    fake_arguments,
     retraced,
     same_strides,
 )
@@ -79,8 +79,7 @@ class JointStep:
     def call(self, operation: int) -> tuple[torch._ops.OpOverload, Any, Any]:
         """Return the call behind an operation: target and arguments with fake tensors."""
         node = self.node_of_operation[operation]
-        args, kwargs = pytree.tree_map_only(fx.Node, fake_value, (node.args, dict(node.kwargs)))
-        return node.target, args, kwargs  # type: ignore[return-value]
+        return node.target, *fake_arguments(node)  # type: ignore[return-value]
 
     def with_seconds(self, seconds: dict[int, float]) -> JointStep:
         """Return the step with other durations of some operations."""
@@ -249,17 +248,14 @@ class _Reader:
                 self.layers[copy] = self.layers.get(node, "")
                 self._read_call(copy, phase)
             value = retraced(node)
-        args, kwargs = pytree.tree_map_only(fx.Node, fake_value, (node.args, dict(node.kwargs)))
-        facts = self.measure(node.target, args, kwargs)
+        facts = self.measure(node.target, *fake_arguments(node))
         reads = self._buffers_read(node)
         value = node.meta["val"] = as_observed(value, facts)
         if not same_strides(value, traced):
             self.restrided.add(node)
-        argument_nodes = [
-            leaf
-            for leaf in pytree.tree_leaves((node.args, dict(node.kwargs)))
-            if isinstance(leaf, fx.Node) and leaf in self.buffer_of_node
-        ]
+        argument_nodes: list[fx.Node] = []
+        fx.map_arg((node.args, node.kwargs), argument_nodes.append)  # twice, if it is given twice
+        argument_nodes = [n for n in argument_nodes if n in self.buffer_of_node]
         if facts.is_view:
             self._fold_view(node, facts, argument_nodes, value)
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from torch import fx
@@ -27,6 +28,7 @@ def layers_of_nodes(nodes: list[fx.Node]) -> dict[fx.Node, str]:
     return layers
 
 
+@functools.cache
 def module_path(qualified: str) -> str:
     """Turn dynamo's "L['self']._modules['h']._modules['3'].attn" into "h.3.attn"."""
     names = re.findall(r"_modules\['([^']+)'\]|\.(\w+)|\[(\d+)\]", qualified)

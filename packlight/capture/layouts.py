@@ -23,7 +23,10 @@ def as_observed(value: Any, facts: CallFacts) -> Any:
     Those who read them are else observed on tensors that they would refuse, or copy.
     """
     seen = iter(facts.outputs)
-    leaves, structure = pytree.tree_flatten(value)
+    if isinstance(value, torch.Tensor):
+        leaves, structure = [value], None
+    else:
+        leaves, structure = pytree.tree_flatten(value)
 
     def corrected(place: int, fake: Any) -> Any:
         if place in facts.missing:
@@ -40,13 +43,14 @@ def as_observed(value: Any, facts: CallFacts) -> Any:
         with fake.fake_mode:
             return torch.empty_strided(shape, stride, dtype=dtype, device=fake.device)
 
-    return pytree.tree_unflatten(
-        [corrected(place, leaf) for place, leaf in enumerate(leaves)], structure
-    )
+    made = [corrected(place, leaf) for place, leaf in enumerate(leaves)]
+    return made[0] if structure is None else pytree.tree_unflatten(made, structure)
 
 
 def same_strides(mine: Any, traced: Any) -> bool:
     """Whether fake results lie in memory alike; strides of sizes 0 and 1 say nothing."""
+    if mine is traced:
+        return True
     pairs = zip(pytree.tree_leaves(mine), pytree.tree_leaves(traced), strict=False)
     return all(
         _is_same(tuple(a.shape), tuple(a.stride()), tuple(b.stride()))
@@ -65,7 +69,7 @@ def _is_same(shape: tuple[int, ...], mine: tuple[int, ...], other: tuple[int, ..
 
 def retraced(node: fx.Node) -> Any:
     """Return a call's fake results for what its arguments are now."""
-    args, kwargs = pytree.tree_map_only(fx.Node, fake_value, (node.args, dict(node.kwargs)))
+    args, kwargs = fake_arguments(node)
     target: Any = node.target
     with torch.no_grad():
         return target(*args, **kwargs)
@@ -94,6 +98,12 @@ def copies_before_view(node: fx.Node) -> list[fx.Node]:
         node.args = (copy, *node.args[1:])
         return [copy]
     return []
+
+
+def fake_arguments(node: fx.Node) -> tuple[Any, Any]:
+    """Return a call's arguments as they are in the trace: args with fake tensors, kwargs."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), fake_value)
+    return args, kwargs
 
 
 def fake_value(node: fx.Node) -> Any:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from packlight.capture import kept
 from packlight.capture.aot import num_tangents, user_results, written_back
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
@@ -23,6 +25,7 @@ from packlight.capture.dynamo import (
     native_upsampling,
     plain_errors,
     prepare_dynamo,
+    quick_tracing,
     refuse_graph_break,
     returned_place,
     specialize,
@@ -146,7 +149,7 @@ class StepCapture:
 
     def _trace(self, batch: Any) -> None:
         try:
-            with plain_errors(), torch.enable_grad():
+            with plain_errors(), torch.enable_grad(), quick_tracing():
                 self._compiled(self.loss_fn, self.model, batch)
         except _CapturedError:
             pass
@@ -176,18 +179,12 @@ class StepCapture:
         specialize(inputs)
         entry = self._entry = _Entry(loss_place=returned_place(module))
         self._entries.append(entry)
-
-        def take_joint(
-            joint: fx.GraphModule, num_forward_outputs: int
-        ) -> tuple[fx.GraphModule, fx.GraphModule]:
-            entry.joint = (joint, num_forward_outputs)
-            raise _CapturedError
-
-        try:
-            with native_upsampling():
-                aot_compiler(_as_it_is, take_joint)(module, inputs)
-        except _CapturedError:
-            pass
+        key = kept.key_of(module, inputs)
+        entry.joint = None if key is None else kept.load(key)
+        if entry.joint is None:
+            entry.joint = _joint_graph(module, inputs)
+            if key is not None and entry.joint is not None:
+                kept.save(key, *entry.joint)
 
         # Dynamo puts what it is given into the module's globals and leaves it there.
         this, mine = weakref.ref(self), weakref.ref(entry)
@@ -206,6 +203,26 @@ class StepCapture:
 
 def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
     return loss_fn(model, batch)
+
+
+def _joint_graph(
+    module: fx.GraphModule, inputs: Sequence[Any]
+) -> tuple[fx.GraphModule, int] | None:
+    """Return the joint graph behind a traced call and how many of its results are the forward's.
+
+    None where there is no backward.
+    """
+    joints: list[tuple[fx.GraphModule, int]] = []
+
+    def take_joint(
+        joint: fx.GraphModule, num_forward_outputs: int
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        joints.append((joint, num_forward_outputs))
+        raise _CapturedError
+
+    with native_upsampling(), suppress(_CapturedError):
+        aot_compiler(_as_it_is, take_joint)(module, inputs)
+    return joints[-1] if joints else None
 
 
 def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:

@@ -21,9 +21,15 @@ from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
 from packlight.torch_internals import lazily_negated, outside_of_tracing, storage_identity
 
+# A call is timed until it ran so often, or once it took so long in all.
 MIN_REPEATS = 3
 MAX_REPEATS = 12
 SECONDS_PER_CALL_SITE = 0.06
+# Calls that take longer are not repeated: what is set up once is a small part of them, and times
+# inside the step, which count more, are still to come.
+SLOW_SECONDS = 0.2
+# Random values are made up in pieces of so many, over and over: a prime, so that rows differ.
+RANDOM_ELEMENTS = 65537
 
 # Row-wise kernels that read all of a row before they write it. Whether one really may run in place
 # is still checked, bit by bit, on the device (see `_in_place_argument`).
@@ -121,29 +127,27 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
     """
     seen: dict[int, int] = {}
 
-    def describe(leaf: Any) -> str:
-        if isinstance(leaf, torch.Tensor):
-            order = seen.setdefault(id(leaf), len(seen))
-            shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            part = f"of{leaf.untyped_storage().nbytes()}" if _is_part(leaf) else ""
-            lazy = "*" * leaf.is_conj() + "-" * leaf.is_neg()
-            return f"{order}:{leaf.dtype}{shape}{stride}{part}{lazy}@{leaf.device}"
-        return repr(leaf)
+    def describe(value: Any) -> str:
+        if isinstance(value, torch.Tensor):
+            order = seen.setdefault(id(value), len(seen))
+            shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
+            num_bytes = int(value.untyped_storage().nbytes())
+            is_part = num_bytes > _spanned_bytes(shape, stride, value.dtype)
+            part = f"of{num_bytes}" if is_part else ""
+            lazy = "*" * value.is_conj() + "-" * value.is_neg()
+            return f"{order}:{value.dtype}{shape}{stride}{part}{lazy}@{value.device}"
+        if isinstance(value, (list, tuple)):
+            return f"[{','.join(map(describe, value))}]"
+        return repr(value)
 
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    return f"{target}|{','.join(map(describe, leaves))}|{spec if kwargs else len(args)}"
-
-
-def _is_part(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's storage is larger than its shape and strides need."""
-    shape, stride = tuple(map(int, tensor.shape)), tuple(map(int, tensor.stride()))
-    return int(tensor.untyped_storage().nbytes()) > _spanned_bytes(shape, stride, tensor.dtype)
+    named = (f"{name}={describe(value)}" for name, value in kwargs.items())
+    return f"{target}({','.join((*map(describe, args), *named))})"
 
 
 def _spanned_bytes(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> int:
     if 0 in shape:
         return 0
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    last = sum([(size - 1) * step for size, step in zip(shape, stride, strict=True)])
     return (last + 1) * dtype.itemsize
 
 
@@ -177,8 +181,9 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     def call() -> Any:
         return target(*real_args, **real_kwargs)
 
-    call()  # whatever is set up once (library handles, thread pools) is not workspace
+    begin = time.perf_counter()
     result, high_bytes, _ = allocator_peak(call, device)
+    first_seconds = time.perf_counter() - begin
     outputs = _output_facts(result, inputs, device)
     created = sum(
         o.storage_bytes for o in outputs if o.alias_of is None and o.same_storage_as is None
@@ -189,7 +194,10 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     del result, leaves
     if is_view:
         return CallFacts(0.0, 0, outputs, None)
-    seconds = median_seconds(call, device)
+    if high_bytes > created:  # what is set up once (library handles, tables) is not workspace
+        high_bytes = allocator_peak(call, device)[1]
+    is_slow = first_seconds > SLOW_SECONDS and device.type == "cpu"
+    seconds = first_seconds if is_slow else median_seconds(call, device)
     in_place = None
     if len(outputs) == 1 and created > 0:
         in_place = _in_place_argument(target, args, kwargs, device)
@@ -217,7 +225,7 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
             elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
                 storage.fill_(integer)
             elif random and leaf.dtype.itemsize >= 2 and storage.numel():
-                storage.uniform_(0.05, 1.0)
+                _fill_at_random(storage)
             else:
                 storage.fill_(0.5)
             # Kernels that do not know lazy conjugation and negation are given copies.
@@ -226,6 +234,13 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
         return made[id(leaf)]
 
     return pytree.tree_map(make, args), pytree.tree_map(make, kwargs)
+
+
+def _fill_at_random(values: torch.Tensor) -> None:
+    """Fill a vector with numbers between 0.05 and 1, the same ones again every few thousand."""
+    piece = values[:RANDOM_ELEMENTS].uniform_(0.05, 1.0)
+    for others in values[RANDOM_ELEMENTS:].split(RANDOM_ELEMENTS):
+        others.copy_(piece[: len(others)])
 
 
 def _device_of(inputs: list[torch.Tensor], kwargs: Any) -> torch.device:
@@ -265,11 +280,12 @@ def allocated_bytes(num_bytes: int, device: torch.device) -> int:
 
 
 def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Return the median duration of a few runs of `call()`."""
+    """Return the median duration of a few runs of `call()`, of one run if that takes long."""
     samples: list[float] = []
-    while len(samples) < MIN_REPEATS or (
-        len(samples) < MAX_REPEATS and sum(samples) < SECONDS_PER_CALL_SITE
-    ):
+    while len(samples) < MAX_REPEATS:
+        enough = SLOW_SECONDS if len(samples) < MIN_REPEATS else SECONDS_PER_CALL_SITE
+        if samples and sum(samples) >= enough:
+            break
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

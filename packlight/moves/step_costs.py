@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import cycle
 from typing import Any
 
@@ -26,7 +27,13 @@ from packlight.moves.stream.parameters import (
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Machine, StepMemory, with_transfers
-from packlight.updates.accounting import batch_bytes, measure_optimizer, tensors_bytes
+from packlight.updates.accounting import (
+    OptimizerMemory,
+    batch_bytes,
+    measure_optimizer,
+    refuse_closure,
+    tensors_bytes,
+)
 from packlight.updates.gradients import fills_storage
 from packlight.updates.twin import kinds_of_settings
 from packlight.updates.update import ParameterUpdates, UpdateCost
@@ -43,8 +50,6 @@ class StepCosts:
     Attributes:
         device: of the model.
         updates: steps the optimizer one parameter at a time; None where there is no optimizer.
-        optimizer_bytes: its state, whether it exists yet or not.
-        update_workspace_bytes: what its own `step()` allocates for a moment.
         trained: the parameters that it updates, by id.
     """
 
@@ -53,11 +58,8 @@ class StepCosts:
         model, optimizer = request.model, request.optimizer
         self.device = next(model.parameters()).device
         self.updates: ParameterUpdates | None = None
-        self.optimizer_bytes = self.update_workspace_bytes = 0
         if optimizer is not None:
-            measured = measure_optimizer(optimizer)
-            self.optimizer_bytes = measured.state_bytes
-            self.update_workspace_bytes = measured.workspace_bytes
+            refuse_closure(optimizer)
             self.updates = ParameterUpdates(optimizer)
         self.name_of = {id(p): name for name, p in model.named_parameters()}
         self.trained = {
@@ -70,6 +72,23 @@ class StepCosts:
         self._consumers: dict[Any, Consumer] = {}
         self._slots: Slots | None = None
         self._parameter_slots: ParameterSlots | None = None
+
+    @cached_property
+    def optimizer_bytes(self) -> int:
+        """The optimizer's state, whether it exists yet or not."""
+        if self.updates is None or self.updates.refusal is not None:
+            return self._whole_update.state_bytes
+        return sum(self.updates.cost(p).state_bytes for p in self.trained.values())
+
+    @property
+    def update_workspace_bytes(self) -> int:
+        """What the optimizer's own `step()` allocates for a moment."""
+        return self._whole_update.workspace_bytes
+
+    @cached_property
+    def _whole_update(self) -> OptimizerMemory:
+        optimizer = self.request.optimizer
+        return OptimizerMemory(0, 0) if optimizer is None else measure_optimizer(optimizer)
 
     @property
     def trained_in_order(self) -> list[nn.Parameter]:
@@ -235,7 +254,6 @@ class StepCosts:
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
             accumulated_bytes = gradient_bytes + tensors_bytes(written)
-            workspace_bytes = self.update_workspace_bytes
             if self.steps_alone:
                 assert self.updates is not None
                 workspace_bytes = max(
@@ -243,6 +261,8 @@ class StepCosts:
                     + sum(spec.num_bytes for spec in streaming.of_update(p))
                     for p in trained.values()
                 )
+            else:
+                workspace_bytes = self.update_workspace_bytes
         # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
         outside = [*model.parameters(), *tensors_of(batch)]
         arguments = [a for a in loss.arguments if isinstance(a, torch.Tensor)]

@@ -16,6 +16,7 @@ from packlight.capture.step_capture import CapturedAgainError
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
+from packlight.garbage import old_objects_kept
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
@@ -161,10 +162,11 @@ class TrainStep:
             self._runners.clear()
         signature = (_signature(batch), self.model.training)
         if signature not in self._runners:
-            ready = self._preparer.prepare(batch)
-            self._note_plan()
-            costs = self._preparer.costs
-            self._runners[signature] = StepRunner(costs, self._streamed, ready)
+            with old_objects_kept():
+                ready = self._preparer.prepare(batch)
+                self._note_plan()
+                costs = self._preparer.costs
+                self._runners[signature] = StepRunner(costs, self._streamed, ready)
         self._signature = signature
         return self.way
 

@@ -25,9 +25,10 @@ from packlight.costs.profiler import CallProfiler
 from packlight.lower.frame import Frame
 from packlight.lower.program import OPERATION_KEY, IgnoredEvents, Program
 
-NUM_REHEARSALS = 2
-# Long steps are rehearsed less often: what disturbs them takes a smaller part of them.
-ENOUGH_SECONDS = 10.0
+NUM_REHEARSALS = 3
+# Long steps are rehearsed once: what disturbs them, and memory that is new at first,
+# takes a smaller part of them.
+ENOUGH_SECONDS = 1.5
 MEMORY_FRACTION = 0.8
 
 
@@ -55,7 +56,7 @@ def rehearse(
 ) -> dict[int, float]:
     """Return the least seconds of each operation over several runs; nothing is updated.
 
-    What disturbs a call (another process, a stalled thread) only ever adds to its time.
+    What disturbs a call (other processes, memory that is new at first) only adds to its time.
 
     Args:
         program: of a schedule without transfers.
@@ -67,14 +68,13 @@ def rehearse(
     start = time.perf_counter()
     with real_tensors():
         ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
-        for rehearsal in range(NUM_REHEARSALS + 1):
+        for _ in range(NUM_REHEARSALS):
             clock = _Clock(device)
             _run_once(program, primals, ones, clock)
-            if rehearsal > 0:  # the first one warms up
-                for operation, seconds in clock.read():
-                    samples[operation].append(seconds)
-                if time.perf_counter() - start > ENOUGH_SECONDS:
-                    break
+            for operation, seconds in clock.read():
+                samples[operation].append(seconds)
+            if time.perf_counter() - start > ENOUGH_SECONDS:
+                break
     return {operation: min(seconds) for operation, seconds in samples.items()}
 
 

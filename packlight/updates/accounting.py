@@ -100,11 +100,7 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     Raises:
         UnsupportedModelError: the optimizer's step needs a closure.
     """
-    if needs_closure(optimizer):
-        raise UnsupportedModelError(
-            f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
-            "promised\nhint: use an optimizer whose step() takes no arguments"
-        )
+    refuse_closure(optimizer)
     state_bytes = 0
     workspace = 0
     summed_workspace = 0
@@ -124,6 +120,19 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
                 summed_workspace += one.workspace_bytes
             workspace = max(workspace, one.workspace_bytes)
     return OptimizerMemory(state_bytes, max(workspace, summed_workspace))
+
+
+def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if an optimizer's step takes a closure.
+
+    Raises:
+        UnsupportedModelError: it does.
+    """
+    if needs_closure(optimizer):
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
+            "promised\nhint: use an optimizer whose step() takes no arguments"
+        )
 
 
 def _measure_whole(

@@ -8,7 +8,7 @@ seen to give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from math import ceil
 from typing import Any
 
@@ -25,6 +25,7 @@ from packlight.updates.observe import (
     state_form,
     why_not_alone,
 )
+from packlight.updates.remembered import RememberedSteps
 from packlight.updates.slices import like_eager, rows_of_slices, step_in_slices
 from packlight.updates.twin import (
     Group,
@@ -33,6 +34,7 @@ from packlight.updates.twin import (
     stand_in,
     state_tensors,
     step_alone,
+    trainable,
 )
 
 # Slices of AdamW are then 1 MiB, which stay in cache from one pass over them to the next.
@@ -89,6 +91,7 @@ class ParameterUpdates:
             DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
         )
         self._num_states = 0
+        self._remembered = RememberedSteps(optimizer)
         self._observe()
 
     def cost(
@@ -109,8 +112,9 @@ class ParameterUpdates:
         stride = parameter.stride() if gradient_stride is None else tuple(gradient_stride)
         key = (self._key(parameter), stride)
         if key not in self._measured:
-            with real_tensors():
-                self._measured[key] = self._measure(parameter, stride)
+            question = ("cost", self.max_workspace_bytes, *key)
+            seen = self._remembered.seen(question, lambda: self._measure(parameter, stride))
+            self._measured[key] = (TwoSteps(*seen[:3]), *seen[3:])
         steps, seconds, num_slices = self._measured[key]
         existing = state_tensors(self.optimizer.state.get(parameter))
         if existing:
@@ -171,8 +175,15 @@ class ParameterUpdates:
         self._facts: dict[tuple[int, Kind], SliceFacts | None] = {}
         self._slices: dict[Any, _Slices | None] = {}
         self._measured: dict[Any, tuple[TwoSteps, float, int]] = {}
-        with real_tensors():
-            reason = interception(self.optimizer) or why_not_alone(self.optimizer)
+        kinds = [list(dict.fromkeys(map(Kind.of, trainable(group)))) for group in groups]
+
+        def observe() -> str | None:
+            with real_tensors():
+                return why_not_alone(self.optimizer)
+
+        reason = interception(self.optimizer)
+        if reason is None:
+            reason = self._remembered.seen(("why not alone", kinds), observe)
         self.refusal = self._in_words(reason)
 
     def _observe_again(self) -> None:
@@ -214,8 +225,14 @@ class ParameterUpdates:
         """Return how a parameter is sliced, None if it is stepped whole."""
         key = self._key(parameter)
         if key not in self._slices:
-            with real_tensors():
-                self._slices[key] = self._choose_slices(key[0], parameter)
+
+            def observe() -> Any:
+                with real_tensors():
+                    chosen = self._choose_slices(key[0], parameter)
+                return chosen and [chosen.first_rows, chosen.rows, sorted(chosen.split_names)]
+
+            seen = self._remembered.seen(("slices", self.max_workspace_bytes, *key), observe)
+            self._slices[key] = seen and _Slices(seen[0], seen[1], frozenset(seen[2]))
         return self._slices[key]
 
     def _choose_slices(self, group_index: int, parameter: torch.Tensor) -> _Slices | None:
@@ -261,13 +278,15 @@ class ParameterUpdates:
 
     def _measure(
         self, parameter: torch.Tensor, gradient_stride: tuple[int, ...]
-    ) -> tuple[TwoSteps, float, int]:
+    ) -> list[Any]:
+        """Return what `TwoSteps` has, seconds, and the number of slices."""
         slices = self._slices_of(parameter)
         group = self.optimizer.param_groups[self._group_index[parameter]]
-        copy = _measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
-        seconds = median_seconds(copy.step, parameter.device)
+        with real_tensors():
+            copy = _measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
+            seconds = median_seconds(copy.step, parameter.device)
         num_slices = 1 if slices is None else ceil(parameter.shape[0] / slices.rows)
-        return copy.bytes, seconds, num_slices
+        return [*astuple(copy.bytes), seconds, num_slices]
 
 
 @dataclass(frozen=True, slots=True)
