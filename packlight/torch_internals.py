@@ -10,6 +10,7 @@ Dynamo and AOTAutograd are imported where they are used: planning without a mode
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import FunctionType
@@ -218,6 +219,30 @@ def boxed(function: Compiled) -> Compiled:
     """Mark a compiled function as one that takes its arguments in a list and may empty it."""
     function._boxed_call = True  # type: ignore[attr-defined]
     return function
+
+
+@contextmanager
+def quick_tracing() -> Iterator[None]:
+    """Trace without looking up names of functions for every node, by parsing whole source files.
+
+    Dynamo makes up a line of a debug log with them. Where that log is asked for, it gets them.
+
+    Relied upon: the translator finds `get_funcname` among its module's names; where it does not,
+    nothing is changed.
+    """
+    from torch._dynamo import symbolic_convert
+
+    translator: Any = symbolic_convert
+    names_functions = getattr(translator, "get_funcname", None)
+    log = logging.getLogger("torch._dynamo.output_graph.__trace_call")
+    if names_functions is None or log.isEnabledFor(logging.DEBUG):
+        yield
+        return
+    translator.get_funcname = lambda *_: None
+    try:
+        yield
+    finally:
+        translator.get_funcname = names_functions
 
 
 # -- tracing modes and dispatch

@@ -671,16 +671,17 @@ def test_tiers_refuse_devices_that_they_do_not_serve(tmp_path: Path) -> None:
         HostTier([on_cpu, on_gpu])
 
 
-def test_a_link_is_measured_once_per_directory(
+def test_a_lane_is_measured_once_per_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    link = measure_lane(tmp_path, 2**20, allow_memory=True)
-    assert link.bytes_per_second > 0 and (link.write_bytes_per_second or 0) > 0
-    assert 0 < link.latency_seconds < link.read_seconds(2**30)
-    assert link.write_seconds(0) == link.latency_seconds
-    assert 0 <= link.compute_share <= 1
+    lane = measure_lane(tmp_path, 2**20, allow_memory=True)
+    assert lane.read is not None and lane.write is not None
+    assert lane.read.bytes_per_second > 0 and lane.write.bytes_per_second > 0
+    assert 0 < lane.read.latency_seconds < lane.read.seconds(2**30)
+    assert lane.write.seconds(0) == lane.read.latency_seconds
+    assert 0 <= lane.compute_share <= 1
     monkeypatch.setattr(os, "pwritev", None)
-    assert measure_lane(tmp_path / ".", 2**20, allow_memory=True) is link
+    assert measure_lane(tmp_path / ".", 2**20, allow_memory=True) is lane
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -481,6 +481,15 @@ def test_settings_of_tracing_change_with_functorchs_and_with_modes_of_dispatch()
         assert inside.tracing_settings() != before
 
 
+def test_dynamo_names_functions_where_it_is_told_not_to() -> None:
+    from torch._dynamo import symbolic_convert
+
+    names_functions = symbolic_convert.get_funcname  # type: ignore[attr-defined]
+    with inside.quick_tracing():
+        assert symbolic_convert.get_funcname is not names_functions  # type: ignore[attr-defined]
+    assert symbolic_convert.get_funcname is names_functions  # type: ignore[attr-defined]
+
+
 def test_descriptions_are_made_again_from_their_names_and_fields() -> None:
     described = inside.saved_descriptions(2)[1]
     assert is_dataclass(described)

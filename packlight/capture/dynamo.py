@@ -43,27 +43,6 @@ def prepare_dynamo() -> None:
     trace_through(m for m in methods if m is not None)
 
 
-@contextmanager
-def quick_tracing() -> Iterator[None]:
-    """Trace without looking up names of functions for every node, by parsing whole source files.
-
-    Dynamo makes up a line of a debug log with them. Where that log is asked for, it gets them.
-    """
-    from torch._dynamo import symbolic_convert
-
-    translator: Any = symbolic_convert
-    names_functions = getattr(translator, "get_funcname", None)
-    log = logging.getLogger("torch._dynamo.output_graph.__trace_call")
-    if names_functions is None or log.isEnabledFor(logging.DEBUG):
-        yield
-        return
-    translator.get_funcname = lambda *_: None
-    try:
-        yield
-    finally:
-        translator.get_funcname = names_functions
-
-
 def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
     """Have a model do what its first call does and no trace can; return whether there is such.
 

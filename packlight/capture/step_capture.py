@@ -25,13 +25,12 @@ from packlight.capture.dynamo import (
     native_upsampling,
     plain_errors,
     prepare_dynamo,
-    quick_tracing,
     refuse_graph_break,
     returned_place,
     specialize,
 )
 from packlight.errors import GraphBreakError, UnsupportedModelError
-from packlight.torch_internals import aot_compiler, storage_identity, with_own_cache
+from packlight.torch_internals import aot_compiler, quick_tracing, storage_identity, with_own_cache
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 

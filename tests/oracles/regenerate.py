@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from packlight.step import StepGraph
-from packlight.step.serialize import to_json
+from packlight.step.serialize import encode
 from tests.oracles.checkmate import Status, fastest_schedule, smallest_peak
 from tests.oracles.graphs import graphs
 from tests.oracles.liveness import plain_order, recount_peak_bytes
@@ -26,7 +26,7 @@ TIME_LIMIT_SECONDS = 300.0
 
 def graph_hash(graph: StepGraph) -> str:
     """Return a digest of everything in the graph that a planner could look at."""
-    return hashlib.sha256(to_json(graph).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(encode(graph)).encode()).hexdigest()[:16]
 
 
 def solve(graph: StepGraph) -> dict[str, Any]:
