@@ -5,13 +5,15 @@ The optima are in `oracles/optimal.json`; `python -m tests.oracles.regenerate` s
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
 
 from packlight import planner
 from packlight.errors import InfeasibleBudgetError
-from packlight.step import Plan, StepGraph, simulate
+from packlight.planner import Planner
+from packlight.step import Plan, simulate
 from tests.oracles.checkmate import Status, fastest_schedule, smallest_peak
 from tests.oracles.graphs import graphs
 from tests.oracles.liveness import plain_order, recount_peak_bytes
@@ -21,9 +23,12 @@ TOLERANCE = 1.01
 SOLVED_LIVE = ("chain-5", "dag-4", "towers-3")
 
 # Where the planner's smallest peak is above the optimum's, and by how much.
-GAPS = dict.fromkeys(
-    ("transformer-1", "transformer-2"), "gradients of parameters dropped and made again: 1.006 x"
-) | {"deep-u-shape-4": "nested skips and gradients made again: 1.126 x"}
+LARGER = {"deep-u-shape-4": "nested skips and gradients made again: 1.108 x"}
+# Where it is as small, and the plan for it is slower by more than 1%.
+SLOWER = {
+    "transformer-1": "gradients of parameters dropped and made again: 1.051 x",
+    "transformer-2": "gradients of parameters dropped and made again: 1.045 x",
+}
 
 ANSWERS = load_answers()
 CASES = [
@@ -33,15 +38,21 @@ CASES = [
 ]
 
 
-def expect_gap(name: str, request: pytest.FixtureRequest) -> None:
+def expect_gap(name: str, gaps: dict[str, str], request: pytest.FixtureRequest) -> None:
     """Expect (strictly) the failures that are known: closing a gap must remove it from the list."""
-    if name in GAPS:
-        request.applymarker(pytest.mark.xfail(reason=GAPS[name], strict=True))
+    if name in gaps:
+        request.applymarker(pytest.mark.xfail(reason=gaps[name], strict=True))
 
 
-def checked_plan(graph: StepGraph, budget_bytes: int) -> Plan:
+@cache
+def planner_of(name: str) -> Planner:
+    """Return the planner of a graph."""
+    return Planner(graphs()[name])
+
+
+def checked_plan(name: str, budget_bytes: int) -> Plan:
     """Return the planner's plan after making sure that it is what it says it is."""
-    plan = planner.plan_schedule(graph, budget_bytes)
+    graph, plan = graphs()[name], planner_of(name).plan(budget_bytes)
     timeline = simulate(graph, plan.schedule)
     assert timeline.peak_bytes == plan.peak_bytes <= budget_bytes
     assert recount_peak_bytes(graph, plan.schedule.instructions) == plan.peak_bytes
@@ -54,8 +65,8 @@ def test_plan_is_within_one_percent_of_the_optimum(
     name: str, budget_bytes: int, optimal_seconds: float, request: pytest.FixtureRequest
 ) -> None:
     if budget_bytes == ANSWERS[name]["smallest_peak_bytes"]:
-        expect_gap(name, request)
-    plan = checked_plan(graphs()[name], budget_bytes)
+        expect_gap(name, LARGER | SLOWER, request)
+    plan = checked_plan(name, budget_bytes)
     assert plan.seconds <= TOLERANCE * optimal_seconds
 
 
@@ -71,20 +82,19 @@ def test_the_bound_never_exceeds_the_optimum(
 def test_smallest_plan_is_as_small_as_the_optimum(
     name: str, request: pytest.FixtureRequest
 ) -> None:
-    expect_gap(name, request)
-    plan = planner.smallest_plan(graphs()[name])
+    expect_gap(name, LARGER, request)
+    plan = planner_of(name).smallest_plan()
     assert simulate(graphs()[name], plan.schedule).peak_bytes == plan.peak_bytes
     assert plan.peak_bytes <= ANSWERS[name]["smallest_peak_bytes"]
 
 
 @pytest.mark.parametrize("name", SOLVED_LIVE)
 def test_a_budget_that_nothing_fits_is_refused_with_a_feasible_one(name: str) -> None:
-    graph = graphs()[name]
     # Only reordering first runs could go below the MILP; half of it is below any operation's need.
     too_small_bytes = ANSWERS[name]["smallest_peak_bytes"] // 2
     with pytest.raises(InfeasibleBudgetError) as raised:
-        planner.plan_schedule(graph, too_small_bytes)
-    assert checked_plan(graph, raised.value.smallest_bytes).budget_bytes is not None
+        planner_of(name).plan(too_small_bytes)
+    assert checked_plan(name, raised.value.smallest_bytes).budget_bytes is not None
 
 
 @pytest.mark.parametrize("name", graphs())

@@ -15,9 +15,12 @@ The time of one forward and backward of each segment is left out: it is the same
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from packlight.planner.facts import Segment
 
@@ -31,12 +34,13 @@ class Chain:
     Attributes:
         segments: from `build_segments`.
         budget_bytes: what the table's highest level stands for.
+        carry: see `carries`.
         num_levels: how finely memory is divided; sizes round up to whole levels.
     """
 
-    segments: list[Segment]
+    segments: Sequence[Segment]
     budget_bytes: int
-    sizes: list[int]
+    carry: npt.NDArray[np.int64]
     num_levels: int = 400
 
     def __post_init__(self) -> None:
@@ -45,78 +49,70 @@ class Chain:
         self.forward_until = np.concatenate(
             [[0.0], np.cumsum([s.forward_seconds for s in self.segments])]
         )
-        self.carry = self._carries()
+        self.pile = [self._levels(s.pile_bytes) for s in self.segments]
+        self.carry_levels = np.ceil(self.carry / self.level_bytes).astype(np.int64)
+        # need[s, j]: levels to run the forward of s..j-1, the input of s in memory.
+        plain = np.array([s.plain_peak_bytes for s in self.segments], dtype=np.int64)
+        levels = np.ceil(np.maximum(self.carry + plain, 0) / self.level_bytes)
+        levels = np.minimum(levels, self.num_levels + 1).astype(np.int64)
+        self.need = np.zeros((num, num + 1), dtype=np.int64)
+        for s in range(num):
+            self.need[s, s + 1 :] = np.maximum.accumulate(levels[s, s:])
         self.best = np.full((num, num, self.num_levels + 1), INFINITY, dtype=np.float64)
         self._fill()
 
     def _levels(self, num_bytes: float) -> int:
-        return int(min(np.ceil(max(0.0, num_bytes) / self.level_bytes), self.num_levels + 1))
-
-    def _carries(self) -> np.ndarray:
-        """Return carry[s, j]: bytes of segment j's input that are not held as segment s's input."""
-        num = len(self.segments)
-        carry = np.zeros((num, num), dtype=np.int64)
-        for s in range(num):
-            mine = self.segments[s].frontier
-            for j in range(s + 1, num):
-                carry[s, j] = sum(
-                    self.sizes[b] for b in self.segments[j].frontier if b not in mine
-                )
-        return carry
+        return int(min(math.ceil(max(0.0, num_bytes) / self.level_bytes), self.num_levels + 1))
 
     def _fill(self) -> None:
         num, levels = len(self.segments), self.num_levels
-        carry_levels = np.ceil(self.carry / self.level_bytes).astype(np.int64)
-        forward_levels = np.array([
-            [
-                self._levels(self.carry[s, q] + self.segments[q].plain_peak_bytes) if q >= s else 0
-                for q in range(num)
-            ]
-            for s in range(num)
-        ])
-        grid = np.arange(levels + 1)
-        for t in range(num):
-            pile = self._levels(self.segments[t].pile_bytes)
-            for s in range(t, -1, -1):
-                best = self._one_segment(s) if s == t else np.full(levels + 1, INFINITY)
-                if s < t:
-                    best = np.minimum(best, self._keep(s, t, pile))
-                    # Store the input of j: all j at once.
-                    js = np.arange(s + 1, t + 1)
-                    shifts = carry_levels[s, js]
-                    index = grid[None, :] - shifts[:, None]
-                    right = self.best[js[:, None], t, np.maximum(index, 0)]
-                    right = np.where(index >= 0, right, INFINITY)
-                    left = self.best[s, js - 1, :]
-                    forward = self.forward_until[js] - self.forward_until[s]
-                    need = np.maximum.accumulate(forward_levels[s, s:t]) + pile
-                    total = right + left + forward[:, None]
-                    total = np.where(grid[None, :] >= need[:, None], total, INFINITY)
-                    best = np.minimum(best, total.min(axis=0))
-                self.best[s, t] = best
+        # For the s at hand, [t, j]: the forward of s..j-1, and C[j,t] beside the input of j.
+        right = np.full((num, num, levels + 1), INFINITY)
+        total = np.empty((num, levels + 1))
+        for s in range(num - 1, -1, -1):
+            for j in range(s + 1, num):
+                shift = int(self.carry_levels[s, j])
+                forward = self.forward_until[j] - self.forward_until[s]
+                right[j:, j, :shift] = INFINITY
+                np.add(
+                    self.best[j, j:, : max(0, levels + 1 - shift)], forward,
+                    out=right[j:, j, shift:],
+                )
+            mine = self.best[s]
+            self._keep(s)
+            self._one_segment(s)
+            # From which j on more levels are needed.
+            steps = np.flatnonzero(np.diff(self.need[s, s + 1 :], prepend=-1)) + s + 1
+            for t in range(s + 1, num):
+                # Store the input of j: all j at once.
+                of_j = np.add(right[t, s + 1 : t + 1], mine[s:t], out=total[s:t])
+                for j in steps[steps <= t].tolist():
+                    of_j[j - s - 1 :, : self.need[s, j] + self.pile[t]] = INFINITY
+                np.minimum(mine[t], of_j.min(axis=0), out=mine[t])
 
-    def _one_segment(self, s: int) -> np.ndarray:
-        result = np.full(self.num_levels + 1, INFINITY)
-        pile = self.segments[s].pile_bytes
+    def _one_segment(self, s: int) -> None:
+        row, pile = self.best[s, s], self.segments[s].pile_bytes
         for option in self.segments[s].options:
             need = self._levels(max(option.forward_peak_bytes + pile, option.backward_peak_bytes))
             if need <= self.num_levels:
-                result[need:] = np.minimum(result[need:], option.extra_seconds)
-        return result
+                np.minimum(row[need:], option.extra_seconds, out=row[need:])
 
-    def _keep(self, s: int, t: int, pile: int) -> np.ndarray:
-        result = np.full(self.num_levels + 1, INFINITY)
+    def _keep(self, s: int) -> None:
+        """Keep what an option keeps while the segments up to t run: all t with the same pile."""
+        num, levels = len(self.segments), self.num_levels
         for option in self.segments[s].options:
             shift = self._levels(option.kept_bytes)
-            need = max(
-                self._levels(option.forward_peak_bytes) + pile,
-                self._levels(option.backward_peak_bytes),
-                shift,
-            )
-            if need <= self.num_levels:
-                rest = self.best[s + 1, t, need - shift : self.num_levels + 1 - shift]
-                result[need:] = np.minimum(result[need:], option.extra_seconds + rest)
-        return result
+            forward = self._levels(option.forward_peak_bytes)
+            least = max(self._levels(option.backward_peak_bytes), shift)
+            first = s + 1
+            for t in range(s + 2, num + 1):
+                if t == num or self.pile[t] != self.pile[first]:
+                    need = max(forward + self.pile[first], least)
+                    if need <= levels:
+                        rest = self.best[s + 1, first:t, need - shift : levels + 1 - shift]
+                        row = self.best[s, first:t, need:]
+                        np.minimum(row, option.extra_seconds + rest, out=row)
+                    first = t
 
     @property
     def extra_seconds(self) -> float:
@@ -155,7 +151,7 @@ class Chain:
         target = self.best[s, t, m]
         assert np.isfinite(target), "asked for the order of a budget that does not fit"
         close = 1e-12 + 1e-9 * abs(target)
-        pile = self._levels(self.segments[t].pile_bytes)
+        pile = self.pile[t]
         if s == t:
             for k, option in enumerate(self.segments[s].options):
                 need = self._levels(
@@ -177,16 +173,31 @@ class Chain:
                         ("forward", s, s, m), ("solve", s + 1, t, m - shift), ("backward", s, k, m),
                     ]
         for j in range(s + 1, t + 1):
-            shift = int(np.ceil(self.carry[s, j] / self.level_bytes))
+            shift = int(self.carry_levels[s, j])
+            if self.need[s, j] + pile > m:
+                break
             if shift > m:
                 continue
             forward = self.forward_until[j] - self.forward_until[s]
             value = forward + self.best[j, t, m - shift] + self.best[s, j - 1, m]
-            need = pile + max(
-                self._levels(self.carry[s, q] + self.segments[q].plain_peak_bytes)
-                for q in range(s, j)
-            )
-            if need <= m and abs(value - target) <= close:
+            if abs(value - target) <= close:
                 forwards = [("forward", q, q, m) for q in range(s, j)]
                 return [*forwards, ("solve", j, t, m - shift), ("solve", s, j - 1, m)]
         raise AssertionError("no decision leads to the table's value")
+
+
+def carries(segments: Sequence[Segment], sizes: Sequence[int]) -> npt.NDArray[np.int64]:
+    """Return carry[s, j]: bytes of segment j's input that are not held as segment s's input.
+
+    Args:
+        segments: in order.
+        sizes: of all buffers.
+    """
+    num = len(segments)
+    carry = np.zeros((num, num), dtype=np.int64)
+    for j in range(num):
+        whole = [(b, sizes[b]) for b in segments[j].frontier]
+        for s in range(j):
+            mine = segments[s].frontier
+            carry[s, j] = sum([size for b, size in whole if b not in mine])
+    return carry

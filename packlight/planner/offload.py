@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from packlight.planner.intervals import Interval
 from packlight.planner.placement import Placement
 from packlight.planner.refine import (
     Effort,
@@ -33,7 +34,7 @@ from packlight.planner.refine import (
     repair,
     ruin_and_recreate,
 )
-from packlight.planner.retention import Interval, Retention
+from packlight.planner.retention import Retention
 from packlight.planner.routes import Routes
 from packlight.planner.search import Found, View
 from packlight.planner.segments import replace_id, restore_ids
@@ -86,12 +87,10 @@ class TransferRetention(Retention):
     def _turn(self, buffer: int) -> None:
         if buffer not in self.moved:
             self.moved.add(buffer)
-            self.maker[buffer] = self._routes.read(buffer).id
-            self.is_fixed[buffer] = False
+            self.comes_from(buffer, self._routes.read(buffer).id, is_fixed=False)
         else:
             self.moved.discard(buffer)
-            self.maker[buffer] = self.origin[buffer]
-            self.is_fixed[buffer] = self._was_fixed[buffer]
+            self.comes_from(buffer, self.origin[buffer], self._was_fixed[buffer])
 
     def turn(self, buffer: int) -> bool:
         """Read a buffer instead of recomputing it, or the reverse; return whether that can be."""
@@ -103,7 +102,7 @@ class TransferRetention(Retention):
             ok = self.evaluate(position) and ok
         return ok
 
-    def arranged(self, rerun: set[int], position: int) -> tuple[int, ...]:
+    def arranged(self, rerun: list[int], position: int) -> tuple[int, ...]:
         """Return recomputations in order, each read just before the first that uses it."""
         num, sequence = self.num_positions, sorted(rerun)
         if sequence[-1] < num:

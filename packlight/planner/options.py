@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import replace
 
 from packlight.planner.facts import Facts, Option, Segment
-from packlight.step import StepGraph
 
 MAX_ENUMERATED = 8
+MAX_TRIED = 24
 MAX_OPTIONS = 10
 SMALL_FRACTION = 0.01
 
@@ -63,9 +64,9 @@ class _Runner:
         self, facts: Facts, segment: Segment, output: frozenset[int], pile: int
     ) -> None:
         self.facts, self.segment, self.output, self.pile = facts, segment, output, pile
-        operations = facts.graph.operations
+        operations = facts.graph.computations
         self.made = [b for i in segment.forward for b in operations[i].creates]
-        mine = set(self.made)
+        self.mine = mine = set(self.made)
         # Names that are equal in equal segments.
         self.local: dict[int, int] = {}
         for i in (*segment.forward, *segment.backward):
@@ -80,7 +81,7 @@ class _Runner:
         self.pile_after = self._pile_after()
 
     def signature(self) -> object:
-        operations, local, size = self.facts.graph.operations, self.local, self.facts.size
+        operations, local, size = self.facts.graph.computations, self.local, self.facts.size
         return (
             len(self.segment.forward),
             tuple(
@@ -99,7 +100,7 @@ class _Runner:
         fixed = frozenset(
             b for b in self.needed
             if size[b] <= SMALL_FRACTION * total
-            or not self.facts.graph.operations[self.facts.maker[b]].can_recompute
+            or not self.facts.graph.computations[self.facts.maker[b]].can_recompute
         )
         free = [b for b in self.needed if b not in fixed and b not in self.output]
         if len(free) <= MAX_ENUMERATED:
@@ -116,30 +117,42 @@ class _Runner:
 
     def _greedy_front(self, fixed: frozenset[int], free: list[int]) -> list[Option]:
         """Drop one buffer after the other, the cheapest second per byte first."""
+        operations, maker, size = self.facts.graph.computations, self.facts.maker, self.facts.size
         kept = fixed | frozenset(free)
         found = [self.run(kept)]
-        remaining = list(free)
+        again = self._recomputed(self.needed, kept, set())
+        # The most promising are looked at first.
+        remaining = sorted(free, key=lambda b: (operations[maker[b]].seconds / max(1, size[b]), b))
         while remaining:
-            trials = remaining
-            if len(remaining) > 24:  # look at the most promising only
-                seconds = self.facts.graph.operations
-                trials = sorted(
-                    remaining,
-                    key=lambda b: seconds[self.facts.maker[b]].seconds / max(1, self.facts.size[b]),
-                )[:24]
-            best: tuple[float, int, Option] | None = None
-            for buffer in trials:
-                option = self.run(kept - {buffer})
-                rate = (option.extra_seconds - found[-1].extra_seconds) / max(
-                    1, self.facts.size[buffer]
-                )
+            best: tuple[float, int, set[int]] | None = None
+            for buffer in remaining[:MAX_TRIED]:
+                more = self._recomputed([buffer], kept - {buffer}, again)
+                rate = sum([operations[i].seconds for i in sorted(more)]) / max(1, size[buffer])
                 if best is None or (rate, buffer) < best[:2]:
-                    best = (rate, buffer, option)
+                    best = (rate, buffer, more)
             assert best is not None
             kept = kept - {best[1]}
+            again |= best[2]
             remaining.remove(best[1])
-            found.append(best[2])
+            found.append(self.run(kept))
         return found
+
+    def _recomputed(
+        self, buffers: Iterable[int], kept: frozenset[int], again: set[int]
+    ) -> set[int]:
+        """Return what runs again for some buffers, besides what does already."""
+        operations, maker, reads = self.facts.graph.computations, self.facts.maker, self.facts.reads
+        more: set[int] = set()
+        stack = list(buffers)
+        while stack:
+            buffer = stack.pop()
+            index = maker[buffer]
+            if buffer not in self.mine or buffer in kept or buffer in self.output:
+                continue
+            if index not in again and index not in more and operations[index].can_recompute:
+                more.add(index)
+                stack.extend(reads[index])
+        return more
 
     def run(self, kept: frozenset[int]) -> Option:
         """Return what keeping exactly these buffers costs."""
@@ -154,14 +167,14 @@ class _Runner:
     def forward_peak(self, kept: frozenset[int]) -> int:
         """Return the most that the forward adds to its input frontier when it keeps `kept`."""
         facts, segment = self.facts, self.segment
-        operations, size = facts.graph.operations, facts.size
+        operations, size = facts.graph.computations, facts.size
         last: dict[int, int] = {}
         for i in segment.forward:
             for b in facts.reads[i]:
                 last[b] = i
         stay = kept | self.output
         live = peak = 0
-        mine = set(self.made)
+        mine = self.mine
         for i in segment.forward:
             operation = operations[i]
             growth = sum(size[b] for b in operation.creates if b not in facts.pinned)
@@ -179,8 +192,8 @@ class _Runner:
 
     def _backward(self, kept: frozenset[int]) -> tuple[list[int], float, int]:
         facts, segment = self.facts, self.segment
-        operations, size, maker = facts.graph.operations, facts.size, facts.maker
-        mine = set(self.made)
+        operations, size, maker = facts.graph.computations, facts.size, facts.maker
+        mine = self.mine
         present = {b for b in kept | self.output if b in mine}
         # Order: each backward operation after the recomputations that it needs.
         order: list[int] = []
@@ -241,18 +254,18 @@ class _Runner:
         last_backward = segment.backward[-1] if segment.backward else -1
         outputs = set(facts.graph.outputs)
         self._outliving = set()
-        readers = _readers(facts)
+        readers = facts.last_reader
         for i in segment.backward:
-            for b in (*facts.graph.operations[i].creates, *facts.reads[i]):
+            for b in (*facts.graph.computations[i].creates, *facts.reads[i]):
                 if facts.maker[b] >= facts.graph.num_forward:
                     if b in outputs or readers.get(b, -1) > last_backward:
                         self._outliving.add(b)
         touched = {
             b for i in segment.backward
-            for b in (*facts.graph.operations[i].creates, *facts.reads[i])
+            for b in (*facts.graph.computations[i].creates, *facts.reads[i])
             if facts.maker[b] >= facts.graph.num_forward
         }
-        created = {b for i in segment.backward for b in facts.graph.operations[i].creates}
+        created = {b for i in segment.backward for b in facts.graph.computations[i].creates}
         pile = self.pile
         for b in touched:
             if b in created and b in self._outliving:
@@ -260,21 +273,6 @@ class _Runner:
             elif b not in created and b not in self._outliving:
                 pile -= facts.size[b]
         return pile
-
-
-_READERS: dict[int, tuple[StepGraph, dict[int, int]]] = {}
-
-
-def _readers(facts: Facts) -> dict[int, int]:
-    """Return the last operation that reads each buffer (remembered for the latest graph only)."""
-    known = _READERS.get(0)
-    if known is None or known[0] is not facts.graph:
-        last: dict[int, int] = {}
-        for i, reads in enumerate(facts.reads):
-            for b in reads:
-                last[b] = i
-        _READERS[0] = known = (facts.graph, last)
-    return known[1]
 
 
 def _pareto(options: list[Option]) -> list[Option]:

@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from packlight.planner.retention import Interval, Retention
+from packlight.planner.intervals import Interval
+from packlight.planner.retention import Retention
 
 EPSILON_SECONDS = 1e-12
+# So many looks at what could be held count as one evaluation.
+LOOKS = 4
+# Of the peak: how far `lower` tries to bring it down at once. How many evaluations that may take,
+# and how often it goes on from more that is kept without getting lower.
+FIRST_STEP, SECOND_STEP, LARGEST_STEP, LEAST_STEP = 0.05, 0.02, 0.1, 0.001
+ATTEMPT, MAX_STALL = 3_000, 3
 
 
 @dataclass
@@ -25,11 +32,15 @@ class Effort:
 
     def left(self, retention: Retention) -> bool:
         """Whether there is any left."""
-        return retention.num_evaluations < self.evaluations
+        return _done(retention) < self.evaluations
 
     def more(self, retention: Retention, evaluations: int) -> None:
         """Allow some evaluations from here on."""
-        self.evaluations = retention.num_evaluations + evaluations
+        self.evaluations = _done(retention) + evaluations
+
+
+def _done(retention: Retention) -> int:
+    return retention.num_evaluations + retention.num_looks // LOOKS
 
 
 def repair(retention: Retention, budget_bytes: int, effort: Effort, width: int = 6) -> bool:
@@ -77,22 +88,14 @@ def _drop_candidates(
     retention: Retention, position: int, tabu: set[tuple[int, int]]
 ) -> list[tuple[int, list[Interval]]]:
     """Return (buffer, new intervals) for what could be dropped at a position, best first."""
-    needed = retention.used[position]
-    found: list[tuple[bool, float, int]] = []
-    for buffer in retention.held_at(position):
-        size = retention.size[buffer]
-        if size and not retention.is_fixed[buffer] and buffer not in needed:
-            if (buffer, position) not in tabu:
-                seconds = retention.seconds[retention.maker[buffer]]
-                found.append((buffer in retention.due, -size / (seconds + 1e-9), buffer))
-    found.sort()
-    result = []
-    for _, _, buffer in found:
-        new = retention.without_gap(buffer, position)
-        if new is not None:
-            result.append((buffer, new))
-            if len(result) == 8:  # more than any caller tries
-                break
+    result: list[tuple[int, list[Interval]]] = []
+    for buffer in retention.droppable_at(position):
+        if (buffer, position) not in tabu:
+            new = retention.without_gap(buffer, position)
+            if new is not None:
+                result.append((buffer, new))
+                if len(result) == 8:  # more than any caller tries
+                    break
     return result
 
 
@@ -120,35 +123,31 @@ def _recomputations(retention: Retention) -> list[tuple[float, int, int]]:
 
 def _try_keep(retention: Retention, index: int, position: int, budget_bytes: int) -> bool:
     """Hold what an operation made until a position, instead of running it again there."""
+    retention.num_looks += 1
     fills = []
     for buffer in retention.creates[index]:
-        if _is_read_at(retention, buffer, position):
+        if retention.is_read_at(buffer, position):
             filled = retention.with_gap_filled(buffer, position)
             if filled is not None:
                 fills.append((buffer, *filled))
     for buffer, _, latest in fills:
-        window = retention.peaks[latest + 1 : position]
+        between = slice(latest + 1, position)
+        window = retention.held_bytes[between] + retention.local_bytes[between]
         if len(window) and int(window.max()) + retention.size[buffer] > budget_bytes:
             return False
     seconds = retention.total_extra_seconds
-    vanished = set(retention.used[position])
+    vanished = retention.used_by(position)
     mark = retention.mark()
     ok = bool(fills)
     for buffer, new, _ in fills:
         ok = ok and retention.set_intervals(buffer, new)
     if ok and retention.total_extra_seconds < seconds - EPSILON_SECONDS:
         if retention.peak_bytes <= budget_bytes:
-            for buffer in sorted(vanished):
+            for buffer in vanished:
                 retention.trim(buffer)
             return True
     retention.undo_to(mark)
     return False
-
-
-def _is_read_at(retention: Retention, buffer: int, position: int) -> bool:
-    if buffer in retention.reads[position] or buffer in retention.starts[position]:
-        return True
-    return any(buffer in retention.reads[i] for i in retention.lists[position])
 
 
 def shake(
@@ -181,8 +180,7 @@ def droppable(retention: Retention) -> list[tuple[int, Interval]]:
     return [
         (buffer, interval)
         for buffer, intervals in enumerate(retention.intervals)
-        if not retention.is_fixed[buffer] and retention.size[buffer] > 0
-        if buffer not in retention.due
+        if intervals and retention.can_drop(buffer) and buffer not in retention.due
         for interval in intervals
     ]
 
@@ -215,13 +213,30 @@ def _improve_shuffled(
     improve(retention, budget_bytes, effort)
 
 
-def lower(retention: Retention, effort: Effort) -> None:
-    """Bring the peak down as far as drops can, whatever the seconds."""
-    share = 0.9
-    mark = retention.mark()
-    while effort.left(retention) and share < 0.9999:
-        if repair(retention, int(retention.peak_bytes * share), effort):
-            mark = retention.mark()
+def lower(retention: Retention, effort: Effort, floor_bytes: int = 0) -> None:
+    """Bring the peak down as far as drops can, whatever the seconds.
+
+    Steps grow as long as they succeed and are halved when they fail. Where even small ones do,
+    keeping whatever fits below the peak shortens recomputations, and opens new ways down.
+
+    Args:
+        retention: is changed; its peak never grows.
+        effort: for all.
+        floor_bytes: no peak is lower.
+    """
+    mark, best_bytes = retention.mark(), retention.peak_bytes
+    step, stall = FIRST_STEP, 0
+    while effort.left(retention) and best_bytes > floor_bytes and stall <= MAX_STALL:
+        if step > LEAST_STEP:
+            target_bytes = max(floor_bytes, int(best_bytes * (1 - step)))
+            attempt = Effort(min(effort.evaluations, _done(retention) + ATTEMPT))
+            if repair(retention, target_bytes, attempt):
+                mark, best_bytes = retention.mark(), retention.peak_bytes
+                step, stall = min(LARGEST_STEP, 1.5 * step), 0
+            else:
+                retention.undo_to(mark)
+                step /= 2
         else:
-            retention.undo_to(mark)
-            share = 1 - (1 - share) / 2
+            step, stall = SECOND_STEP, stall + 1
+            improve(retention, best_bytes, effort)
+            mark, best_bytes = retention.mark(), min(best_bytes, retention.peak_bytes)

@@ -7,12 +7,16 @@ is coarser than the simulator's, which alone decides what fits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from packlight.planner.chain import Chain
+import numpy as np
+import numpy.typing as npt
+
+from packlight.planner.chain import Chain, carries
 from packlight.planner.delay import Delayed, delayed
-from packlight.planner.facts import Segment
+from packlight.planner.facts import Facts, Segment
 from packlight.planner.plain import schedule_from_order, without_useless_runs
 from packlight.planner.refine import Effort, improve, lower, repair, shake
 from packlight.planner.retention import Retention
@@ -21,9 +25,10 @@ from packlight.planner.segments import (
     build_segments,
     cut_points,
     reorder_backward,
+    replace_id,
     restore_ids,
 )
-from packlight.step import Schedule, StepGraph, simulate
+from packlight.step import Action, Schedule, StepGraph, simulate
 from packlight.step.types import BufferKind
 
 CHAIN_LEVELS = 400
@@ -64,14 +69,28 @@ class View:
     segments: list[Segment]
     crossing: tuple[tuple[int, int], ...] = ()
 
+    @cached_property
+    def facts(self) -> Facts:
+        """About the graph."""
+        return Facts(self.graph)
+
+    @cached_property
+    def carry(self) -> npt.NDArray[np.int64]:
+        """See `carries`."""
+        return carries(self.segments, self.facts.size)
+
     def seed(self, order: Sequence[int]) -> Retention:
         """Return the intervals behind an order, without what would wait for delayed operations."""
-        retention = Retention.from_order(self.graph, order)
+        retention = Retention.from_order(self.graph, order, self.facts)
         for position, buffer in self.crossing:
             new = retention.without_gap(buffer, position)
             if new is not None:
                 retention.set_intervals(buffer, new)
         return retention
+
+
+# Seconds of recomputation, which seed, and the seed.
+Started = tuple[float, int, View, Retention]
 
 
 class LocalSearch:
@@ -84,14 +103,15 @@ class LocalSearch:
             if graph.buffers[b].kind is BufferKind.OUTPUT
         )
         self.views: list[View] = []
+        facts = Facts(graph)
         for max_segments in _granularities(graph.num_forward):
-            cuts = cut_points(graph, max_segments)
+            cuts = cut_points(facts, max_segments)
             if self.views and len(cuts) + 1 == len(self.views[-1].segments):
                 continue
-            labels = backward_labels(graph, cuts)
+            labels = backward_labels(facts, cuts)
             reordered, old_ids = reorder_backward(graph, labels)
             labels.sort(reverse=True)
-            segments = build_segments(reordered, cuts, labels)
+            segments = build_segments(Facts(reordered), cuts, labels)
             self.views.append(View(reordered, old_ids, segments))
             late = delayed(reordered) if len(self.views) == 1 else None  # one such view will do
             if late is not None:
@@ -99,10 +119,49 @@ class LocalSearch:
 
     def fastest(self, budget_bytes: int) -> list[Found]:
         """Return schedules within a budget, the last one the fastest; empty if none was found."""
-        started = self._started(lambda view: self._seeds(view, budget_bytes), budget_bytes)
-        if not started:
-            started = self._started(self._outlines, budget_bytes)
-        shaken = SHAKEN if len(self.graph.operations) <= MAX_CAREFUL else 1
+        started: list[Started] = []
+        for view in self.views:
+            for retention in self._seeds(view, budget_bytes):
+                effort = Effort(0)
+                effort.more(retention, EVALUATIONS)
+                if repair(retention, budget_bytes, effort):
+                    improve(retention, budget_bytes, effort)
+                    started.append((retention.total_extra_seconds, len(started), view, retention))
+        return self._shaken(started, budget_bytes)
+
+    def fastest_small(self, budget_bytes: int, smallest: Iterable[Schedule]) -> list[Found]:
+        """Do the same for a tight budget, from seeds that are brought down with more patience.
+
+        Args:
+            budget_bytes: for what the schedule allocates.
+            smallest: schedules with small peaks, to start from as well.
+        """
+        seeds = [(v, r) for v in self.views for r in self.small_seeds(v, with_plain=True)]
+        seeds.extend(self._seed_of(schedule) for schedule in smallest)
+        started: list[Started] = []
+        for view, retention in seeds:
+            effort = Effort(0)
+            effort.more(retention, 2 * EVALUATIONS)
+            lower(retention, effort, budget_bytes)
+            if retention.peak_bytes <= budget_bytes:
+                effort.more(retention, EVALUATIONS)
+                improve(retention, budget_bytes, effort)
+                started.append((retention.total_extra_seconds, len(started), view, retention))
+        return self._shaken(started, budget_bytes)
+
+    def _seed_of(self, schedule: Schedule) -> tuple[View, Retention]:
+        """Return a schedule as intervals, first runs numbered as they come."""
+        order = [i.target for i in schedule.instructions if i.action is Action.RUN]
+        old_ids = list(dict.fromkeys(order))
+        new_ids = {old: new for new, old in enumerate(old_ids)}
+        computations = self.graph.computations
+        operations = tuple(replace_id(computations[old], new_ids[old]) for old in old_ids)
+        view = View(replace(self.graph, operations=operations), old_ids, [])
+        return view, view.seed([new_ids[old] for old in order])
+
+    def _shaken(self, started: list[Started], budget_bytes: int) -> list[Found]:
+        """Return the schedules behind the fastest seeds, after random moves."""
+        shaken = SHAKEN if len(self.graph.computations) <= MAX_CAREFUL else 1
         found = []
         for _, _, view, retention in sorted(started, key=lambda s: s[:2])[:shaken]:
             effort = Effort(0)
@@ -111,24 +170,9 @@ class LocalSearch:
             found.append(judged(view, retention))
         return sorted((f for f in found if f.peak_bytes <= budget_bytes), key=lambda f: -f.seconds)
 
-    def _started(
-        self, seeds: Callable[[View], Iterable[Retention]], budget_bytes: int
-    ) -> list[tuple[float, int, View, Retention]]:
-        """Return the seeds that could be brought within a budget, each made faster there."""
-        started: list[tuple[float, int, View, Retention]] = []
-        for view in self.views:
-            for retention in seeds(view):
-                effort = Effort(0)
-                effort.more(retention, EVALUATIONS)
-                if repair(retention, budget_bytes, effort):
-                    improve(retention, budget_bytes, effort)
-                    seconds = retention.total_extra_seconds
-                    started.append((seconds, len(started), view, retention))
-        return started
-
     def _seeds(self, view: View, budget_bytes: int) -> Iterator[Retention]:
         seen: set[tuple[int, ...]] = set()
-        num = len(view.graph.operations)
+        num = len(view.graph.computations)
         chain = self._chain(view, int(budget_bytes * max(SCALES)), budget_bytes)
         smallest = chain.smallest_level()
         # Fewer of each in larger graphs: planning 1,000 operations takes about 2 s.
@@ -142,42 +186,28 @@ class LocalSearch:
         if num <= MAX_FROM_PLAIN:
             yield view.seed(range(num))
         if num <= MAX_FROM_NOTHING:
-            yield Retention.from_nothing(view.graph, drop_gradients=False)
+            yield Retention.from_nothing(view.graph, False, view.facts)
 
     def _chain(self, view: View, most_bytes: int, budget_bytes: int) -> Chain:
         """Return the table up to `most_bytes`, with `CHAIN_LEVELS` levels to `budget_bytes`."""
-        resident = view.graph.resident
-        sizes = [0 if b.id in resident else b.bytes for b in view.graph.buffers]
         budget_bytes = max(1, budget_bytes - self._pinned_bytes)
         most_bytes = max(budget_bytes, most_bytes - self._pinned_bytes)
         num_levels = CHAIN_LEVELS * most_bytes // budget_bytes
-        return Chain(view.segments, budget_bytes * num_levels // CHAIN_LEVELS, sizes, num_levels)
+        return Chain(
+            view.segments, budget_bytes * num_levels // CHAIN_LEVELS, view.carry, num_levels
+        )
 
-    def smallest(self, plain_peak_bytes: int) -> list[Found]:
-        """Return schedules with small peaks: as low as drops could bring them, then made faster."""
-        lowered: list[tuple[int, int, View, Retention]] = []
-        for view in self.views:
-            for retention in self._small_seeds(view, plain_peak_bytes):
-                effort = Effort(0)
-                effort.more(retention, 2 * EVALUATIONS)
-                lower(retention, effort)
-                if retention.is_feasible:
-                    lowered.append((retention.peak_bytes, len(lowered), view, retention))
-        found = [judged(view, retention) for _, _, view, retention in lowered]
-        if not found:
-            return []
-        _, _, view, retention = min(lowered, key=lambda item: item[:2])
-        budget_bytes = retention.peak_bytes
-        effort = Effort(0)
-        effort.more(retention, EVALUATIONS)
-        improve(retention, budget_bytes, effort)
-        shake(retention, budget_bytes, effort)
-        return [*found, judged(view, retention)]
+    def small_seeds(self, view: View, with_plain: bool) -> Iterator[Retention]:
+        """Yield seeds with small peaks.
 
-    def _small_seeds(self, view: View, plain_peak_bytes: int) -> Iterator[Retention]:
-        num = len(view.graph.operations)
-        yield view.seed(range(num))
-        chain = self._chain(view, plain_peak_bytes, plain_peak_bytes)
+        Args:
+            view: of which.
+            with_plain: begin with the plain step.
+        """
+        plain = view.seed(range(len(view.graph.computations)))
+        if with_plain:
+            yield plain
+        chain = self._chain(view, plain.peak_bytes, plain.peak_bytes)
         level = chain.smallest_level()
         if level is not None:
             needed = int((level + 1) * chain.level_bytes) + self._pinned_bytes
@@ -186,10 +216,9 @@ class LocalSearch:
             if level is not None:
                 yield view.seed(chain.order(level))
         yield from self._outlines(view)
-        if num <= MAX_FROM_NOTHING:
-            yield Retention.from_nothing(view.graph, drop_gradients=True)
-            yield Retention.from_nothing(view.graph, drop_gradients=False)
-
+        if len(view.graph.computations) <= MAX_FROM_NOTHING:
+            yield Retention.from_nothing(view.graph, True, view.facts)
+            yield Retention.from_nothing(view.graph, False, view.facts)
 
     def _outlines(self, view: View) -> list[Retention]:
         """Return seeds that nest recomputation deeply, the ones with the smallest peaks.
@@ -207,10 +236,8 @@ class LocalSearch:
             )
             for segment in view.segments
         ]
-        resident = view.graph.resident
-        sizes = [0 if b.id in resident else b.bytes for b in view.graph.buffers]
         most_bytes = sum(segment.frontier_bytes for segment in view.segments) + 1
-        chain = Chain(bare, most_bytes, sizes, CHAIN_LEVELS)
+        chain = Chain(bare, most_bytes, view.carry, CHAIN_LEVELS)
         least = chain.smallest_level()
         if least is None:
             return []
@@ -229,7 +256,7 @@ def _late_view(
     """Return the view of a delayed order; its operations are in the segments they wait for."""
     num = late.graph.num_forward
     late_labels = [labels[late.anchors.get(i, i) - num] for i in late.old_ids[num:]]
-    operations = list(late.graph.operations)
+    operations = list(late.graph.computations)
     for index, buffer in late.crossing:
         operation = operations[index]
         operations[index] = replace(
@@ -238,7 +265,7 @@ def _late_view(
             overwrites=tuple(pair for pair in operation.overwrites if pair[1] != buffer),
         )
     without_waits = replace(late.graph, operations=tuple(operations))
-    segments = build_segments(without_waits, cuts, late_labels)
+    segments = build_segments(Facts(without_waits), cuts, late_labels)
     return View(late.graph, [old_ids[i] for i in late.old_ids], segments, late.crossing)
 
 
@@ -256,9 +283,14 @@ def judged(view: View, retention: Retention) -> Found:
 
 def schedule_of(graph: StepGraph, order: Sequence[int]) -> Found:
     """Return the schedule that runs operations in an order; its forward ends as early as it can."""
+    schedule = in_order(graph, order)
+    timeline = simulate(graph, schedule)
+    return Found(schedule, timeline.seconds, timeline.peak_bytes)
+
+
+def in_order(graph: StepGraph, order: Sequence[int]) -> Schedule:
+    """Return the same schedule, not simulated."""
     order = without_useless_runs(graph, order)
     last = graph.num_forward - 1
     num_forward = order.index(last) + 1 if last >= 0 else 0
-    schedule = schedule_from_order(graph, order, num_forward)
-    timeline = simulate(graph, schedule)
-    return Found(schedule, timeline.seconds, timeline.peak_bytes)
+    return schedule_from_order(graph, order, num_forward)

@@ -15,14 +15,13 @@ from packlight.planner.options import add_options
 from packlight.step import Action, Instruction, Operation, Phase, Schedule, StepGraph
 
 
-def cut_points(graph: StepGraph, max_segments: int) -> list[int]:
+def cut_points(facts: Facts, max_segments: int) -> list[int]:
     """Return positions in the forward at which to cut, fewest live bytes first chosen.
 
     A position is a candidate where the live bytes are a local minimum; the narrowest are taken.
     """
-    facts = Facts.of(graph)
     live = _live_across_forward(facts)
-    num = graph.num_forward
+    num = facts.graph.num_forward
     candidates: list[tuple[int, int]] = []
     position = 1
     while position < num:
@@ -69,9 +68,9 @@ def _live_across_forward(facts: Facts) -> list[int]:
     return live
 
 
-def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
+def backward_labels(facts: Facts, cuts: Sequence[int]) -> list[int]:
     """Return for each backward operation the segment it belongs to."""
-    facts = Facts.of(graph)
+    graph = facts.graph
     segment_of = _segment_of_forward(graph.num_forward, cuts)
     frontier_from = _first_and_last_segment(facts, segment_of)
     label_of_buffer: dict[int, int] = {}
@@ -80,7 +79,7 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
     top = len(cuts)
     earliest_reader = _first_segment_reading_mutated(graph, segment_of, top)
     kept = {*graph.outputs, *graph.forward_outputs}
-    for operation in graph.operations[graph.num_forward :]:
+    for operation in graph.computations[graph.num_forward :]:
         ready = top
         has_gradient = False
         forward_reads: list[int] = []
@@ -114,11 +113,11 @@ def backward_labels(graph: StepGraph, cuts: Sequence[int]) -> list[int]:
                 if buffer in earliest_reader:
                     earliest_reader[buffer] = min(earliest_reader[buffer], label)
     readers: dict[int, int] = {}
-    for offset, operation in enumerate(graph.operations[graph.num_forward :]):
+    for offset, operation in enumerate(graph.computations[graph.num_forward :]):
         for buffer in facts.reads[operation.id]:
             readers[buffer] = max(readers.get(buffer, -1), labels[offset])
     for offset in reversed(pending):
-        creates = graph.operations[graph.num_forward + offset].creates
+        creates = graph.computations[graph.num_forward + offset].creates
         wanted = max((readers.get(b, -1) for b in creates), default=-1)
         labels[offset] = wanted if wanted >= 0 else top
         for buffer in facts.reads[graph.num_forward + offset]:
@@ -133,8 +132,8 @@ def _first_segment_reading_mutated(
 
     The update must wait for that segment's backward, which may recompute its forward.
     """
-    first = {b: top for o in graph.operations for b in o.mutates}
-    for operation in graph.operations[: graph.num_forward]:
+    first = {b: top for o in graph.computations for b in o.mutates}
+    for operation in graph.computations[: graph.num_forward]:
         for buffer in operation.reads:
             if buffer in first:
                 first[buffer] = min(first[buffer], segment_of[operation.id])
@@ -164,7 +163,7 @@ def reorder_backward(graph: StepGraph, labels: list[int]) -> tuple[StepGraph, li
     num = graph.num_forward
     backward = sorted(range(len(labels)), key=lambda offset: -labels[offset])
     old_ids = list(range(num)) + [num + offset for offset in backward]
-    operations = tuple(replace_id(graph.operations[old], new) for new, old in enumerate(old_ids))
+    operations = tuple(replace_id(graph.computations[old], new) for new, old in enumerate(old_ids))
     return replace(graph, operations=operations), old_ids
 
 
@@ -186,10 +185,9 @@ def restore_ids(schedule: Schedule, old_ids: list[int]) -> Schedule:
     )
 
 
-def build_segments(graph: StepGraph, cuts: Sequence[int], labels: Sequence[int]) -> list[Segment]:
+def build_segments(facts: Facts, cuts: Sequence[int], labels: Sequence[int]) -> list[Segment]:
     """Return the segments of a graph whose backward is sorted by label, with their options."""
-    facts = Facts.of(graph)
-    num = graph.num_forward
+    graph, num = facts.graph, facts.graph.num_forward
     bounds = [0, *cuts, num]
     last_reader = _last_segment_reading(facts, cuts, labels)
     segments: list[Segment] = []
@@ -209,8 +207,8 @@ def build_segments(graph: StepGraph, cuts: Sequence[int], labels: Sequence[int])
                 tuple(by_label[index]),
                 frontier,
                 sum(facts.size[b] for b in frontier),
-                sum(graph.operations[i].seconds for i in forward),
-                sum(graph.operations[i].seconds for i in by_label[index]),
+                sum(graph.computations[i].seconds for i in forward),
+                sum(graph.computations[i].seconds for i in by_label[index]),
             )
         )
     add_options(facts, segments)
@@ -224,7 +222,7 @@ def _last_segment_reading(
     num = facts.graph.num_forward
     segment_of = _segment_of_forward(num, cuts)
     last: dict[int, int] = {}
-    for position in range(len(facts.graph.operations)):
+    for position in range(len(facts.graph.computations)):
         segment = segment_of[position] if position < num else labels[position - num]
         for buffer in facts.reads[position]:
             if 0 <= facts.maker[buffer] < num:

@@ -1,0 +1,1 @@
+"""Does a rebuilt planner still find plans as good, and how long does it take?"""

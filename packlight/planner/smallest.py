@@ -1,0 +1,87 @@
+"""The smallest peak: a question about bytes alone, answered without a look at seconds.
+
+So the smallest budget that an error names is the same in every process, whatever budget was asked
+for and however long operations took when they were measured. Drops bring many schedules down for a
+while, and the lowest of them further.
+
+Where the search weighs what a drop costs, two stand-ins take the place of seconds: every operation
+the same, and half of that by the bytes that it touches; what gets lower with either counts.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import replace
+
+from packlight.planner.facts import Facts
+from packlight.planner.plain import schedule_from_order
+from packlight.planner.prove import Small, is_small
+from packlight.planner.refine import Effort, lower
+from packlight.planner.retention import Retention
+from packlight.planner.search import LocalSearch, View, in_order
+from packlight.planner.segments import restore_ids
+from packlight.step import Schedule, StepGraph, simulate
+
+FEW_EVALUATIONS, MANY_EVALUATIONS = 4_000, 24_000
+LOWERED_FURTHER = 3
+
+
+def smallest_schedules(graph: StepGraph) -> list[Schedule]:
+    """Return schedules with small peaks, the one with the smallest that was found first.
+
+    Args:
+        graph: the step, free of transfers; its seconds are not looked at.
+    """
+    facts = Facts(graph)
+    lowest: list[tuple[int, int, View, Retention]] = []
+    for number, (view, retention) in enumerate(_seeds(graph)):
+        _lower(retention, FEW_EVALUATIONS, facts.least_peak_bytes)
+        if not retention.is_feasible:
+            continue
+        lowest.append((retention.peak_bytes, number, view, retention))
+        lowest = heapq.nsmallest(LOWERED_FURTHER, lowest, key=lambda item: item[:2])
+        if lowest[0][0] <= facts.least_peak_bytes:
+            break
+    found = [schedule_from_order(graph, range(len(graph.computations)), graph.num_forward)]
+    for peak_bytes, _, view, retention in lowest:
+        if peak_bytes > facts.least_peak_bytes:
+            _lower(retention, MANY_EVALUATIONS, facts.least_peak_bytes)
+        order = in_order(view.graph, retention.order())
+        found.append(restore_ids(order, view.old_ids))
+    if is_small(graph):
+        found.extend(Small(next(priced(graph))).lower(found))
+    return sorted(found, key=lambda schedule: simulate(graph, schedule).peak_bytes)
+
+
+def priced(graph: StepGraph) -> Iterator[StepGraph]:
+    """Yield the graph with each stand-in for its seconds; a step takes one second with each."""
+    size, num = Facts(graph).size, len(graph.computations)
+    touched = [sum(size[b] for b in {*o.touches, *o.creates}) for o in graph.computations]
+    total = max(1, sum(touched))
+    for share in (0.0, 0.5):
+        computations = (
+            replace(o, seconds=(1 - share) / num + share * mine / total)
+            for o, mine in zip(graph.computations, touched, strict=True)
+        )
+        transfers = (
+            replace(o, seconds=graph.buffers[o.moved].bytes / total) for o in graph.transfers
+        )
+        yield replace(graph, operations=(*computations, *transfers))
+
+
+def _seeds(graph: StepGraph) -> Iterator[tuple[View, Retention]]:
+    for priced_graph in priced(graph):
+        local = LocalSearch(priced_graph)
+        seen: list[list[int]] = []
+        for view in local.views:
+            is_new = view.old_ids not in seen
+            seen.append(view.old_ids)
+            for retention in local.small_seeds(view, with_plain=is_new):
+                yield view, retention
+
+
+def _lower(retention: Retention, evaluations: int, floor_bytes: int) -> None:
+    effort = Effort(0)
+    effort.more(retention, evaluations)
+    lower(retention, effort, floor_bytes)
