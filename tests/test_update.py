@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,12 @@ from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
 
 OptimizerMaker = Callable[[Any], torch.optim.Optimizer]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is observed of an optimizer here was not seen by another test, or another version."""
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
 
 
 class Net(nn.Module):

@@ -122,6 +122,17 @@ class WayPlanner:
         """Return what is in memory throughout the step."""
         return self.memory(self.draft(moves)).resident_bytes
 
+    def is_full_untraced(self, moves: Moves) -> bool:
+        """Whether a smaller batch leaves no room, as far as that shows before it is traced.
+
+        What is accumulated is as large as the whole batch's gradients.
+        """
+        budget_bytes, whole = self.request.budget_bytes, self.draft(())
+        if budget_bytes is None or whole.offered is not None or not moves:
+            return False
+        memory = self.memory(whole.changed(num_repeats=self.num_repeats(moves)))
+        return memory.resident_bytes >= budget_bytes
+
     def left_bytes(self, moves: Moves) -> int | None:
         """Return what a schedule may allocate, with all on the disk that has to be there."""
         budget_bytes = self.request.budget_bytes

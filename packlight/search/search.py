@@ -47,6 +47,8 @@ class Search:
         """
         too_little: Moves = ()
         for start in self._starts():
+            if self.found and self.planner.is_full_untraced(start):
+                break  # gradients are accumulated: more microbatches hold no less
             try:
                 ways = self._from(start)
             except UnsupportedModelError as error:
@@ -57,7 +59,7 @@ class Search:
                 self.not_made[start[-1].name] = f"{count} of them: {error}"
                 break
             if self.found and not ways and self._is_full_at_once(start):
-                break  # gradients are accumulated: more microbatches hold no less
+                break
             self.found.update(ways)
             if not self.found:
                 too_little = start

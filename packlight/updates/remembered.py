@@ -46,7 +46,9 @@ class RememberedSteps:
             parameters = (p for group in groups for p in group["params"])
             self._cache = Cache("optimizers", next(parameters).device)
         settings = kinds_of_settings(self._optimizer)
-        key = f"{type(self._optimizer)} {self._code} {settings} {question}"
+        # How a kernel splits its work among threads may decide bits; their number can change.
+        threads = torch.get_num_threads()
+        key = f"{type(self._optimizer)} {self._code} {settings} {threads} threads {question}"
         if key not in self._cache:
             self._cache[key] = observe()
             self._cache.save()
