@@ -37,7 +37,7 @@ from packlight.memory.far import FarMemory, far_memory
 from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
-from packlight.search.rehearse import fits, rehearse, typical_seconds, with_estimated_seconds
+from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
 from packlight.step import Machine, Plan, PlanStatus, StepGraph, simulate, with_transfers
 from packlight.torch_internals import (
     aot_compiler,
@@ -160,7 +160,7 @@ class PacklightBackend:
             return None
         tangents = [n.meta["val"] for n in step.tangents]
         program = emit(step, plan.schedule, (plan.schedule.num_forward,))
-        seconds = typical_seconds(step, rehearse(program, primals, tangents, step.device))
+        seconds = rehearse(step, program, primals, tangents, step.device)
         for index, typical in seconds.items():
             profiler.note_in_step(*step.call(index), typical)
         return step.with_seconds(seconds)

@@ -101,6 +101,13 @@ def test_import_packlight_loads_no_numeric_library() -> None:
     assert not modules_after("import packlight") & {"numpy", "scipy", "rich"}
 
 
+def test_import_packlight_loads_one_module_of_its_own_and_next_to_nothing_else() -> None:
+    bare = modules_after("import typing, importlib")
+    loaded = modules_after("import packlight") - bare
+    assert {name for name in loaded if name.startswith("packlight")} == {"packlight"}
+    assert len(loaded) <= 5, f"a few milliseconds, not {sorted(loaded)}"
+
+
 def test_every_public_name_is_found_lazily() -> None:
     import packlight
 

@@ -17,31 +17,31 @@ from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
 from packlight.search import plan_way
-from packlight.search.rehearse import NUM_REHEARSALS, _Clock
+from packlight.search.rehearse import ENOUGH_TIMES, NUM_REHEARSALS, _Calls
 from packlight.step import OperationKind, Schedule
 from tests.models import make
 
 
-def test_every_run_of_an_operation_is_timed_and_nothing_else(
+def test_of_equal_calls_every_run_of_a_few_is_timed_and_no_trace_is_left(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
     monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
     torch.manual_seed(0)
     layers = [m for _ in range(8) for m in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.Dropout())]
     model, x = nn.Sequential(*layers), torch.randn(256, 32)
-    timed: list[Counter[int]] = []
+    timed: Counter[int] = Counter()
     schedules: list[Schedule] = []
-    read, emit = _Clock.read, backend_module.emit
+    note, emit = _Calls.note, backend_module.emit
 
-    def counting_read(clock: _Clock) -> list[tuple[int, float]]:
-        timed.append(Counter(index for index, _, _ in clock.marks))
-        return read(clock)
+    def counting_note(calls: _Calls, operation: int, seconds: float) -> None:
+        timed[operation] += 1
+        note(calls, operation, seconds)
 
     def noting_emit(step: Any, schedule: Schedule, cuts: Any) -> Any:
         schedules.append(schedule)
         return emit(step, schedule, cuts)
 
-    monkeypatch.setattr(_Clock, "read", counting_read)
+    monkeypatch.setattr(_Calls, "note", counting_note)
     monkeypatch.setattr(backend_module, "emit", noting_emit)
     torch._dynamo.reset()
     backend = PacklightBackend(
@@ -54,14 +54,23 @@ def test_every_run_of_an_operation_is_timed_and_nothing_else(
     with pytest.raises(backend_module.StepCaptured):
         compiled(x)
 
-    operations = backend.compilations[-1].graph.operations
-    expected = {
-        index: count
-        for index, count in schedules[0].run_counts().items()
-        if operations[index].kind is OperationKind.COMPUTE
-    }
-    assert max(expected.values()) > 1, "something is recomputed"
-    assert timed == [Counter(expected)] * NUM_REHEARSALS
+    graph = backend.compilations[-1].graph
+    counts = schedules[0].run_counts()
+    equal: dict[Any, list[int]] = {}
+    for operation in graph.operations:
+        if operation.kind is OperationKind.COMPUTE:
+            sizes = [[graph.buffers[b].bytes for b in some] for some in
+                     (operation.reads, operation.creates)]
+            equal.setdefault(f"{operation.name} {sizes}", []).append(operation.id)
+    assert max(map(len, equal.values())) >= 8, "there are equal layers"
+    for operations in equal.values():
+        seen = [o for o in operations if o in timed]
+        assert seen, "one of them is timed"
+        assert all(timed[o] == NUM_REHEARSALS * counts[o] for o in seen)
+    linear = next(found for name, found in equal.items() if "addmm" in name)
+    assert len(linear) == 8 and len(timed.keys() & linear) <= ENOUGH_TIMES
+    assert len({graph.operations[o].seconds for o in linear}) == 1, "all have what some took"
+    assert any(timed[o] > NUM_REHEARSALS for o in timed), "something is recomputed"
     assert all(torch.equal(value, states[name]) for name, value in model.named_buffers())
     assert torch.equal(torch.get_rng_state(), generator)
     assert all(p.grad is None for p in model.parameters())

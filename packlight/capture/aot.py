@@ -10,10 +10,15 @@ from packlight.torch_internals import descriptions, is_tangent, mutated_input, p
 
 
 class GraphData(fx.GraphModule):
-    """A graph that is read and never run: no Python is written for it, which takes long."""
+    """A graph that is read and rarely run: its Python is written when it is first called."""
 
     def recompile(self) -> Any:
-        """Do nothing."""
+        """Do nothing yet."""
+
+    def forward(self, *arguments: Any) -> Any:
+        """Run the graph."""
+        super().recompile()  # puts another `forward` in place of this one
+        return self.forward(*arguments)
 
 
 def mutations(joint: fx.GraphModule, num_forward_outputs: int) -> dict[int, Any]:

@@ -24,12 +24,12 @@ import torch
 from torch import fx
 
 from packlight.capture.aot import GraphData
+from packlight.capture.fakes import fake_tensor
 from packlight.costs.cache import cache_directory, instruction_set
 from packlight.costs.measure import real_tensors
 from packlight.torch_internals import (
     FakeTensorMode,
     description_class,
-    fake_of,
     is_fake,
     storage_identity,
     tracing_settings,
@@ -356,8 +356,8 @@ class _Decoder:
             return _decoded(kept, [])
         _, index, dtype, shape, stride, offset, requires_grad = kept
         storage, device = self.storages[index]
-        meta = torch.empty(0, dtype=getattr(torch, dtype), device="meta")
-        fake = fake_of(self.mode, meta.set_(storage, offset, shape, stride), device)
+        kind = getattr(torch, dtype)
+        fake = fake_tensor(self.mode, storage, kind, device, shape, stride, offset)
         return fake.requires_grad_() if requires_grad else fake
 
     def _meta(self, key: str, kept: Any) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-from packlight.torch_internals import FakeTensorMode, without_autocast
+from packlight.capture.fakes import fake_result
+from packlight.torch_internals import FakeTensorMode
 
 _aten = torch.ops.aten
 
@@ -44,10 +44,8 @@ class GraphWriter:
     ) -> fx.Node:
         """Add a call that stands for (a part of) a node, with what it would return."""
         kwargs = kwargs or {}
-        fake = pytree.tree_map_only(fx.Node, lambda n: n.meta["val"], (args, kwargs))
-        # The graph says what is cast and what is not: an autocast around it is already in there.
-        with self.fake_mode, torch.no_grad(), without_autocast():
-            value = target(*fake[0], **fake[1])
+        fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        value = fake_result(self.fake_mode, target, fake_args, fake_kwargs)
         node = self.graph.call_function(target, args, kwargs)
         node.meta = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = value

@@ -110,9 +110,10 @@ class CallProfiler:
         """Remember how long a call takes inside a training step."""
         signature = call_signature(target, args, kwargs)
         facts = replace(self._known[signature], in_step_seconds=seconds)
-        self._known[signature] = facts
         self._count_in_steps(target, facts)
-        self._cache(args, kwargs).put(signature, facts)
+        if facts != self._known[signature]:
+            self._known[signature] = facts
+            self._cache(args, kwargs).put(signature, facts)
 
     def _cache(self, args: Any, kwargs: Any) -> CallCache:
         devices = [t.device for t in tensor_arguments(args, kwargs)]

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from packlight.capture.aot import GraphData
 from packlight.capture.phases import after_tangents
 from packlight.capture.writer import GraphWriter
 from packlight.moves.draft import Draft
@@ -195,7 +196,7 @@ class _Packer:
                     widen[node] = self._narrowed(node, self.indices[node])
         copy_calling_convention(self.module.graph, self.graph)
         self.graph.lint()
-        module = fx.GraphModule(self.module, self.graph)
+        module = GraphData(self.module, self.graph)
         module.meta.update(self.module.meta)
         return module
 

@@ -31,7 +31,6 @@ from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
     fits,
     rehearse,
-    typical_seconds,
     with_estimated_seconds,
 )
 from packlight.search.way import Environment, PartPlan, Way
@@ -282,11 +281,10 @@ class WayPlanner:
             return step
         tangents = [n.meta["val"] for n in joint.tangents]
         program = emit(step, plan.schedule)
-        seconds = rehearse(program, draft.loss.arguments, tangents, device)
-        typical = typical_seconds(joint, seconds)
-        for index, value in typical.items():
+        seconds = rehearse(joint, program, draft.loss.arguments, tangents, device)
+        for index, value in seconds.items():
             self.profiler.note_in_step(*joint.call(index), value)
-        return replace(step, joint=joint.with_seconds(typical))
+        return replace(step, joint=joint.with_seconds(seconds))
 
 
 def _part_plan(part: ReadyPart, count: int) -> PartPlan:

@@ -2,9 +2,11 @@
 
 In isolation a call finds its inputs in the cache and its memory mapped; in the step it does not,
 and memory-bound calls take several times as long. So a step is rehearsed on its real inputs, with a
-clock around each call. Nothing that the user can see changes: captured graphs do not write to their
-inputs, generators are put back, results are dropped. A rehearsal needs no more memory than the
-schedule.
+clock around each call. Equal calls take equally long: of those of many equal layers a few
+run, and tensors like their results stand in for those of the others.
+
+Nothing that the user can see changes: captured graphs do not write to their inputs, generators are
+put back, results are dropped. A rehearsal needs no more memory than the schedule.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from packlight.capture.joint import JointStep
 from packlight.costs.measure import call_signature, real_tensors
@@ -26,9 +29,10 @@ from packlight.lower.frame import Frame
 from packlight.lower.program import OPERATION_KEY, IgnoredEvents, Program
 
 NUM_REHEARSALS = 3
-# Long steps are rehearsed once: what disturbs them, and memory that is new at first,
-# takes a smaller part of them.
+# Long steps are rehearsed once: what disturbs them takes a smaller part of them.
 ENOUGH_SECONDS = 1.5
+# Of equal calls, in however many layers, so many run.
+ENOUGH_TIMES = 5
 MEMORY_FRACTION = 0.8
 
 
@@ -52,30 +56,37 @@ def fits(peak_bytes: int, device: torch.device) -> bool:
 
 
 def rehearse(
-    program: Program, primals: list[Any], tangents: list[torch.Tensor], device: torch.device
+    step: JointStep,
+    program: Program,
+    primals: list[Any],
+    tangents: list[torch.Tensor],
+    device: torch.device,
 ) -> dict[int, float]:
-    """Return the least seconds of each operation over several runs; nothing is updated.
+    """Return seconds of a step's operations, equal calls having the same; nothing is updated.
 
-    What disturbs a call (other processes, memory that is new at first) only adds to its time.
+    What disturbs a call (another process, a stalled thread) only ever adds to its time: of several
+    runs of an operation the least counts, and of equal calls the median of those.
 
     Args:
+        step: whose schedule it is.
         program: of a schedule without transfers.
         primals: real inputs of the forward, in order.
         tangents: (fake) gradients that the backward starts from; ones are used.
         device: where the step runs.
     """
-    samples: dict[int, list[float]] = defaultdict(list)
-    start = time.perf_counter()
+    calls = _Calls(step)
+    clock = _Clock(device, calls)
     with real_tensors():
         ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
+        _run_once(program, primals, ones, clock)  # makes room: the heap is as large as it will be
+        calls.are_timed = True
+        start = time.perf_counter()
         for _ in range(NUM_REHEARSALS):
-            clock = _Clock(device)
             _run_once(program, primals, ones, clock)
-            for operation, seconds in clock.read():
-                samples[operation].append(seconds)
+            clock.read()
             if time.perf_counter() - start > ENOUGH_SECONDS:
                 break
-    return {operation: min(seconds) for operation, seconds in samples.items()}
+    return calls.seconds()
 
 
 def _run_once(
@@ -90,17 +101,6 @@ def _run_once(
         frame.run([*(primals if index == 0 else ()), *(tangents if section.takes_tangents else ())])
 
 
-def typical_seconds(step: JointStep, seconds: dict[int, float]) -> dict[int, float]:
-    """Return times of operations in which equal calls have the same, their median."""
-    by_call: dict[str, list[int]] = {}
-    for index in seconds:
-        by_call.setdefault(call_signature(*step.call(index)), []).append(index)
-    typical = dict(seconds)
-    for indices in by_call.values():
-        typical.update(dict.fromkeys(indices, statistics.median(seconds[i] for i in indices)))
-    return typical
-
-
 def with_estimated_seconds(step: JointStep, profiler: CallProfiler) -> JointStep:
     """Return a step in which calls never seen inside a step take as much longer there as others."""
     return step.with_seconds({
@@ -110,11 +110,74 @@ def with_estimated_seconds(step: JointStep, profiler: CallProfiler) -> JointStep
     })
 
 
+class _Calls:
+    """The calls of a step's operations: which are equal, how long they took, what they return.
+
+    Attributes:
+        are_timed: False as long as all calls that may be left out are.
+    """
+
+    def __init__(self, step: JointStep) -> None:
+        self._step = step
+        self._equal: dict[str, list[int]] = defaultdict(list)
+        for index, facts in enumerate(step.facts):
+            if facts is not None:
+                self._equal[call_signature(*step.call(index))].append(index)
+        # From all over the step: what runs first finds memory that is new.
+        self._chosen = {
+            operation
+            for equal in self._equal.values()
+            for operation in equal[:: -(-len(equal) // ENOUGH_TIMES)]
+        }
+        self._samples: dict[int, list[float]] = defaultdict(list)
+        self.are_timed = False
+
+    def is_timed(self, operation: int) -> bool:
+        """Whether the duration of a call is of interest."""
+        return self.are_timed and operation in self._chosen
+
+    def is_left_out(self, operation: int) -> bool:
+        """Whether others are timed instead of a call, and floats can stand in for its results."""
+        if self.is_timed(operation) or self._step.facts[operation] is None:
+            return False
+        return all(
+            leaf is None or (isinstance(leaf, torch.Tensor) and leaf.is_floating_point())
+            for leaf in pytree.tree_leaves(self._result(operation))
+        )
+
+    def stand_in(self, operation: int) -> Any:
+        """Return tensors like those that a call returns."""
+
+        def like(fake: torch.Tensor) -> torch.Tensor:
+            empty = torch.empty_strided(
+                fake.shape, fake.stride(), dtype=fake.dtype, device=fake.device
+            )
+            return empty.fill_(0.5)
+
+        return pytree.tree_map_only(torch.Tensor, like, self._result(operation))
+
+    def _result(self, operation: int) -> Any:
+        return self._step.node_of_operation[operation].meta["val"]
+
+    def note(self, operation: int, seconds: float) -> None:
+        """Remember how long a call took."""
+        self._samples[operation].append(seconds)
+
+    def seconds(self) -> dict[int, float]:
+        """Return seconds of all calls of which an equal one was timed."""
+        found: dict[int, float] = {}
+        for equal in self._equal.values():
+            least = [min(self._samples[o]) for o in equal if self._samples.get(o)]
+            if least:
+                found.update(dict.fromkeys(equal, statistics.median(least)))
+        return found
+
+
 class _Clock:
     """Collects the duration of each call; reads device clocks only at the end."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, device: torch.device, calls: _Calls) -> None:
+        self.device, self.calls = device, calls
         self.marks: list[tuple[int, Any, Any]] = []
 
     def now(self) -> Any:
@@ -124,11 +187,14 @@ class _Clock:
             return event
         return time.perf_counter()
 
-    def read(self) -> list[tuple[int, float]]:
+    def read(self) -> None:
+        """Tell of all calls since the last time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            return [(i, start.elapsed_time(end) / 1e3) for i, start, end in self.marks]
-        return [(i, end - start) for i, start, end in self.marks]
+        for operation, start, end in self.marks:
+            is_event = self.device.type == "cuda"
+            self.calls.note(operation, start.elapsed_time(end) / 1e3 if is_event else end - start)
+        self.marks.clear()
 
 
 class _TimedRun(fx.Interpreter):
@@ -136,13 +202,25 @@ class _TimedRun(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, clock: _Clock) -> None:
         super().__init__(module, garbage_collect_values=True)
-        self.clock = clock
+        self.clock, self.calls = clock, clock.calls
 
     def run_node(self, n: fx.Node) -> Any:
-        start = self.clock.now()
-        result = super().run_node(n)
-        operation = n.meta.get(OPERATION_KEY)
-        if operation is not None:
-            self.clock.marks.append((operation, start, self.clock.now()))
+        operation: int | None = n.meta.get(OPERATION_KEY)
+        if operation is not None and self.calls.is_left_out(operation):
+            result = self._stand_in(n, operation)
+        else:
+            start = self.clock.now()
+            result = super().run_node(n)
+            if operation is not None and self.calls.is_timed(operation):
+                self.clock.marks.append((operation, start, self.clock.now()))
         # What nobody uses, generated code drops at once, and `Interpreter` never.
         return result if n.users or n.op == "output" else None
+
+    def _stand_in(self, n: fx.Node, operation: int) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        written = [
+            kwargs[a.name] if a.name in kwargs else args[place]
+            for place, a in enumerate(n.target._schema.arguments)  # type: ignore[union-attr]
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
+        return written[0] if written else self.calls.stand_in(operation)

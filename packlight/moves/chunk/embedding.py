@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from packlight.capture.aot import GraphData
 from packlight.capture.writer import GraphWriter
 from packlight.torch_internals import copy_calling_convention
 
@@ -55,7 +56,7 @@ def with_added_rows(module: fx.GraphModule) -> fx.GraphModule:
         )
     copy_calling_convention(module.graph, graph)
     graph.lint()
-    rewritten = fx.GraphModule(module, graph)
+    rewritten = GraphData(module, graph)
     rewritten.meta.update(module.meta)
     return rewritten
 

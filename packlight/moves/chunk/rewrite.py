@@ -25,6 +25,7 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from packlight.capture.aot import GraphData
 from packlight.capture.marks import LATE_KEY
 from packlight.capture.phases import forward_calls
 from packlight.moves.chunk.growth import nodes_below
@@ -79,7 +80,7 @@ def chunked(
         writer.writer.erase_unused()
     copy_calling_convention(module.graph, graph)
     graph.lint()
-    rewritten = fx.GraphModule(module, graph)
+    rewritten = GraphData(module, graph)
     rewritten.meta.update(module.meta)
     return rewritten
 
