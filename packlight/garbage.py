@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # So many are made before the collector looks through the youngest.
-YOUNG_OBJECTS = 20_000
+YOUNG_OBJECTS = 50_000
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
+from packlight.updates import update
 from packlight.updates.accounting import measure_optimizer, tensors_bytes
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
@@ -379,7 +380,10 @@ def test_costs_add_up_to_the_state_of_the_whole_optimizer() -> None:
     assert state_bytes == sum(2 * p.nbytes + 4 for p in model.parameters())
 
 
-def test_equal_parameters_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_parameters_are_measured_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
     weights = [nn.Parameter(torch.randn(8, 8)) for _ in range(3)]
     updates = ParameterUpdates(optim.Adam(weights))
     calls = []
@@ -388,6 +392,38 @@ def test_equal_parameters_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> 
         ParameterUpdates, "_measure", lambda *args: calls.append(1) or measure(*args)
     )
     assert len({updates.cost(w) for w in weights}) == len(calls) == 1
+
+
+def test_what_was_seen_of_torchs_optimizers_is_remembered_on_disk_and_of_others_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class MySGD(optim.SGD):
+        """Inherits every line of torch's, and is nobody's whose version is known."""
+
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    calls: list[Any] = []
+    measure, why_not_alone = ParameterUpdates._measure, update.why_not_alone
+    monkeypatch.setattr(
+        ParameterUpdates, "_measure", lambda *args: calls.append(1) or measure(*args)
+    )
+    monkeypatch.setattr(
+        update, "why_not_alone", lambda *args: calls.append(2) or why_not_alone(*args)
+    )
+    for make_optimizer, num_times in ((optim.SGD, 1), (MySGD, 3)):
+        costs = []
+        for momentum in (0.9, 0.9, 0.8):  # that it is not zero matters, not its value
+            weight = nn.Parameter(torch.randn(64, 64))
+            updates = ParameterUpdates(
+                make_optimizer([weight], lr=0.1, momentum=momentum), SMALL_BYTES
+            )
+            costs.append(updates.cost(weight))
+            updates.begin_step()  # slices that were promised are the remembered ones
+            updates.apply(weight, torch.randn(64, 64))
+        assert calls.count(1) == calls.count(2) == num_times
+        assert len({(c.state_bytes, c.workspace_bytes, c.num_slices) for c in costs}) == 1
+        calls.clear()
+    ParameterUpdates(optim.SGD([nn.Parameter(torch.randn(64, 64))], lr=0.1), SMALL_BYTES)
+    assert calls == [2], "without momentum it is another optimizer"
 
 
 def test_planning_leaves_the_generator_and_the_optimizer_as_they_were() -> None:

@@ -22,12 +22,11 @@ from packlight.errors import UnsupportedModelError
 from packlight.torch_internals import lazily_negated, outside_of_tracing, storage_identity
 
 # A call is timed until it ran so often, or once it took so long in all.
-MIN_REPEATS = 3
 MAX_REPEATS = 12
-SECONDS_PER_CALL_SITE = 0.06
+SECONDS_PER_CALL_SITE = 0.04
 # Calls that take longer are not repeated: what is set up once is a small part of them, and times
 # inside the step, which count more, are still to come.
-SLOW_SECONDS = 0.2
+SLOW_SECONDS = 0.1
 # Random values are made up in pieces of so many, over and over: a prime, so that rows differ.
 RANDOM_ELEMENTS = 65537
 
@@ -282,10 +281,7 @@ def allocated_bytes(num_bytes: int, device: torch.device) -> int:
 def median_seconds(call: Callable[[], Any], device: torch.device) -> float:
     """Return the median duration of a few runs of `call()`, of one run if that takes long."""
     samples: list[float] = []
-    while len(samples) < MAX_REPEATS:
-        enough = SLOW_SECONDS if len(samples) < MIN_REPEATS else SECONDS_PER_CALL_SITE
-        if samples and sum(samples) >= enough:
-            break
+    while not samples or (len(samples) < MAX_REPEATS and sum(samples) < SECONDS_PER_CALL_SITE):
         if device.type == "cuda":
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

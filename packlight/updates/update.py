@@ -112,6 +112,7 @@ class ParameterUpdates:
         stride = parameter.stride() if gradient_stride is None else tuple(gradient_stride)
         key = (self._key(parameter), stride)
         if key not in self._measured:
+            self._slices_of(parameter)  # a promise, kept also where its cost is remembered
             question = ("cost", self.max_workspace_bytes, *key)
             seen = self._remembered.seen(question, lambda: self._measure(parameter, stride))
             self._measured[key] = (TwoSteps(*seen[:3]), *seen[3:])
