@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,24 +64,35 @@ def main() -> int:
     for round_index in range(arguments.rounds):
         for case in arguments.cases:
             for side in list(sides)[:: 1 if round_index % 2 == 0 else -1]:
-                with tempfile.TemporaryDirectory() as cache:
-                    for state in (COLD, WARM, SAVED):
-                        if state == WARM:
-                            _forget_ways(Path(cache))
-                        if state == SAVED and not list(Path(cache).glob(WAYS)):
-                            continue
-                        record = Record(case, side, state, _commit(sides[side]), round_index)
-                        record.provenance = told
-                        _fill(record, sides[side], Path(cache), arguments.quick)
-                        append_line(out, record)
-                        has_failed = has_failed or record.error is not None
-                        console.print(_line(record), highlight=False)
+                for record in _turn(case, side, sides[side], round_index, arguments.quick):
+                    record.provenance = told
+                    append_line(out, record)
+                    has_failed = has_failed or record.error is not None
+                    console.print(_line(record), highlight=False)
     lines = report(read_lines(out, Record))
     if out == RESULTS:
         replace_between_markers(FOLDER / "README.md", "fit-time", lines)
     else:
         print("\n".join(lines))
     return 1 if has_failed else 0
+
+
+def _turn(
+    case: str, side: str, checkout: Path, round_index: int, quick: bool
+) -> Iterator[Record]:
+    """Yield the fits of one checkout that share a cache; later ones get the first one's budget."""
+    budget_bytes: int | None = None
+    with tempfile.TemporaryDirectory() as cache:
+        for state in (COLD, WARM, SAVED):
+            if state == WARM:
+                _forget_ways(Path(cache))
+            if state == SAVED and not list(Path(cache).glob(WAYS)):
+                continue
+            record = Record(case, side, state, _commit(checkout), round_index)
+            record.budget_bytes = budget_bytes
+            _fill(record, checkout, Path(cache), quick)
+            budget_bytes = record.budget_bytes
+            yield record
 
 
 def _forget_ways(cache: Path) -> None:
@@ -94,6 +106,8 @@ def _fill(record: Record, checkout: Path, cache: Path, quick: bool) -> None:
         **os.environ, **KEEP_FREED_MEMORY, "PACKLIGHT_CACHE": str(cache),
         "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1",
     }
+    if record.budget_bytes is not None:
+        command += ["--budget", str(record.budget_bytes)]
     done = subprocess.run(
         [*command, *["--quick"] * quick], cwd=cache, env=environment, capture_output=True, text=True
     )

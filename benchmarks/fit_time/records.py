@@ -31,8 +31,9 @@ class Record:
         cpu_seconds: of all threads of the process meanwhile.
         import_seconds, import_cpu_seconds: of `from packlight import fit` where torch is loaded.
         parts: part of fit -> processor seconds of the main thread, see `where.py`.
+        budget_bytes: of the last fit.
         peak_bytes, predicted_seconds, moves: of the step that was found.
-        smallest_bytes: named by the error, where none was.
+        smallest_bytes: named by the last error, where there was one.
         error: of a process that ended otherwise.
         provenance: see `benchmarks.common.provenance`.
     """
@@ -47,6 +48,7 @@ class Record:
     import_seconds: float = 0.0
     import_cpu_seconds: float = 0.0
     parts: dict[str, float] = field(default_factory=dict)
+    budget_bytes: int | None = None
     peak_bytes: int | None = None
     predicted_seconds: float | None = None
     moves: str | None = None
