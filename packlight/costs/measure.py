@@ -173,6 +173,14 @@ def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallF
 
 
 def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int) -> CallFacts:
+    if any(result.alias_info is not None for result in target._schema.returns):
+        # What looks at its arguments' memory and nowhere else does not read what is in there.
+        empty_args, empty_kwargs = _made_up(args, kwargs, None)
+        inputs = tensor_arguments(empty_args, empty_kwargs)
+        result = target(*empty_args, **empty_kwargs)
+        outputs = _output_facts(result, inputs, _device_of(inputs, kwargs))
+        if outputs and all(o.alias_of is not None for o in outputs):
+            return CallFacts(0.0, 0, outputs, None)
     real_args, real_kwargs = _made_up(args, kwargs, integer)
     inputs = tensor_arguments(real_args, real_kwargs)
     device = _device_of(inputs, kwargs)
@@ -204,7 +212,17 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
     return CallFacts(seconds, workspace_bytes, outputs, in_place, missing=missing)
 
 
-def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tuple[Any, Any]:
+def _made_up(
+    args: Any, kwargs: Any, integer: int | None, random: bool = False
+) -> tuple[Any, Any]:
+    """Return arguments like (fake) ones.
+
+    Args:
+        args: positional ones.
+        kwargs: those with a keyword.
+        integer: what is in integer tensors; None for tensors of which nothing is read.
+        random: different numbers in float tensors.
+    """
     made: dict[int, torch.Tensor] = {}
 
     def make(leaf: Any) -> Any:
@@ -219,7 +237,9 @@ def _made_up(args: Any, kwargs: Any, integer: int, random: bool = False) -> tupl
                 num_bytes // leaf.dtype.itemsize, dtype=leaf.dtype, device=leaf.device
             )
             tensor = storage.as_strided(shape, stride)
-            if leaf.dtype == torch.bool:
+            if integer is None:
+                pass
+            elif leaf.dtype == torch.bool:
                 storage.fill_(True)
             elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
                 storage.fill_(integer)
