@@ -21,6 +21,7 @@ from packlight.step import (
     simulate,
     with_transfers,
 )
+from packlight.step.digest import structure_digest
 from packlight.step.serialize import VERSION, from_json, to_json
 from tests.oracles.machines import lane, several_lanes
 
@@ -207,6 +208,17 @@ def test_a_pair_of_the_wrong_length_is_refused() -> None:
     place: list[str | int] = ["value", "schedule", "instructions", 0, "overwrite"]
     with pytest.raises(FormatError, match="not a list of 2"):
         from_json(change(to_json(plan), place, [1, 2, 3]))
+
+
+def test_a_digest_knows_which_lanes_there_are_and_neither_their_names_nor_their_speed() -> None:
+    graph = random_graph(1).without_transfers()
+    here, there, nowhere = (
+        structure_digest(with_transfers(graph, several_lanes(*lanes)))
+        for lanes in ([lane("/mnt/a", 1e9)], [lane("/mnt/b", 2e9, 1e-4)], [])
+    )
+    assert here == there != nowhere
+    two = with_transfers(graph, several_lanes(lane("one", 1e9), lane("two", 1e9)))
+    assert structure_digest(two) not in (here, nowhere)
 
 
 NOT_OURS = ["", "null", "[]", "3", "{}", "NaN", b"\xff\xfe\xfa", "[" * 100_000]

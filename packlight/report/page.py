@@ -82,7 +82,7 @@ def render_report(
     """Return the page as text; see `write_report`."""
     with drawing():
         from packlight.report import figures
-    graph, memory, machine = profile.graph, profile.memory, profile.machine
+    graph, memory = profile.graph, profile.memory
     plain = plain_step(graph)
     plain_memory = replace(
         memory,
@@ -90,65 +90,23 @@ def render_report(
         optimizer_bytes=memory.optimizer_bytes + plain.resting_state_bytes,
     )
     plain_peak_bytes = plain.timeline.peak_bytes
-    plain_curve = curve(plain.graph, plain.schedule)
-    shown = plain_curve if plan is None else curve(graph, plan.schedule, machine)
-    plain_bytes = whole_step_bytes(plain_memory, plain_peak_bytes)
-    sections = [_tiles(profile, plan, plain_bytes), _how_section(plan, how)]
-    base = memory.resident_bytes
-
-    description = f"{figures.plain_name(plan).capitalize()}: "
-    description += f"{figures.describe_curve(plain_curve, base + plain.resting_bytes)}."
-    if plan is not None:
-        description += f" Planned: {figures.describe_curve(shown, base)}."
-    sections.append(
-        _figure(
-            "Memory over the step",
-            to_svg(
-                figures.memory_over_time(
-                    graph, plan, plain=plain, memory=memory, machine=machine
-                ),
-                "memory-over-time", escape(description),
-            ),
-            f"Everything in memory while {_what_runs(graph, plan)}. Resident are "
-            f"{_resident_kinds(memory)}. Each operation is as wide as its measured seconds and "
-            "holds its workspace while it runs.",
-        )
-    )
-    sections.append(
-        _figure(
-            "Where the peak is",
-            to_svg(
-                figures.peak_breakdown(graph, plan, plain=plain, machine=machine), "peak-breakdown",
-                escape("Bytes in memory at the peak, by kind and by layer."),
-            ),
-            f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
-            "</b>. What is resident comes on top.",
-        )
-    )
-    if plan is not None and plan.lane_seconds:
-        sections.insert(3, _transfer_section(profile, plan))
+    over_time, at_peak = _memory_sections(profile, plan, plain)
     pies = to_svg(
         figures.three_kinds(memory, plain_peak_bytes, plan, plain_memory), "three-kinds",
         escape("Shares of parameters, optimizer state and what the step allocates."),
     )
     kinds = figures.memory_kinds(plain_memory, plain_peak_bytes)
-    sections.append(_kinds_section(profile, plan, kinds, pies))
-    if plans:
-        sections.append(
-            _figure(
-                "Memory against time",
-                to_svg(
-                    figures.pareto_curve(list(plans), plan, memory=memory), "pareto",
-                    escape("Peak of the whole step against slowdown for several budgets."),
-                ),
-                "Each point is a plan for another budget. The dashed curve is proved: no schedule "
-                "within that much memory is faster. Peaks are of the whole step.",
-                _pareto_table(profile, plans, plan),
-            )
-        )
-    sections.append(_layer_section(profile, plan, plain))
-    if plan is not None:
-        sections.append(_operation_section(profile, plan))
+    sections = [
+        _tiles(profile, plan, whole_step_bytes(plain_memory, plain_peak_bytes)),
+        _how_section(plan, how),
+        over_time,
+        _transfer_section(profile, plan) if plan is not None and plan.lane_seconds else "",
+        at_peak,
+        _kinds_section(profile, plan, kinds, pies),
+        _pareto_section(profile, plans, plan) if plans else "",
+        _layer_section(profile, plan, plain),
+        _operation_section(profile, plan) if plan is not None else "",
+    ]
     facts = f"{escape(profile.device_name)}, torch {escape(profile.torch_version)}, "
     facts += f"{graph.num_computations} operations"
     return PAGE.format(
@@ -157,6 +115,57 @@ def render_report(
         css=css_variables() + CSS,
         body="\n".join(filter(None, sections)),
         script=SCRIPT,
+    )
+
+
+def _memory_sections(
+    profile: StepProfile, plan: Plan | None, plain: PlainStep
+) -> tuple[str, str]:
+    """Return the pictures of memory over time and of what is there at the peak."""
+    from packlight.report import figures
+
+    graph, memory, machine = profile.graph, profile.memory, profile.machine
+    plain_curve = curve(plain.graph, plain.schedule)
+    shown = plain_curve if plan is None else curve(graph, plan.schedule, machine)
+    base = memory.resident_bytes
+    description = f"{figures.plain_name(plan).capitalize()}: "
+    description += f"{figures.describe_curve(plain_curve, base + plain.resting_bytes)}."
+    if plan is not None:
+        description += f" Planned: {figures.describe_curve(shown, base)}."
+    over_time = figures.memory_over_time(graph, plan, plain=plain, memory=memory, machine=machine)
+    at_peak = figures.peak_breakdown(graph, plan, plain=plain, machine=machine)
+    return (
+        _figure(
+            "Memory over the step",
+            to_svg(over_time, "memory-over-time", escape(description)),
+            f"Everything in memory while {_what_runs(graph, plan)}. Resident are "
+            f"{_resident_kinds(memory)}. Each operation is as wide as its measured seconds and "
+            "holds its workspace while it runs.",
+        ),
+        _figure(
+            "Where the peak is",
+            to_svg(
+                at_peak, "peak-breakdown",
+                escape("Bytes in memory at the peak, by kind and by layer."),
+            ),
+            f"What the step has allocated when it holds the most: at <b>{escape(shown.peak_name)}"
+            "</b>. What is resident comes on top.",
+        ),
+    )
+
+
+def _pareto_section(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None) -> str:
+    from packlight.report import figures
+
+    return _figure(
+        "Memory against time",
+        to_svg(
+            figures.pareto_curve(list(plans), plan, memory=profile.memory), "pareto",
+            escape("Peak of the whole step against slowdown for several budgets."),
+        ),
+        "Each point is a plan for another budget. The dashed curve is proved: no schedule "
+        "within that much memory is faster. Peaks are of the whole step.",
+        _pareto_table(profile, plans, plan),
     )
 
 

@@ -264,12 +264,12 @@ class StepGraph:
         reversed_ids = (o.id for o in reversed(self.operations) if not o.kind.is_transfer)
         return next(reversed_ids, -1) + 1
 
-    @property
+    @cached_property
     def computations(self) -> tuple[Operation, ...]:
         """The operations that are no transfers."""
         return self.operations[: self.num_computations]
 
-    @property
+    @cached_property
     def transfers(self) -> tuple[Operation, ...]:
         """The reads and writes."""
         return self.operations[self.num_computations :]
