@@ -18,7 +18,8 @@ SAMPLE_SECONDS = 0.004
 ELSE = "everything else"
 GARBAGE = "of all that, collecting garbage"
 
-# (part, a file's path or the beginning of it, function in it or "" for any): the first that fits.
+# (part, a file's path or the beginning of it, function in it or "" for any): the first that fits;
+# a part without a name leaves it to the callers.
 PARTS: tuple[tuple[str, str, str], ...] = (
     ("AOTAutograd: the joint graph", "torch/_functorch/aot_autograd.py", "aot_module_simplified"),
     ("TorchDynamo: tracing, guards", "packlight/capture/step_capture.py", ""),
@@ -29,7 +30,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     ("observing the optimizer", "packlight/runtime/accounting.py", "measure_optimizer"),
     ("observing the optimizer", "packlight/runtime/update.py", ""),
     ("observing the optimizer", "packlight/runtime/observe.py", ""),
-    ("rehearsal", "packlight/search/rehearse.py", "_seconds"),
+    ("rehearsal", "packlight/search/rehearse.py", "rehearse"),
     ("rehearsal", "packlight/runtime/rehearse.py", "_least_seconds"),
     ("whether rows are independent", "packlight/moves/microbatch/independence.py", ""),
     ("whether rows are independent", "packlight/runtime/independence.py", ""),
@@ -41,6 +42,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     ("completing the step", "packlight/capture/whole_step.py", ""),
     ("completing the step", "packlight/runtime/whole_step.py", ""),
     ("planning", "packlight/planner/", ""),
+    ("", "packlight/lower/frame.py", ""),  # runs programs
     ("writing the program", "packlight/lower/", ""),
     ("writing the program", "packlight/runtime/program.py", ""),
     ("writing the program", "packlight/runtime/emit.py", ""),
@@ -115,5 +117,5 @@ def part_of(file: str, function: str) -> str | None:
     """
     for part, place, name in PARTS:
         if f"/{place}" in file and name in ("", function):
-            return part
+            return part or None
     return None

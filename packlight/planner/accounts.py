@@ -114,7 +114,7 @@ def curve(graph: StepGraph, schedule: Schedule, machine: Machine | None = None) 
             operation = graph.operations[instruction.target]
             kind = operation.kind
             if not kind.is_transfer:
-                start = done - operation.seconds
+                start = max(now, done - operation.seconds)  # rounding may put it before
                 during = max(held, after + operation.workspace_bytes)
         if start > now:  # it waits for a lane, with what is there before
             corners += [(now, held), (start, held)]
