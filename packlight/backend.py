@@ -38,7 +38,7 @@ from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
-from packlight.step import Machine, Plan, PlanStatus, StepGraph, simulate, with_transfers
+from packlight.step import Limit, Machine, Plan, StepGraph, Termination, simulate, with_transfers
 from packlight.torch_internals import (
     aot_compiler,
     box_arguments,
@@ -240,15 +240,12 @@ def _replanned(
         plan = None
     if plan is not None and plan.seconds <= timeline.seconds:
         return plan
-    plain_seconds = graph.seconds
-    bound = min(lower_bound_seconds(graph, budget_bytes), timeline.seconds)
-    is_optimal = timeline.seconds <= bound * (1 + 1e-9)
+    bound = lower_bound_seconds(graph, budget_bytes)
     return replace(
         earlier,
         seconds=timeline.seconds,
-        plain_seconds=plain_seconds,
-        bound_seconds=bound,
-        status=PlanStatus.OPTIMAL if is_optimal else PlanStatus.FEASIBLE,
+        plain_seconds=graph.seconds,
+        termination=Termination.at(timeline.seconds, bound, Limit.MOVES),
         lane_seconds=timeline.lane_seconds,
         wait_seconds=timeline.wait_seconds,
     )

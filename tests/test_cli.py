@@ -442,7 +442,7 @@ def test_plan_prints_the_promise_and_other_budgets(
 ) -> None:
     assert run("plan", example, "--budget", "1MiB") == 0
     output = capsys.readouterr().out
-    for part in ("predicted peak", "lower bound", "status", "Other budgets", "no schedule"):
+    for part in ("predicted peak", "lower bound", "search", "Other budgets", "no schedule"):
         assert part in output
 
 

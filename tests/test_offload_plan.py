@@ -28,7 +28,7 @@ from packlight.step import (
     Memory,
     Phase,
     Plan,
-    PlanStatus,
+    Reason,
     StepGraph,
     simulate,
     with_transfers,
@@ -112,7 +112,7 @@ def test_tiny_chains_get_the_plan_that_trying_everything_finds(seed: int) -> Non
         optimum = fastest_seconds_with_transfers(graph, budget_bytes, machine)
         assert lower_bound_seconds(graph, budget_bytes) <= optimum
         assert plan.seconds == optimum
-        assert plan.status is PlanStatus.FEASIBLE or plan.bound_seconds == optimum
+        assert plan.termination.reason is Reason.FEASIBLE or plan.bound_seconds == optimum
 
 
 def small_training(seed: int, num_disks: int = 1) -> tuple[StepGraph, Machine]:
@@ -144,7 +144,7 @@ def test_tiny_streamed_steps_are_close_to_what_trying_everything_finds(seed: int
         plan = checked(graph, planner.plan(budget_bytes), machine)
         optimum = fastest_seconds_with_transfers(graph, budget_bytes, machine)
         assert plan.bound_seconds <= optimum <= plan.seconds <= 1.07 * optimum
-        assert plan.status is PlanStatus.FEASIBLE or plan.seconds == optimum
+        assert plan.termination.reason is Reason.FEASIBLE or plan.seconds == optimum
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -266,7 +266,7 @@ def test_a_fast_lane_hides_all_transfers() -> None:
     graph = with_transfers(alone, machine)
     plan = plan_schedule(graph, Planner(alone).plain_peak_bytes // 2, machine)
     assert checked(graph, plan, machine).seconds == pytest.approx(graph.seconds)
-    assert plan.status is PlanStatus.OPTIMAL
+    assert plan.termination.reason is Reason.OPTIMAL
     assert plan.offloaded_bytes > 0
 
 

@@ -25,8 +25,9 @@ from packlight.step import (
     Action,
     BufferKind,
     GraphBuilder,
+    Limit,
     Phase,
-    PlanStatus,
+    Reason,
     StepGraph,
     simulate,
 )
@@ -128,7 +129,7 @@ def test_tiny_chains_get_the_plan_that_trying_everything_finds(sizes: tuple[int,
     for budget_bytes in range(smallest_bytes, plain_peak_bytes + 1):
         plan = planner.plan_schedule(graph, budget_bytes)
         assert plan.seconds == pytest.approx(fastest_seconds(graph, budget_bytes), rel=1e-9)
-        assert plan.status is PlanStatus.OPTIMAL
+        assert plan.termination.reason is Reason.OPTIMAL
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -203,6 +204,20 @@ def test_pareto_plans_are_monotone_and_end_at_the_smallest() -> None:
     assert plans[-1].peak_bytes == planner.smallest_plan(graph).peak_bytes
 
 
+def test_a_search_says_why_it_ended_and_meets_its_bound_only_where_it_says_optimal() -> None:
+    for graph, limit in ((chain([3, 5, 2, 4], [1.0, 3.0, 2.0, 1.5]), Limit.NODES),
+                         (long_gpt(12), Limit.MOVES)):
+        plans = planner.pareto(graph, 6)
+        assert plans[0].termination.reason is Reason.OPTIMAL  # the plain step
+        for plan in plans:
+            ended = plan.termination
+            met = plan.seconds <= plan.bound_seconds * (1 + 1e-9)
+            assert met == (ended.reason is Reason.OPTIMAL) == (ended.limit is None)
+            assert ended.limit in (None, limit)
+            assert (str(limit) in str(ended)) == (ended.limit is limit)
+    assert any(plan.termination.limit is Limit.MOVES for plan in plans)
+
+
 def test_more_memory_is_never_slower() -> None:
     graph = long_gpt(8)
     plan_of = Planner(graph)
@@ -248,7 +263,7 @@ def test_an_operation_in_place_saves_its_output() -> None:
     graph = build.finish(3, [loss], [loss])
     assert simulate(graph, plain_schedule(graph)).peak_bytes == 101
     plain = Planner(graph).plan(None)
-    assert (plain.peak_bytes, plain.status) == (101, PlanStatus.OPTIMAL)
+    assert (plain.peak_bytes, plain.termination.reason) == (101, Reason.OPTIMAL)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -408,5 +423,5 @@ def test_a_printed_plan_is_one_line_with_its_numbers() -> None:
     assert str(plan) == (
         f"{len(graph.operations)} operations, {again} of them recomputed: {plan.peak_bytes} B of "
         f"{plan.budget_bytes} B (plain {plan.plain_peak_bytes} B), {plan.seconds:.1f} s, "
-        f"{plan.seconds / graph.seconds:.3f} x plain; {plan.status}"
+        f"{plan.seconds / graph.seconds:.3f} x plain; {plan.termination}"
     )

@@ -33,13 +33,14 @@ from packlight.step import (
     GraphBuilder,
     Instruction,
     Lane,
+    Limit,
     Machine,
     Phase,
     Plan,
-    PlanStatus,
     Schedule,
     Speed,
     StepGraph,
+    Termination,
     live_after_forward,
     simulate,
     with_transfers,
@@ -56,7 +57,7 @@ def plan_of(graph: StepGraph, schedule: Schedule, budget_bytes: int | None) -> P
     plain = simulate(graph, plain_schedule(graph))
     return Plan(
         schedule, budget_bytes, timeline.peak_bytes, timeline.seconds, plain.seconds,
-        plain.peak_bytes, plain.seconds, PlanStatus.FEASIBLE,
+        plain.peak_bytes, Termination.at(timeline.seconds, plain.seconds, Limit.MOVES),
     )
 
 

@@ -20,10 +20,11 @@ from packlight.step import (
     BufferKind,
     GraphBuilder,
     Instruction,
+    Limit,
     Phase,
     Plan,
-    PlanStatus,
     Schedule,
+    Termination,
     simulate,
     with_transfers,
 )
@@ -127,7 +128,7 @@ def plan_of_transfers(profile: StepProfile, schedule: Schedule) -> Plan:
     plain = plain_step(profile.graph).timeline
     return Plan(
         schedule, timeline.peak_bytes, timeline.peak_bytes, timeline.seconds, plain.seconds,
-        plain.peak_bytes, plain.seconds, PlanStatus.FEASIBLE,
+        plain.peak_bytes, Termination.at(timeline.seconds, plain.seconds, Limit.MOVES),
         lane_seconds=timeline.lane_seconds, wait_seconds=timeline.wait_seconds,
         offloaded_bytes=2 * 2**20 + 900 * 2**10,
     )

@@ -13,11 +13,13 @@ from packlight.step import (
     BufferKind,
     GraphBuilder,
     Instruction,
+    Limit,
     Phase,
     Plan,
-    PlanStatus,
+    Reason,
     Schedule,
     StepGraph,
+    Termination,
     simulate,
     with_transfers,
 )
@@ -71,8 +73,9 @@ def random_plan(seed: int) -> Plan:
         seconds=rng.random() / 3,
         plain_seconds=rng.random() / 7,
         plain_peak_bytes=rng.randrange(2**50),
-        bound_seconds=rng.random() * 1e-300,
-        status=rng.choice(list(PlanStatus)),
+        termination=Termination(
+            rng.choice(list(Reason)), rng.random() * 1e-300, rng.choice([None, *Limit])
+        ),
         allowed=rng.choice([(), ("bf16", "chunk")]),
         num_microbatches=rng.randrange(1, 9),
     )
@@ -100,7 +103,7 @@ def test_random_plans_and_schedules_return_equal(seed: int) -> None:
 
 def test_floats_return_to_the_last_bit() -> None:
     for seconds in (0.1 + 0.2, 5e-324, 1.7976931348623157e308):
-        plan = Plan(Schedule((), 0), None, 0, seconds, 1.0, 0, 0.0, PlanStatus.FEASIBLE)
+        plan = Plan(Schedule((), 0), None, 0, seconds, 1.0, 0, Termination(Reason.FEASIBLE, 0.0))
         returned = from_json(to_json(plan))
         assert isinstance(returned, Plan)
         assert returned.seconds.hex() == seconds.hex()
@@ -203,7 +206,7 @@ def test_an_operation_that_creates_an_unknown_buffer_is_refused() -> None:
 def test_a_pair_of_the_wrong_length_is_refused() -> None:
     plan = Plan(
         Schedule((Instruction(Action.RUN, 0, (1, 2)),), 1),
-        None, 0, 1.0, 1.0, 0, 1.0, PlanStatus.OPTIMAL,
+        None, 0, 1.0, 1.0, 0, Termination(Reason.OPTIMAL, 1.0),
     )
     place: list[str | int] = ["value", "schedule", "instructions", 0, "overwrite"]
     with pytest.raises(FormatError, match="not a list of 2"):
@@ -233,6 +236,6 @@ def test_text_that_is_not_ours_is_refused(text: str | bytes) -> None:
 def test_what_cannot_be_written_is_refused() -> None:
     with pytest.raises(FormatError, match="cannot write a dict"):
         to_json({})  # type: ignore[arg-type]
-    plan = Plan(Schedule((), 0), None, 0, float("inf"), 1.0, 0, 0.0, PlanStatus.FEASIBLE)
+    plan = Plan(Schedule((), 0), None, 0, float("inf"), 1.0, 0, Termination(Reason.FEASIBLE, 0.0))
     with pytest.raises(FormatError, match="not finite"):
         to_json(plan)

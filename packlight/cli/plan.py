@@ -90,7 +90,7 @@ def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[
         f"{format_seconds(plan.plain_seconds)} per run of the schedule",
         *transfers,
         f"lower bound      {bound:.3f} x: no schedule within this budget is faster",
-        f"status           {plan.status.value}",
+        f"search           {plan.termination}",
     ]
 
 
@@ -118,7 +118,7 @@ def plan_table(rows: list[PlanRow]) -> Table:
 def pareto_table(profile: StepProfile, plans: list[Plan]) -> Table:
     """Return other budgets and what they cost."""
     table = Table(title="Other budgets")
-    for name in ("whole step", "allocated by the step", "slowdown", "bound", "status"):
+    for name in ("whole step", "allocated by the step", "slowdown", "bound", "search"):
         table.add_column(name, justify="right")
     for plan in plans:
         bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
@@ -127,7 +127,7 @@ def pareto_table(profile: StepProfile, plans: list[Plan]) -> Table:
             format_bytes(plan.peak_bytes),
             f"{plan.slowdown:.3f}",
             f"{bound:.3f}",
-            plan.status.value,
+            str(plan.termination),
         )
     return table
 

@@ -25,7 +25,7 @@ from packlight.planner.plain import plain_schedule
 from packlight.planner.prove import Attempt, Small, is_small
 from packlight.planner.search import Found, LocalSearch
 from packlight.planner.smallest import priced, smallest_schedules
-from packlight.step import Machine, Plan, PlanStatus, Schedule, StepGraph, simulate
+from packlight.step import Limit, Machine, Plan, Schedule, StepGraph, Termination, simulate
 
 STREAMING_SHARES = (0.9, 0.6, 0.4)
 # Budgets that are not much smaller than the smallest that is known to do may do, too.
@@ -189,11 +189,10 @@ class Planner:
     def _as_plan(self, attempt: Attempt, budget_bytes: int | None) -> Plan:
         found = attempt.best
         assert found is not None
-        bound = found.seconds if attempt.is_proven else min(attempt.bound_seconds, found.seconds)
-        optimal = found.seconds <= bound * (1 + 1e-9)
+        bound = found.seconds if attempt.is_proven else attempt.bound_seconds
         plan = Plan(
             found.schedule, budget_bytes, found.peak_bytes, found.seconds, self.plain_seconds,
-            self.plain_peak_bytes, bound, PlanStatus.OPTIMAL if optimal else PlanStatus.FEASIBLE,
+            self.plain_peak_bytes, Termination.at(found.seconds, bound, attempt.limit),
             num_reruns=sum(self.graph.reruns(found.schedule).values()),
         )
         if self._transfers is None:
@@ -266,6 +265,9 @@ def pareto(graph: StepGraph, num_budgets: int = 8, machine: Machine | None = Non
     for budget_bytes in reversed(budgets[1:]):
         plan = planner.plan(budget_bytes)
         if plans and plans[0].seconds < plan.seconds:
-            plan = replace(plans[0], budget_bytes=budget_bytes, bound_seconds=plan.bound_seconds)
+            found, ended = plans[0], plan.termination
+            limit = ended.limit or Limit.MOVES  # that it proved an optimum says this one is it
+            termination = Termination.at(found.seconds, ended.bound_seconds, limit)
+            plan = replace(found, budget_bytes=budget_bytes, termination=termination)
         plans.insert(0, plan)
     return [planner.plan(None), *plans]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from packlight.planner.exact import ExactSearch
 from packlight.planner.facts import Facts
 from packlight.planner.search import Found, schedule_of
-from packlight.step import Schedule, StepGraph, simulate
+from packlight.step import Limit, Schedule, StepGraph, simulate
 
 MAX_EXACT = 64
 FEW_NODES, MANY_NODES = 20_000, 200_000
@@ -34,12 +34,14 @@ class Attempt:
         found: schedules.
         is_proven: whether nothing was left to look at: none is faster than the fastest found, or
             there is none at all.
+        limit: what ended the search if nothing was proven.
     """
 
     budget_bytes: int
     bound_seconds: float
     found: list[Found]
     is_proven: bool = False
+    limit: Limit = Limit.MOVES
 
     @property
     def best(self) -> Found | None:
@@ -67,6 +69,7 @@ class Small:
         """
         if self._ask(self._exact, attempt, FEW_NODES, 0):
             return
+        attempt.limit = Limit.NODES
         keeping = ExactSearch(self.graph, keep_outputs=True)
         self._ask(keeping, attempt, 3 * FEW_NODES, 0)
         attempt.found.extend(local_search(attempt.budget_bytes))

@@ -270,9 +270,9 @@ def _pareto_table(profile: StepProfile, plans: Sequence[Plan], plan: Plan | None
             seconds_cell(other.seconds),
             number_cell(other.slowdown, f"{other.slowdown:.3f}x"),
             number_cell(bound, f"{bound:.3f}x"),
-            Cell(other.status.value),
+            Cell(str(other.termination)),
         ])
-    heads = ("whole step", "allocated", "of plain's", "time", "slowdown", "bound", "status")
+    heads = ("whole step", "allocated", "of plain's", "time", "slowdown", "bound", "search")
     return sortable_table(heads, rows, marked=marked)
 
 

@@ -41,7 +41,7 @@ def describe(ready: Ready, request: Request) -> str:
     lines.append(
         f"{'predicted time':<22}{format_seconds(way.seconds)}; {plan.slowdown:.3f} x the {what} "
         f"without recomputation (no schedule below {plan.bound_seconds / plan.plain_seconds:.3f} "
-        f"x; {plan.status})"
+        f"x; {plan.termination})"
     )
     return "\n".join(lines)
 

@@ -17,11 +17,53 @@ class Action(StrEnum):
     FREE = "free"
 
 
-class PlanStatus(StrEnum):
-    """How good a plan is known to be."""
+class Reason(StrEnum):
+    """Why a search for a schedule ended."""
 
     OPTIMAL = "optimal"
     FEASIBLE = "feasible"
+
+
+class Limit(StrEnum):
+    """What ended a search that proved no optimum."""
+
+    NODES = "nodes"
+    MOVES = "local moves"
+
+
+@dataclass(frozen=True, slots=True)
+class Termination:
+    """How a search ended, and how good its result is known to be (as in OR-Tools' MathOpt).
+
+    Attributes:
+        reason: OPTIMAL where the result meets the bound.
+        bound_seconds: no schedule within the budget is faster than this. Where a step is small
+            enough to be searched exactly, the schedules meant are those in which the operations run
+            for the first time in the graph's order; elsewhere all.
+        limit: what ended the search; None where the optimum was found.
+    """
+
+    reason: Reason
+    bound_seconds: float
+    limit: Limit | None = None
+
+    @classmethod
+    def at(cls, seconds: float, bound_seconds: float, limit: Limit) -> Termination:
+        """Return how a search ended.
+
+        Args:
+            seconds: of the schedule that it found.
+            bound_seconds: proven for all schedules; one that is not below `seconds` is met.
+            limit: what ended the search unless it found the optimum.
+        """
+        bound_seconds = min(bound_seconds, seconds)
+        if seconds <= bound_seconds * (1 + 1e-9):
+            return cls(Reason.OPTIMAL, bound_seconds)
+        return cls(Reason.FEASIBLE, bound_seconds, limit)
+
+    def __str__(self) -> str:
+        """Return a word, and what ended the search."""
+        return self.reason if self.limit is None else f"{self.reason}, limited by {self.limit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,10 +180,7 @@ class Plan:
         seconds: predicted duration.
         plain_seconds: predicted duration of the plain step (no recomputation).
         plain_peak_bytes: predicted peak of the plain step.
-        bound_seconds: no schedule within the budget is faster than this. Where a step is small
-            enough to be searched exactly, the schedules meant are those in which the operations run
-            for the first time in the graph's order; elsewhere all.
-        status: OPTIMAL where `seconds` meets the bound.
+        termination: why the search ended, and the bound it proved.
         allowed: names of the approximate techniques that were allowed.
         num_microbatches: how often the schedule runs for one update.
         num_reruns: how many runs of computations are not their first.
@@ -156,8 +195,7 @@ class Plan:
     seconds: float
     plain_seconds: float
     plain_peak_bytes: int
-    bound_seconds: float
-    status: PlanStatus
+    termination: Termination
     allowed: tuple[str, ...] = ()
     num_microbatches: int = 1
     num_reruns: int = 0
@@ -173,8 +211,13 @@ class Plan:
         return (
             f"{times}{len(self.schedule.run_counts())} operations, {self.num_reruns} of them "
             f"recomputed: {format_bytes(self.peak_bytes)}{limit} (plain {plain}), "
-            f"{format_seconds(self.seconds)}, {self.slowdown:.3f} x plain; {self.status}"
+            f"{format_seconds(self.seconds)}, {self.slowdown:.3f} x plain; {self.termination}"
         )
+
+    @property
+    def bound_seconds(self) -> float:
+        """No schedule within the budget is faster than this; see `Termination`."""
+        return self.termination.bound_seconds
 
     @property
     def slowdown(self) -> float:
