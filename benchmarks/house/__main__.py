@@ -28,6 +28,7 @@ FAMILIES = (
 )
 LINKED = ("mlp-fit", "unet-fit", "gpt2-fit")
 STEPS = [f"{family}-{kind}" for family in FAMILIES for kind in ("compile", "fit")]
+STEPS += ["synthetic_gpt-416", "lstm-64-fit", "lstm-128-fit"]  # 10,000 operations; long scans
 # An absence of everything there and back takes as long as the step.
 LINK_SHARE = 1.0
 

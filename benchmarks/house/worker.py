@@ -39,9 +39,17 @@ def main() -> None:
 
 
 def capture(name: str, kind: str, path: Path) -> None:
-    """Write a model's step: "compile" for forward and backward, "fit" for all of it."""
+    """Write a model's step: "compile" for forward and backward, "fit" for all of it.
+
+    Of "synthetic_gpt", which nobody captures, the kind is how many blocks it has.
+    """
     from packlight.step.serialize import to_json
 
+    if name == "synthetic_gpt":
+        from tests.oracles.gpt import gpt_step
+
+        path.write_text(to_json(gpt_step(int(kind))), encoding="utf-8")
+        return
     model, batch, loss_fn = _made(name)
     if kind == "fit":
         import torch

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from packlight.planner.facts import Facts, mask_of
 from packlight.planner.routes import Route, routes_of
 from packlight.step import Operation, StepGraph
 
@@ -42,15 +43,11 @@ def lower_bound_seconds(graph: StepGraph, budget_bytes: int | None) -> float:
     if budget_bytes is None:
         return max(plain, lanes.least_seconds)
     facts = _Facts(graph)
-    positions = range(graph.num_computations)
-    stride = max(1, len(positions) // MAX_POSITIONS)
+    stride = max(1, graph.num_computations // MAX_POSITIONS)
     best = 0.0
-    for position in positions[::stride]:
-        before = _reach(position, facts.parents)
-        after = _reach(position, facts.children)
-        held = facts.crossing(before, after)
+    for position, held in facts.crossing(range(0, graph.num_computations, stride)).items():
         if not graph.transfers:
-            best = max(best, facts.rerun_seconds(position, held, before, budget_bytes))
+            best = max(best, facts.rerun_seconds(position, held, budget_bytes))
         else:
             excess, items = facts.excess(position, held, budget_bytes)
             best = max(best, _least_seconds(excess, items, plain, lanes) - plain)
@@ -152,7 +149,7 @@ def rerun_seconds_by_position(graph: StepGraph, budget_bytes: int) -> list[float
     result, live = [], set[int]()
     for operation in graph.computations:
         later = {b for b in live if facts.last_read[b] > operation.id}
-        result.append(facts.rerun_seconds(operation.id, later, None, budget_bytes))
+        result.append(facts.rerun_seconds(operation.id, later, budget_bytes))
         live = later | {b for b in operation.creates if facts.last_read[b] > operation.id}
     return result
 
@@ -183,20 +180,24 @@ class _Facts:
         self.outputs = set(graph.outputs)
         self.pinned = self.outputs & set(graph.forward_outputs)
 
-    def crossing(self, before: set[int], after: set[int]) -> set[int]:
-        """Return buffers made in `before` that `after` or the end of the step reads."""
-        held = {b for i in after for b in self.graph.operations[i].reads if self.maker[b] in before}
-        return held | {b for b in self.outputs if self.maker[b] in before}
+    def crossing(self, positions: range) -> dict[int, list[int]]:
+        """Return what ancestors of operations made that descendants or the step's end read."""
+        facts = Facts(self.graph)
+        reads = [mask_of(o.reads, facts.bit) for o in self.graph.computations]
+        forth = range(len(reads))
+        made = _reached(forth, self.parents, self.children, facts.creates_masks, positions)
+        read = _reached(forth[::-1], self.children, self.parents, reads, positions)
+        outputs = mask_of(self.outputs, facts.bit)
+        return {p: facts.buffers_of(made[p] & (read[p] | outputs)) for p in positions}
 
     def rerun_seconds(
-        self, position: int, held: Iterable[int], before: set[int] | None, budget_bytes: int
+        self, position: int, held: Iterable[int], budget_bytes: int
     ) -> float:
         """Return the least recomputation if `held` should be in memory while an operation runs.
 
         Args:
             position: the operation.
             held: buffers made before it and read after it.
-            before: operations known to have run; None for all with smaller ids.
             budget_bytes: for all.
         """
         excess, items = self.excess(position, held, budget_bytes)
@@ -240,12 +241,30 @@ def _relief(operation: Operation, size: list[int]) -> int:
     return max((size[c] for c, r in operation.overwrites if size[r] > 0), default=0)
 
 
-def _reach(start: int, neighbours: list[set[int]]) -> set[int]:
-    found: set[int] = set()
-    stack = list(neighbours[start])
-    while stack:
-        index = stack.pop()
-        if index not in found:
-            found.add(index)
-            stack.extend(neighbours[index])
+def _reached(
+    order: range, before: list[set[int]], after: list[set[int]], masks: list[int], wanted: range
+) -> dict[int, int]:
+    """Return the union of what all that lies before some operations, however far, has as masks.
+
+    Args:
+        order: in which each comes after what is before it.
+        before: the direct neighbours of each operation on that side.
+        after: those on the other.
+        masks: of each operation.
+        wanted: for which to return it.
+    """
+    found: dict[int, int] = {}
+    so_far: dict[int, int] = {}  # of each with the operation's own, as long as somebody asks
+    waiting = [len(neighbours) for neighbours in after]
+    for index in order:
+        mask = 0
+        for other in before[index]:
+            mask |= so_far[other]
+            waiting[other] -= 1
+            if not waiting[other]:
+                del so_far[other]
+        if index in wanted:
+            found[index] = mask
+        if waiting[index]:
+            so_far[index] = mask | masks[index]
     return found

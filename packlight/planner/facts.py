@@ -183,6 +183,21 @@ class Facts:
         """What each operation makes."""
         return [mask_of(o.creates, self.bit) for o in self.graph.computations]
 
+    @cached_property
+    def _by_rank_array(self) -> npt.NDArray[np.int64]:
+        return np.array(self.by_rank, dtype=np.int64)
+
+    def buffers_of(self, mask: int) -> list[int]:
+        """Return the buffers of a mask by id."""
+        buffers: list[int] = self.buffer_array_of(mask).tolist()
+        return buffers
+
+    def buffer_array_of(self, mask: int) -> npt.NDArray[np.int64]:
+        """Return the same as an array."""
+        packed = np.frombuffer(mask.to_bytes(mask.bit_length() // 8 + 1, "little"), dtype=np.uint8)
+        ranks = np.flatnonzero(np.unpackbits(packed, bitorder="little"))
+        return np.sort(self._by_rank_array[ranks])
+
 
 def mask_of(buffers: Iterable[int], bit: list[int]) -> int:
     """Return the set of some buffers."""

@@ -5,7 +5,8 @@ An interval (s, e) of a buffer: it is made at position s and held until position
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -91,3 +92,50 @@ def of_nothing(
         ends = [(max(due - 1, start), due) for due in retention.due.get(buffer, ())]
         found[buffer] = merged([i for i in (near, *ends) if i[1] > i[0]])
     return found
+
+
+def shortened(intervals: list[Interval], uses: Sequence[int]) -> list[Interval]:
+    """Return intervals that end with a use, without those in which there is none.
+
+    Args:
+        intervals: in order.
+        uses: where the buffer is read from memory or due, in order.
+    """
+    new: list[Interval] = []
+    for start, end in intervals:
+        at = bisect_left(uses, end + 1) - 1
+        if at >= 0 and uses[at] > start:
+            new.append((start, uses[at]))
+    return new
+
+
+def without_gap(
+    intervals: list[Interval], uses: Sequence[int], due: Collection[int], position: int
+) -> list[Interval] | None:
+    """Return the intervals with a hole around a position, or None where there is no gap.
+
+    The hole reaches from the last use before the position to the next use at or after it; a buffer
+    that is next due as an output is made again just before.
+
+    Args:
+        intervals: in order.
+        uses: where the buffer is read from memory or due, in order.
+        due: where it has to be in memory as an output.
+        position: where it should not be held.
+    """
+    for index, (start, end) in enumerate(intervals):
+        if start < position <= end:
+            at = bisect_left(uses, position)
+            before = max(start, uses[at - 1] if at > 0 else start)
+            after = uses[at] if at < len(uses) and uses[at] <= end else end
+            if after in due:
+                after -= 1
+                if position > after:
+                    return None
+            new = intervals[:index]
+            if before > start:
+                new.append((start, before))
+            if after < end:
+                new.append((after, end))
+            return new + intervals[index + 1 :]
+    return None

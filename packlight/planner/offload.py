@@ -73,7 +73,6 @@ class TransferRetention(Retention):
         num = len(routes.brings)
         self.reads += [()] * num
         self.overwrites += [()] * num
-        self.workspace += [0] * num
         self.can_recompute += [True] * num
         self.first_chance += [-1] * num
         self.last_chance += [self.num_positions] * num

@@ -132,7 +132,7 @@ def _try_keep(retention: Retention, index: int, position: int, budget_bytes: int
                 fills.append((buffer, *filled))
     for buffer, _, latest in fills:
         between = slice(latest + 1, position)
-        window = retention.held_bytes[between] + retention.local_bytes[between]
+        window = retention.held.bytes[between] + retention.local_bytes[between]
         if len(window) and int(window.max()) + retention.size[buffer] > budget_bytes:
             return False
     seconds = retention.total_extra_seconds
