@@ -133,3 +133,32 @@ def test_times_inside_the_step_are_estimated_from_the_operators_other_calls(
         assert profiler.estimated_in_step(add, 2.0) == pytest.approx(6.0)
         # Another operator: as all calls together.
         assert profiler.estimated_in_step(exp, 2.0) == pytest.approx(6.0)
+
+
+class Attending(nn.Module):
+    """Attention over and over: an operator that counts as random, with float results only."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return (batch, heads, length, width) as it came."""
+        for _ in range(2 * ENOUGH_TIMES):
+            x = nn.functional.scaled_dot_product_attention(x, x, x).tanh()
+        return x
+
+
+def test_random_calls_that_run_again_are_rehearsed_though_equal_ones_are_left_out(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKLIGHT_CACHE", str(tmp_path))
+    torch.manual_seed(0)
+    x = torch.randn(4, 4, 64, 32, requires_grad=True)
+    expected, = torch.autograd.grad(Attending()(x).sum(), x)
+    torch._dynamo.reset()
+    backend = PacklightBackend(
+        choose_budget=lambda graph: smallest_plan(graph).peak_bytes, progress=False
+    )
+    loss = torch.compile(Attending(), backend=backend, fullgraph=True)(x).sum()
+    found, = torch.autograd.grad(loss, x)
+    compiled = backend.compilations[-1]
+    again = compiled.graph.reruns(compiled.plan.schedule)
+    assert any(compiled.graph.operations[o].is_random for o in again)
+    assert torch.equal(found, expected)
