@@ -72,7 +72,8 @@ def fit(
 
     Args:
         model: in the mode (train or eval) that it will be trained in.
-        loss_fn: `loss_fn(model, batch)` returns a scalar tensor.
+        loss_fn: `loss_fn(model, batch)` returns a scalar tensor, or a tuple that begins with one;
+            `step(batch)` returns what it does, detached.
         optimizer: over parameters of the model.
         batch: an example; only its shapes and dtypes matter, nothing is trained yet.
         budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,

@@ -68,17 +68,31 @@ def graph_break() -> tuple[str, Any] | None:
     return (reason.reason or "", reason.user_stack) if is_break else None
 
 
-def returned_name() -> str | None:
-    """Return the name of the node that the traced function returns, None if it is no one tensor.
+def returned_names() -> tuple[str | None, set[str]]:
+    """Return the name of the node that the traced function returns, and of those beside it.
+
+    The first is None where neither one tensor is returned nor a tuple or list that begins with one.
 
     Relied upon: when a backend is called, what the function returns is all that is left on the
-    translator's stack, and a tensor there has its node as `proxy.node`.
+    translator's stack; a tensor there has its node as `proxy.node`, a tuple or list its `items`,
+    and `VariableTracker.visit` comes by everything within.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import VariableTracker
+
+    def name_of(variable: Any) -> str | None:
+        proxy = getattr(variable, "proxy", None)
+        return str(proxy.node.name) if isinstance(proxy, fx.Proxy) else None
 
     stack = InstructionTranslator.current_tx().stack
-    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
-    return None if proxy is None else str(proxy.node.name)
+    if len(stack) != 1:
+        return None, set()
+    items = getattr(stack[0], "items", None)
+    is_sequence = isinstance(items, (list, tuple)) and len(items) > 0
+    found: set[str | None] = set()
+    VariableTracker.visit(lambda variable: found.add(name_of(variable)), list(stack))
+    first = name_of(items[0] if is_sequence and items is not None else stack[0])
+    return first, {name for name in found if name is not None} - {str(first)}
 
 
 def dynamo_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:

@@ -108,25 +108,31 @@ def test_a_backend_is_told_that_a_graph_is_one_of_several_and_why() -> None:
 
 
 def test_the_returned_tensor_is_told_from_those_that_attributes_get() -> None:
-    names: list[tuple[str | None, list[str]]] = []
+    names: list[tuple[str | None, set[str], list[str]]] = []
     model = nn.Linear(2, 2)
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
         (results,) = next(n for n in module.graph.nodes if n.op == "output").args
-        names.append((inside.returned_name(), [r.name for r in results]))
+        names.append((*inside.returned_names(), [r.name for r in results]))
         return module.forward
 
     def one(x: torch.Tensor) -> torch.Tensor:
         model.seen = x.cos()  # type: ignore[assignment]
         return x.sin()
 
-    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.sin(), x.cos()
+    def two(x: torch.Tensor) -> Any:
+        model.seen = x.tan()  # type: ignore[assignment]
+        return x.sin(), {"deep": [x.cos(), "text"]}
 
-    compiled(one, backend)(torch.ones(2))
-    compiled(two, backend)(torch.ones(2))
-    (returned, results), (nothing, _) = names
-    assert returned in results and len(results) == 2 and "sin" in str(returned)
+    def other(x: torch.Tensor) -> Any:
+        return {"loss": x.sin()}
+
+    for function in (one, two, other):
+        compiled(function, backend)(torch.ones(2))
+    (first, beside, results), (of_pair, deep, all_three), (nothing, _, _) = names
+    assert first in results and len(results) == 2 and "sin" in str(first) and beside == set()
+    assert "sin" in str(of_pair) and len(all_three) == 3
+    assert len(deep) == 1 and "cos" in deep.pop()
     assert nothing is None
 
 

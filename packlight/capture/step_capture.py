@@ -21,18 +21,22 @@ from packlight.capture.aot import num_tangents, user_results, written_back
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
+    Returned,
+    detach_all_but,
     made_traceable,
     native_upsampling,
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
-    returned_place,
+    returned_places,
     specialize,
 )
+from packlight.capture.returned import detached
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import aot_compiler, quick_tracing, storage_identity, with_own_cache
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+# Returns a scalar tensor, or a tuple that begins with one.
+LossFunction = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,7 @@ class CapturedLoss:
         loss_index: which forward result is the loss.
         returned: what dynamo is given back, in order: forward results; among them are tensors that
             the forward assigns to attributes.
+        extras: which of those the loss function returns beside the loss.
         arguments: the real primals of the captured call, in order.
     """
 
@@ -54,6 +59,7 @@ class CapturedLoss:
     written_back: dict[int, int]
     loss_index: int
     returned: tuple[int, ...]
+    extras: tuple[int, ...]
     arguments: list[Any]
 
     @property
@@ -66,8 +72,16 @@ class CapturedLoss:
     @property
     def assigned(self) -> tuple[torch.Tensor, ...]:
         """What attributes hold after the step: fake tensors with storages of their own."""
+        return self._values({*self.returned} - {*self.extras})
+
+    @property
+    def extra_values(self) -> tuple[torch.Tensor, ...]:
+        """What is returned beside the loss: fake tensors with storages of their own."""
+        return self._values({*self.extras})
+
+    def _values(self, indices: set[int]) -> tuple[torch.Tensor, ...]:
         results = self.joint.graph.find_nodes(op="output")[0].args[0]
-        others = {*self.returned} - {self.loss_index} - self.same_as_primal.keys()
+        others = indices - {self.loss_index} - self.same_as_primal.keys()
         return tuple(
             results[i].meta["val"] for i in sorted(others) if isinstance(results[i], fx.Node)
         )
@@ -90,7 +104,7 @@ class _Entry:
     """One graph that dynamo traced, and what runs in its place."""
 
     joint: tuple[fx.GraphModule, int] | None = None
-    loss_place: int | None = None
+    returned: Returned = field(default_factory=Returned)
     arguments: list[Any] = field(default_factory=list)
     program: Program | None = None
 
@@ -142,9 +156,12 @@ class StepCapture:
         use_eager_dropout(joint)
         mutated = written_back(joint, num_forward_outputs)
         returned = user_results(joint, num_forward_outputs)
-        loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
+        loss_index = _check_results(joint, returned, self._entry.returned.loss, mutated)
         _check_arguments(primals, arguments, len(placeholders))
-        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, returned, arguments)
+        extras = tuple(returned[place] for place in self._entry.returned.extras)
+        return CapturedLoss(
+            joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments
+        )
 
     def _trace(self, batch: Any) -> None:
         try:
@@ -157,8 +174,11 @@ class StepCapture:
         """Set what runs with the primals of the latest captured call."""
         self._entry.program = program
 
-    def __call__(self, batch: Any) -> torch.Tensor:
+    def __call__(self, batch: Any) -> Any:
         """Run the installed program on a batch of the captured signature.
+
+        Returns:
+            What the loss function does, without gradients.
 
         Raises:
             CapturedAgainError: the model or the loss function changed in a way that the traced
@@ -166,18 +186,19 @@ class StepCapture:
         """
         try:
             with plain_errors(), torch.enable_grad():
-                loss: torch.Tensor = self._compiled(self.loss_fn, self.model, batch)
+                return self._compiled(self.loss_fn, self.model, batch)
         except _CapturedError:
             raise CapturedAgainError from None
-        return loss
 
     # -- the dynamo backend
 
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
         specialize(inputs)
-        entry = self._entry = _Entry(loss_place=returned_place(module))
+        entry = self._entry = _Entry(returned=returned_places(module))
         self._entries.append(entry)
+        if entry.returned.loss is not None:
+            detach_all_but(module, entry.returned.loss)
         key = kept.key_of(module, inputs)
         entry.joint = None if key is None else kept.load(key)
         if entry.joint is None:
@@ -200,8 +221,8 @@ class StepCapture:
         return run
 
 
-def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
-    return loss_fn(model, batch)
+def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
+    return detached(loss_fn(model, batch))
 
 
 def _joint_graph(
@@ -249,15 +270,15 @@ def _check_results(
     shapes = [tuple(node.meta["val"].shape) for node in nodes]
     if loss_place is None or not isinstance(results[returned[loss_place]], fx.Node):
         raise UnsupportedModelError(
-            f"loss_fn must return one scalar tensor, it returned {len(shapes)} tensor"
-            f"{'' if len(shapes) == 1 else 's'} of shape {', '.join(map(str, shapes))}\n"
-            "hint: return the loss alone"
+            "loss_fn must return one scalar tensor, or a tuple that begins with it; it returned "
+            f"{len(shapes)} tensor{'' if len(shapes) == 1 else 's'} of shape "
+            f"{', '.join(map(str, shapes))}\nhint: return (loss, everything else)"
         )
     loss_index = returned[loss_place]
     loss_shape = tuple(results[loss_index].meta["val"].shape)
     if loss_shape != ():
         raise UnsupportedModelError(
-            f"loss_fn must return one scalar tensor, it returned 1 tensor of shape {loss_shape}\n"
+            f"loss_fn must return a scalar tensor first, it returned one of shape {loss_shape}\n"
             "hint: take the mean or the sum"
         )
     new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
@@ -271,8 +292,8 @@ def _check_results(
             )
     if num_tangents(joint) > 1:
         raise UnsupportedModelError(
-            "the forward assigns tensors that need gradients to attributes: nothing could go back "
-            "through them after the step\nhint: detach() what is only looked at"
+            "the forward changes tensors in place that gradients go back through\n"
+            "hint: detach() what is only looked at, or make a new tensor of it"
         )
     return loss_index
 

@@ -18,6 +18,7 @@ from packlight.capture.step_capture import CapturedLoss
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
+from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
 from packlight.moves.stream.parameters import (
     ParameterSlots,
@@ -251,9 +252,10 @@ class StepCosts:
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
         accumulated_bytes = workspace_bytes = 0
+        kept_extras_bytes = _extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
-            accumulated_bytes = gradient_bytes + tensors_bytes(written)
+            accumulated_bytes = gradient_bytes + tensors_bytes(written) + kept_extras_bytes
             if self.steps_alone:
                 assert self.updates is not None
                 workspace_bytes = max(
@@ -271,15 +273,25 @@ class StepCosts:
             parameter_bytes=tensors_bytes(
                 p for p in model.parameters() if p not in streaming.parameters
             ),
-            # What attributes hold since the step before is let go of when it is assigned anew.
+            # What attributes (and whoever called the step) hold since the step before is let go of
+            # when it is assigned anew.
             state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
-            + sum(value.untyped_storage().nbytes() for value in loss.assigned),
+            + sum(value.untyped_storage().nbytes() for value in loss.assigned)
+            + kept_extras_bytes,
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
             optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
+
+
+def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
+    """Return the size of what a step returns beside the loss; in microbatches it has rows."""
+    if num_microbatches == 1:
+        return sum(value.untyped_storage().nbytes() for value in loss.extra_values)
+    rows = num_rows(batch)
+    return sum(value[:1].nbytes * rows for value in loss.extra_values if value.ndim)
 
 
 def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:

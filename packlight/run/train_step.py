@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from packlight.capture.batch import batch_leaves
+from packlight.capture.batch import batch_leaves, fresh
+from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
@@ -40,17 +41,20 @@ class MeasuredStep:
 
     Attributes:
         loss: the detached loss.
+        extras: what the loss function returns beside it.
         peak_bytes: the whole step's peak: what was in memory before it and what it added.
     """
 
     loss: torch.Tensor
     peak_bytes: int
+    extras: tuple[Any, ...] = ()
 
 
 class TrainStep:
     """One training step (forward, backward, optimizer step) that keeps to a budget.
 
-    Made by `fit`. Calling it with a batch trains one step and returns the detached loss. A batch of
+    Made by `fit`. Calling it with a batch trains one step and returns the detached loss (or what
+    `loss_fn` returns that begins with it). A batch of
     another shape is captured and planned anew, for the same budget.
 
     Attributes:
@@ -91,8 +95,12 @@ class TrainStep:
 
     # -- training
 
-    def __call__(self, batch: Any) -> torch.Tensor:
+    def __call__(self, batch: Any) -> Any:
         """Train one step on a batch and return the detached scalar loss.
+
+        Where `loss_fn` returns a tuple that begins with the loss, so does this: what comes after is
+        detached, too. The budget has room for it twice, since a loop holds what the step before
+        returned until it gets the next.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and optimizer are untouched.
@@ -102,13 +110,13 @@ class TrainStep:
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         self.prepare(batch)
         try:
-            loss = self._runners[self._signature].run(batch, self._num_steps)
+            returned = self._runners[self._signature].run(batch, self._num_steps)
         except CapturedAgainError:  # the model changed: nothing has run yet
             del self._runners[self._signature]
             self.prepare(batch)
-            loss = self._runners[self._signature].run(batch, self._num_steps)
+            returned = self._runners[self._signature].run(batch, self._num_steps)
         self._num_steps += 1
-        return loss
+        return returned
 
     def arrange(self) -> None:
         """Have on the disk what the latest batch's shape streams, and all else in memory."""
@@ -135,21 +143,25 @@ class TrainStep:
             if isinstance(value, torch.Tensor) and not self.is_on_disk(value)
         )
         peak = measure_peak(lambda: self(batch), self._preparer.device)
-        return MeasuredStep(peak.result, before + peak.peak_bytes)
+        returned = peak.result
+        extras = tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
+        return MeasuredStep(loss_of(returned), before + peak.peak_bytes, extras)
 
-    def evaluate(self, batch: Any) -> torch.Tensor:
-        """Return the loss of a batch in eval mode, without gradients; modes are restored.
+    def evaluate(self, batch: Any) -> Any:
+        """Return what `loss_fn` does for a batch in eval mode, without gradients.
 
-        It is computed in the precision of the training step, by eager PyTorch.
+        Modes are restored. It is computed in the precision of the training step, by eager PyTorch.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 # Eager PyTorch may call kernels that a traced step does not.
-                return blaming_precision(
-                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, batch)
-                ).detach()
+                copied = fresh(batch)
+                returned = blaming_precision(
+                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, copied)
+                )
+                return with_loss(returned, loss_of(returned).detach())
         finally:
             for module, was_training in modes:
                 module.training = was_training

@@ -12,6 +12,7 @@ from packlight.capture.whole_step import Consumption
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.draft import Draft
 from packlight.moves.microbatch.batch_statistics import batch_statistics
+from packlight.moves.microbatch.extras import check_extras
 from packlight.moves.microbatch.independence import alternatives, few_rows, settle
 from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
@@ -100,7 +101,7 @@ def _open_weight(draft: Draft) -> LossWeight:
         loss, rows = draft.loss, num_rows(draft.batch)
         leaf_of = leaves_of_primals(loss.arguments, draft.batch)
         return find_denominator(
-            loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments
+            loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments, loss.loss_index
         )
 
     return draft.once("denominator", found)
@@ -128,5 +129,6 @@ def _settled(draft: Draft) -> tuple[int, bool]:
     weight = _open_weight(draft)
     # Few rows: this forward is eager PyTorch's and in nobody's plan.
     rows_looked_at = few_rows(draft.batch, weight, max_rows=2 if rows <= 8 else 4)
+    check_extras(request.model, draft.loss_fn, rows_looked_at)
     chosen = settle(request.model, draft.loss_fn, rows_looked_at, weight)
     return alternatives(weight).index(chosen), bool(statistics)
