@@ -51,6 +51,17 @@ def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(function.__code__.replace(), function.__globals__)
 
 
+def many_entries(count: int) -> AbstractContextManager[None]:
+    """Let dynamo trace a function anew so often, where guards of all its earlier traces fail.
+
+    Relied upon: `config.recompile_limit`, at which a full graph is an error.
+    """
+    from torch._dynamo import config
+
+    limit: AbstractContextManager[None] = config.patch(recompile_limit=count + 1)
+    return limit
+
+
 def graph_break() -> tuple[str, Any] | None:
     """Return why the graph being compiled ends before the function does, and the user's stack.
 

@@ -119,9 +119,9 @@ def num_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     plans: list[Any] = []
     prepare = Preparer.prepare
 
-    def counted(self: Preparer, batch: Any) -> Any:
+    def counted(self: Preparer, batch: Any, captures: Any) -> Any:
         plans.append(batch)
-        return prepare(self, batch)
+        return prepare(self, batch, captures)
 
     monkeypatch.setattr(Preparer, "prepare", counted)
     return plans

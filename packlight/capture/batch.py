@@ -77,3 +77,30 @@ def fresh(batch: Any) -> Any:
         return rebuilt(batch, (leaf for _, leaf in plain_leaves(batch)))
     except (TypeError, AttributeError, ValueError):
         return batch
+
+
+# The dicts in a batch that is a dict itself: key -> those in there. None for what is no dict.
+Dicts = dict[Any, Any]
+
+
+def dicts_of(batch: Any) -> Dicts | None:
+    """Return where in a batch there are dicts within dicts."""
+    if type(batch) is not dict:
+        return None
+    found = {key: dicts_of(value) for key, value in batch.items()}
+    return {key: inner for key, inner in found.items() if inner is not None}
+
+
+def own(batch: Any, dicts: Dicts | None) -> Any:
+    """Return a batch whose dicts are copies, for a loss that is being traced.
+
+    Were they inputs of the trace, taking something out of one would have to be done again to what
+    is passed, so that dynamo would guard every value in it.
+
+    Args:
+        batch: of which nothing is looked at but dicts: that would be guarded, too.
+        dicts: from `dicts_of`.
+    """
+    if dicts is None:
+        return batch
+    return {**batch, **{key: own(batch[key], inner) for key, inner in dicts.items()}}

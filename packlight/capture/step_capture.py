@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from packlight.capture import kept
 from packlight.capture.aot import num_tangents, user_results, written_back
+from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
@@ -33,7 +34,16 @@ from packlight.capture.dynamo import (
 )
 from packlight.capture.returned import detached
 from packlight.errors import GraphBreakError, UnsupportedModelError
-from packlight.torch_internals import aot_compiler, quick_tracing, storage_identity, with_own_cache
+from packlight.torch_internals import (
+    aot_compiler,
+    many_entries,
+    quick_tracing,
+    storage_identity,
+    with_own_cache,
+)
+
+# So many traced calls are remembered for batches of the same tensors.
+MOST_ENTRIES = 32
 
 # Returns a scalar tensor, or a tuple that begins with one.
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -96,7 +106,15 @@ Program = Callable[[list[Any]], Sequence[Any]]
 
 
 class CapturedAgainError(Exception):
-    """A guard of the traced call failed: the step is another one, and nothing of it has run."""
+    """A guard of the traced call failed: the step is another one, and nothing of it has run.
+
+    Attributes:
+        program: what was installed for that step; None if it is new.
+    """
+
+    def __init__(self, program: Program | None = None) -> None:
+        super().__init__("the traced call is another one")
+        self.program = program
 
 
 @dataclass
@@ -107,19 +125,26 @@ class _Entry:
     returned: Returned = field(default_factory=Returned)
     arguments: list[Any] = field(default_factory=list)
     program: Program | None = None
+    is_taken: bool = False
 
 
 class StepCapture:
-    """One compiled call of a loss function, for one signature of the batch.
+    """One compiled call of a loss function, for batches of the same tensors.
 
-    Calling it runs the installed program under dynamo's guards.
+    What else the traced code depends on (plain values in the batch, attributes of the model) dynamo
+    guards: for each there is an entry of its own. Calling it runs the program that was installed
+    for the entry whose guards hold.
     """
 
     def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
         prepare_dynamo()
         self.loss_fn, self.model = loss_fn, model
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._entry = _Entry()
         self._entries: list[_Entry] = []
+        self._expected: Program | None = None
         function = with_own_cache(_traced_loss)
         # Dynamo remembers every backend for good; what hangs on this one must not live as long.
         this = weakref.ref(self)
@@ -138,18 +163,23 @@ class StepCapture:
             GraphBreakError: the call is not one graph.
             UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
         """
+        self._expected = None
         try:
             self._trace(batch)
         except GraphBreakError as error:
             if not made_traceable(self.model, error):
                 raise
             self._trace(batch)
+        if self._entry.is_taken:  # its graph is gone: it was planned before, or did not fit
+            self._start_over()
+            self._trace(batch)
         if self._entry.joint is None:
             raise UnsupportedModelError(
                 "the loss does not depend on any parameter that needs a gradient"
             )
-        joint, num_forward_outputs = self._entry.joint
+        (joint, num_forward_outputs), self._entry.joint = self._entry.joint, None
         arguments, self._entry.arguments = self._entry.arguments, []
+        self._entry.is_taken = True
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
@@ -165,8 +195,8 @@ class StepCapture:
 
     def _trace(self, batch: Any) -> None:
         try:
-            with plain_errors(), torch.enable_grad(), quick_tracing():
-                self._compiled(self.loss_fn, self.model, batch)
+            with plain_errors(), torch.enable_grad(), quick_tracing(), many_entries(MOST_ENTRIES):
+                self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
             pass
 
@@ -174,21 +204,31 @@ class StepCapture:
         """Set what runs with the primals of the latest captured call."""
         self._entry.program = program
 
-    def __call__(self, batch: Any) -> Any:
-        """Run the installed program on a batch of the captured signature.
+    @property
+    def is_full(self) -> bool:
+        """Whether dynamo would trace no further entry."""
+        return len(self._entries) >= MOST_ENTRIES
+
+    def __call__(self, batch: Any, program: Program) -> Any:
+        """Run an installed program on a batch of the captured signature.
+
+        Args:
+            batch: whose tensors are like those of the captured one.
+            program: that is ready to run.
 
         Returns:
             What the loss function does, without gradients.
 
         Raises:
-            CapturedAgainError: the model or the loss function changed in a way that the traced
-                graph depends on; `capture` must be called again.
+            CapturedAgainError: the traced call depends on something that is not as it was for this
+                program; `capture` must be called, or another program be made ready.
         """
+        self._expected = program
         try:
-            with plain_errors(), torch.enable_grad():
-                return self._compiled(self.loss_fn, self.model, batch)
+            with plain_errors(), torch.enable_grad(), many_entries(MOST_ENTRIES):
+                return self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
-            raise CapturedAgainError from None
+            raise CapturedAgainError(self._entry.program) from None
 
     # -- the dynamo backend
 
@@ -212,17 +252,19 @@ class StepCapture:
         def run(*arguments: Any) -> Any:
             capture, entry = this(), mine()
             assert capture is not None and entry is not None
-            if entry.program is None:
+            if entry.program is None or entry.program is not capture._expected:
                 capture._entry = entry
-                entry.arguments = list(arguments)
+                entry.arguments = list(arguments) if entry.program is None else []
                 raise _CapturedError
             return entry.program(list(arguments))
 
         return run
 
 
-def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> Any:
-    return detached(loss_fn(model, batch))
+def _traced_loss(
+    loss_fn: LossFunction, model: nn.Module, batch: Any, dicts: Dicts | None
+) -> Any:
+    return detached(loss_fn(model, own(batch, dicts)))
 
 
 def _joint_graph(

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
+from packlight.errors import UnsupportedModelError
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
 from packlight.memory.far import far_memory
@@ -47,6 +49,10 @@ class StepRunner:
             program = _Program(part, fate, StreamedBuffers(streamed, _keys(part)), self._make_tier)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
+
+    def runs(self, program: Any) -> bool:
+        """Whether a program is one of this way's."""
+        return any(program is mine for mine in self._programs.values())
 
     def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
         far = far_memory(self._costs.device, self._request.offload_directory)
@@ -105,7 +111,7 @@ class StepRunner:
     def _run_whole(self, batch: Any, num_steps: int) -> Any:
         (program,) = self._programs.values()
         program.set_up(self._scale, num_steps, None)
-        return self.ready.parts[0].traced.capture(batch)
+        return self.ready.parts[0].traced.capture(batch, program)
 
     def _run_microbatches(self, batch: Any, num_steps: int) -> Any:
         """Run microbatch after microbatch; model buffers are put back if one of them fails."""
@@ -117,6 +123,7 @@ class StepRunner:
         gathered = Gathered(num_rows(batch), has_extras)
         total: torch.Tensor | None = None
         backup: dict[torch.Tensor, torch.Tensor] = {}
+        index = 0
         try:
             for index, (microbatch, weight) in enumerate(zip(microbatches, weights, strict=True)):
                 if weight == 0:  # its loss may be 0/0, and it counts for nothing
@@ -125,11 +132,17 @@ class StepRunner:
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
                 program.set_up(weight * self._scale, num_steps, index, backup)
-                loss = gathered.add(traced_of[rows].capture(microbatch), rows).mul_(weight)
+                loss = gathered.add(traced_of[rows].capture(microbatch, program), rows).mul_(weight)
                 total = loss if total is None else total.add_(loss)
-        except BaseException:
+        except BaseException as error:
             for tensor, value in backup.items():
                 tensor.copy_(value)
+            if isinstance(error, CapturedAgainError) and index > 0:
+                raise UnsupportedModelError(
+                    "a microbatch changed what the next one's trace depends on: the forward or the "
+                    "loss counts in a plain number, or collects in a list\n"
+                    "hint: count in a registered buffer, or leave 'microbatch' out of moves="
+                ) from None
             raise
         assert total is not None, "loss_weights refuses microbatches of which none counts"
         return gathered.result(total)

@@ -13,7 +13,7 @@ from torch import nn
 
 from packlight.capture.batch import batch_leaves, fresh
 from packlight.capture.returned import loss_of, with_loss
-from packlight.capture.step_capture import CapturedAgainError
+from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
@@ -71,8 +71,9 @@ class TrainStep:
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
         self._look_at_parameters()
-        # One plan per batch signature: dynamo would give up after a few.
-        self._runners: dict[Any, StepRunner] = {}
+        # Per batch signature: traced calls, and what runs for each of them, the latest first.
+        self._captures: dict[Any, dict[int | None, StepCapture]] = {}
+        self._runners: dict[Any, list[StepRunner]] = {}
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
 
@@ -110,17 +111,21 @@ class TrainStep:
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         self.prepare(batch)
         try:
-            returned = self._runners[self._signature].run(batch, self._num_steps)
-        except CapturedAgainError:  # the model changed: nothing has run yet
-            del self._runners[self._signature]
-            self.prepare(batch)
-            returned = self._runners[self._signature].run(batch, self._num_steps)
+            returned = self._runner.run(fresh(batch), self._num_steps)
+        except CapturedAgainError as other:  # what the trace depends on changed: nothing has run
+            self._change_runner(batch, other.program)
+            try:
+                returned = self._runner.run(fresh(batch), self._num_steps)
+            except CapturedAgainError:
+                raise UnsupportedModelError(
+                    "the loss depends on something that is another each time it is looked at"
+                ) from None
         self._num_steps += 1
         return returned
 
     def arrange(self) -> None:
         """Have on the disk what the latest batch's shape streams, and all else in memory."""
-        self._runners[self._signature].arrange()
+        self._runner.arrange()
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
@@ -133,7 +138,7 @@ class TrainStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
         assert self.optimizer is not None
         self.prepare(batch)
-        runner, memory = self._runners[self._signature], self.way.memory
+        runner, memory = self._runner, self.way.memory
         runner.arrange()
         before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
@@ -172,15 +177,38 @@ class TrainStep:
         """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
         if self._look_at_parameters():
             self._runners.clear()
+            self._captures.clear()
         signature = (_signature(batch), self.model.training)
-        if signature not in self._runners:
-            with old_objects_kept():
-                ready = self._preparer.prepare(batch)
-                self._note_plan()
-                costs = self._preparer.costs
-                self._runners[signature] = StepRunner(costs, self._streamed, ready)
+        if not self._runners.get(signature):
+            self._plan(batch, signature)
         self._signature = signature
         return self.way
+
+    def _plan(self, batch: Any, signature: Any) -> None:
+        captures = self._captures.setdefault(signature, {})
+        if any(capture.is_full for capture in captures.values()):
+            captures.clear()
+            self._runners[signature].clear()
+        with old_objects_kept():
+            ready = self._preparer.prepare(batch, captures)
+            self._note_plan()
+            runner = StepRunner(self._preparer.costs, self._streamed, ready)
+        self._runners.setdefault(signature, []).insert(0, runner)
+
+    def _change_runner(self, batch: Any, program: Any) -> None:
+        """Put the runner of another traced call first; plan it if it is new."""
+        runners = self._runners[self._signature]
+        known = next((runner for runner in runners if runner.runs(program)), None)
+        if known is None:
+            self._plan(batch, self._signature)
+        else:
+            runners.remove(known)
+            runners.insert(0, known)
+
+    @property
+    def _runner(self) -> StepRunner:
+        """What runs for the latest batch's shape."""
+        return self._runners[self._signature][0]
 
     def _note_plan(self) -> None:
         """Warn, once, where planning does not pay because hardly a step is like one before."""
@@ -201,7 +229,7 @@ class TrainStep:
     @property
     def ready(self) -> Ready:
         """... with the captured graphs and the tensors that it runs on."""
-        return self._runners[self._signature].ready
+        return self._runner.ready
 
     def save_way(self, path: str | os.PathLike[str]) -> None:
         """Write how the latest batch's shape runs to a file, for `fit(..., way=path)`."""
@@ -240,14 +268,19 @@ class TrainStep:
 
 
 def _signature(batch: Any) -> tuple[Any, ...]:
-    """Return what a plan depends on: the batch's structure, shapes, dtypes and plain values."""
-    return type(batch), *((path, _described(leaf)) for path, leaf in batch_leaves(batch))
+    """Return what a plan is for: where tensors are in a batch, their shapes, strides and dtypes.
+
+    Everything else in it counts where the traced code looks at it, which dynamo knows.
+    """
+    arrays = (torch.Tensor, np.ndarray)
+    leaves = ((path, leaf) for path, leaf in batch_leaves(batch) if isinstance(leaf, arrays))
+    return type(batch), *((path, _described(leaf)) for path, leaf in leaves)
 
 
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else repr(leaf)
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf.shape, leaf.dtype
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
