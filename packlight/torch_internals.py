@@ -51,6 +51,40 @@ def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(function.__code__.replace(), function.__globals__)
 
 
+@contextmanager
+def gradients_inside() -> Iterator[None]:
+    """Let dynamo trace `torch.autograd.grad`, also of a loss that goes through a leaf made inside.
+
+    Dynamo refuses to return what depends on such a leaf, since whoever asked it for a gradient
+    would not reach the leaf. Of a step's results only the loss is asked for gradients, those of
+    parameters.
+
+    Relied upon: `config.trace_autograd_ops`; methods that refuse where it is off (`backward()`,
+    which is left to the step) and where such a leaf is returned from.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    backward: Any = TensorVariable.method_backward
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        with config.patch(trace_autograd_ops=False):
+            return backward(*arguments, **named)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (TensorVariable, "method_backward", refuse),
+        (OutputGraph, "_check_requires_grad_intermediate_outputs", lambda *_: None),
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(config.patch(trace_autograd_ops=True))
+        for kind, name, replacement in changes:
+            if hasattr(kind, name):
+                stack.callback(setattr, kind, name, getattr(kind, name))
+                setattr(kind, name, replacement)
+        yield
+
+
 def many_entries(count: int) -> AbstractContextManager[None]:
     """Let dynamo trace a function anew so often, where guards of all its earlier traces fail.
 
@@ -173,6 +207,14 @@ def mutated_input(description: Any) -> Any:
     """
     is_mutation = type(description).__name__ == "InputMutationAOTOutput"
     return description.mutated_input if is_mutation else None
+
+
+def starts_at_mutation(description: Any) -> bool:
+    """Whether a tangent is the gradient of an input's new value.
+
+    Relied upon: a tangent's description names the output that it belongs to.
+    """
+    return mutated_input(getattr(description, "output", None)) is not None
 
 
 def place_returned(description: Any) -> int | None:
@@ -388,6 +430,23 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether autograd would call hooks with a parameter's gradient."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def through_hooks(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return what a parameter's hooks make of its gradient, as autograd calls them.
+
+    Relied upon: they lie in `_backward_hooks`, in order; one that returns a tensor replaces it.
+    """
+    for hook in tuple((parameter._backward_hooks or {}).values()):
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    return gradient
+
+
+def after_accumulation(parameter: torch.Tensor) -> None:
+    """Call the hooks that autograd calls once a parameter's `grad` is there."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

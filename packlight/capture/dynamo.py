@@ -29,6 +29,10 @@ from packlight.torch_internals import (
 VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 # nn.Transformer compares a mask's values with a causal one's, unless it is told.
 CAUSAL_HINT = "tell torch's attention whether its mask is causal: tgt_is_causal= or is_causal="
+BACKWARD_HINT = (
+    "return the sum of the losses; torch.autograd.grad(..., create_graph=True) gives gradients "
+    "inside a loss"
+)
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -196,5 +200,7 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause = f"`{branch[1]}` depends on the values of a tensor"
         is_attention = "multi_head_attention_forward" in branch[1]
         hint = CAUSAL_HINT if is_attention else VALUES_HINT
+    if "Tensor.backward()" in message:
+        cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)

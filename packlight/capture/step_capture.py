@@ -8,8 +8,8 @@ is the program that `install` is given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from packlight.capture import kept
-from packlight.capture.aot import num_tangents, user_results, written_back
+from packlight.capture.aot import drop_other_tangents, num_tangents, user_results, written_back
 from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
@@ -36,6 +36,7 @@ from packlight.capture.returned import detached
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     aot_compiler,
+    gradients_inside,
     many_entries,
     quick_tracing,
     storage_identity,
@@ -180,6 +181,7 @@ class StepCapture:
         (joint, num_forward_outputs), self._entry.joint = self._entry.joint, None
         arguments, self._entry.arguments = self._entry.arguments, []
         self._entry.is_taken = True
+        drop_other_tangents(joint)
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
@@ -195,7 +197,7 @@ class StepCapture:
 
     def _trace(self, batch: Any) -> None:
         try:
-            with plain_errors(), torch.enable_grad(), quick_tracing(), many_entries(MOST_ENTRIES):
+            with plain_errors(), torch.enable_grad(), quick_tracing(), _tracing():
                 self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
             pass
@@ -225,7 +227,7 @@ class StepCapture:
         """
         self._expected = program
         try:
-            with plain_errors(), torch.enable_grad(), many_entries(MOST_ENTRIES):
+            with plain_errors(), torch.enable_grad(), _tracing():
                 return self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
             raise CapturedAgainError(self._entry.program) from None
@@ -259,6 +261,12 @@ class StepCapture:
             return entry.program(list(arguments))
 
         return run
+
+
+@contextmanager
+def _tracing() -> Iterator[None]:
+    with many_entries(MOST_ENTRIES), gradients_inside():
+        yield
 
 
 def _traced_loss(

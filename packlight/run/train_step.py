@@ -29,6 +29,7 @@ from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals import has_gradient_hooks
 from packlight.updates.accounting import batch_bytes, tensors_bytes
+from packlight.updates.several import parts_of
 from packlight.updates.twin import forwards_to
 
 # After so many plans it is time to tell.
@@ -287,27 +288,15 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None)
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UnsupportedModelError("no parameter of the model needs a gradient: nothing to train")
-    hooked = [
-        name for name, p in model.named_parameters() if p.requires_grad and has_gradient_hooks(p)
-    ]
-    if hooked:
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
         raise UnsupportedModelError(
-            f"hooks are registered on {len(hooked)} parameters, the first of them {hooked[0]!r}: "
-            "autograd would call them, and a planned step does not run through autograd\n"
-            "hint: remove them; gradients are clipped by clip_grad_norm= and clip_grad_value="
+            f"the model{f' has {scripted[0]!r}, which' if scripted[0] else ''} is a ScriptModule: "
+            "TorchScript runs it, and its operations cannot be planned\n"
+            "hint: fit the module that was scripted or traced"
         )
-    if optimizer is None:
-        return
-    _refuse_forwarding(optimizer)
-    mine = {id(p) for p in model.parameters()}
-    strange = [
-        tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in mine
-    ]
-    if strange:
-        raise UnsupportedModelError(
-            f"the optimizer holds {len(strange)} parameters that are not the model's, the first of "
-            f"shape {strange[0]}\nhint: build the optimizer from model.parameters()"
-        )
+    for part in parts_of(optimizer):
+        _refuse_forwarding(part)
 
 
 def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:

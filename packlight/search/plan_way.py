@@ -129,6 +129,7 @@ class WayPlanner:
                 return Traced(capture, capture.capture(fresh(piece)), size)
 
             self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
+            self.costs.refuse_unread(self._traced[size].loss)
         return self._traced[size]
 
     def resident_bytes(self, moves: Moves) -> int:

@@ -17,6 +17,7 @@ from packlight.moves.microbatch.independence import alternatives, few_rows, sett
 from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
+from packlight.torch_internals import has_gradient_hooks
 
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 
@@ -118,6 +119,16 @@ def _settled(draft: Draft) -> tuple[int, bool]:
         raise MicrobatchError(
             "the forward assigns tensors to attributes, which would be the last microbatch's",
             hint="write into registered buffers",
+        )
+    changed = draft.costs.changed_parameter(loss)
+    if changed is not None:
+        raise MicrobatchError(f"the forward changes {changed!r} itself", hint="")
+    hooked = [n for n, p in request.model.named_parameters() if has_gradient_hooks(p)]
+    if hooked:
+        raise MicrobatchError(
+            f"hooks on {hooked[0]!r} and {len(hooked) - 1} other parameters are meant to be called "
+            "with the gradients of the whole batch",
+            hint="",
         )
     rows = num_rows(draft.batch)
     statistics = batch_statistics(loss.joint, rows)
