@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -22,6 +22,9 @@ from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.units import parse_bytes
 from packlight.updates.gradients import Clipping
+from packlight.updates.several import SeveralOptimizers
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 
 class Options(TypedDict, total=False):
@@ -63,7 +66,7 @@ class Options(TypedDict, total=False):
 def fit(
     model: nn.Module,
     loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizers,
     batch: Any,
     budget: str | int | None = None,
     **options: Unpack[Options],
@@ -72,8 +75,10 @@ def fit(
 
     Args:
         model: in the mode (train or eval) that it will be trained in.
-        loss_fn: `loss_fn(model, batch)` returns a scalar tensor.
-        optimizer: over parameters of the model.
+        loss_fn: `loss_fn(model, batch)` returns a scalar tensor, or a tuple that begins with one;
+            `step(batch)` returns what it does, detached.
+        optimizer: over parameters of the model, and of the loss where that has some. Several in a
+            list step one model together, each its own parameters.
         batch: an example; only its shapes and dtypes matter, nothing is trained yet.
         budget: bytes, or a string such as "1GiB": parameters, model buffers, batch, gradients,
             optimizer state, activations and workspace together. None for no limit.
@@ -104,7 +109,7 @@ def fit(
 def plan(
     model: nn.Module,
     loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     batch: Any,
     budget: str | int | None = None,
     **options: Unpack[Options],
@@ -120,7 +125,7 @@ def plan(
 def profile(
     model: nn.Module,
     loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     batch: Any,
     **options: Unpack[Options],
 ) -> StepProfile:
@@ -135,12 +140,15 @@ def profile(
 def planned_step(
     model: nn.Module,
     loss_fn: LossFunction,
-    optimizer: torch.optim.Optimizer | None,
+    optimizer: Optimizers | None,
     batch: Any,
     budget: str | int | None = None,
     **options: Unpack[Options],
 ) -> TrainStep:
     """Return a prepared step for looking at; without an optimizer it cannot train."""
+    if isinstance(optimizer, (list, tuple)) and optimizer:
+        if all(isinstance(part, torch.optim.Optimizer) for part in optimizer):
+            optimizer = SeveralOptimizers(optimizer) if len(optimizer) > 1 else optimizer[0]
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise OptionError(
             f"the third argument is a {type(optimizer).__name__} and no optimizer\n"

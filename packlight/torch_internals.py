@@ -51,6 +51,51 @@ def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:
     return FunctionType(function.__code__.replace(), function.__globals__)
 
 
+@contextmanager
+def gradients_inside() -> Iterator[None]:
+    """Let dynamo trace `torch.autograd.grad`, also of a loss that goes through a leaf made inside.
+
+    Dynamo refuses to return what depends on such a leaf, since whoever asked it for a gradient
+    would not reach the leaf. Of a step's results only the loss is asked for gradients, those of
+    parameters.
+
+    Relied upon: `config.trace_autograd_ops`; methods that refuse where it is off (`backward()`,
+    which is left to the step) and where such a leaf is returned from.
+    """
+    from torch._dynamo import config
+    from torch._dynamo.output_graph import OutputGraph
+    from torch._dynamo.variables.tensor import TensorVariable
+
+    backward: Any = TensorVariable.method_backward
+
+    def refuse(*arguments: Any, **named: Any) -> Any:
+        with config.patch(trace_autograd_ops=False):
+            return backward(*arguments, **named)
+
+    changes: list[tuple[Any, str, Any]] = [
+        (TensorVariable, "method_backward", refuse),
+        (OutputGraph, "_check_requires_grad_intermediate_outputs", lambda *_: None),
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(config.patch(trace_autograd_ops=True))
+        for kind, name, replacement in changes:
+            if hasattr(kind, name):
+                stack.callback(setattr, kind, name, getattr(kind, name))
+                setattr(kind, name, replacement)
+        yield
+
+
+def many_entries(count: int) -> AbstractContextManager[None]:
+    """Let dynamo trace a function anew so often, where guards of all its earlier traces fail.
+
+    Relied upon: `config.recompile_limit`, at which a full graph is an error.
+    """
+    from torch._dynamo import config
+
+    limit: AbstractContextManager[None] = config.patch(recompile_limit=count + 1)
+    return limit
+
+
 def graph_break() -> tuple[str, Any] | None:
     """Return why the graph being compiled ends before the function does, and the user's stack.
 
@@ -68,17 +113,31 @@ def graph_break() -> tuple[str, Any] | None:
     return (reason.reason or "", reason.user_stack) if is_break else None
 
 
-def returned_name() -> str | None:
-    """Return the name of the node that the traced function returns, None if it is no one tensor.
+def returned_names() -> tuple[str | None, set[str]]:
+    """Return the name of the node that the traced function returns, and of those beside it.
+
+    The first is None where neither one tensor is returned nor a tuple or list that begins with one.
 
     Relied upon: when a backend is called, what the function returns is all that is left on the
-    translator's stack, and a tensor there has its node as `proxy.node`.
+    translator's stack; a tensor there has its node as `proxy.node`, a tuple or list its `items`,
+    and `VariableTracker.visit` comes by everything within.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import VariableTracker
+
+    def name_of(variable: Any) -> str | None:
+        proxy = getattr(variable, "proxy", None)
+        return str(proxy.node.name) if isinstance(proxy, fx.Proxy) else None
 
     stack = InstructionTranslator.current_tx().stack
-    proxy = getattr(stack[-1], "proxy", None) if len(stack) == 1 else None
-    return None if proxy is None else str(proxy.node.name)
+    if len(stack) != 1:
+        return None, set()
+    items = getattr(stack[0], "items", None)
+    is_sequence = isinstance(items, (list, tuple)) and len(items) > 0
+    found: set[str | None] = set()
+    VariableTracker.visit(lambda variable: found.add(name_of(variable)), list(stack))
+    first = name_of(items[0] if is_sequence and items is not None else stack[0])
+    return first, {name for name in found if name is not None} - {str(first)}
 
 
 def dynamo_errors() -> tuple[type[Exception], tuple[type[Exception], ...]]:
@@ -148,6 +207,14 @@ def mutated_input(description: Any) -> Any:
     """
     is_mutation = type(description).__name__ == "InputMutationAOTOutput"
     return description.mutated_input if is_mutation else None
+
+
+def starts_at_mutation(description: Any) -> bool:
+    """Whether a tangent is the gradient of an input's new value.
+
+    Relied upon: a tangent's description names the output that it belongs to.
+    """
+    return mutated_input(getattr(description, "output", None)) is not None
 
 
 def place_returned(description: Any) -> int | None:
@@ -363,6 +430,23 @@ def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
 def has_gradient_hooks(parameter: torch.Tensor) -> bool:
     """Whether autograd would call hooks with a parameter's gradient."""
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
+def through_hooks(parameter: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Return what a parameter's hooks make of its gradient, as autograd calls them.
+
+    Relied upon: they lie in `_backward_hooks`, in order; one that returns a tensor replaces it.
+    """
+    for hook in tuple((parameter._backward_hooks or {}).values()):
+        replaced = hook(gradient)
+        gradient = gradient if replaced is None else replaced
+    return gradient
+
+
+def after_accumulation(parameter: torch.Tensor) -> None:
+    """Call the hooks that autograd calls once a parameter's `grad` is there."""
+    for hook in tuple((parameter._post_accumulate_grad_hooks or {}).values()):
+        hook(parameter)
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -108,26 +108,96 @@ def test_a_backend_is_told_that_a_graph_is_one_of_several_and_why() -> None:
 
 
 def test_the_returned_tensor_is_told_from_those_that_attributes_get() -> None:
-    names: list[tuple[str | None, list[str]]] = []
+    names: list[tuple[str | None, set[str], list[str]]] = []
     model = nn.Linear(2, 2)
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
         (results,) = next(n for n in module.graph.nodes if n.op == "output").args
-        names.append((inside.returned_name(), [r.name for r in results]))
+        names.append((*inside.returned_names(), [r.name for r in results]))
         return module.forward
 
     def one(x: torch.Tensor) -> torch.Tensor:
         model.seen = x.cos()  # type: ignore[assignment]
         return x.sin()
 
-    def two(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x.sin(), x.cos()
+    def two(x: torch.Tensor) -> Any:
+        model.seen = x.tan()  # type: ignore[assignment]
+        return x.sin(), {"deep": [x.cos(), "text"]}
 
-    compiled(one, backend)(torch.ones(2))
-    compiled(two, backend)(torch.ones(2))
-    (returned, results), (nothing, _) = names
-    assert returned in results and len(results) == 2 and "sin" in str(returned)
+    def other(x: torch.Tensor) -> Any:
+        return {"loss": x.sin()}
+
+    for function in (one, two, other):
+        compiled(function, backend)(torch.ones(2))
+    (first, beside, results), (of_pair, deep, all_three), (nothing, _, _) = names
+    assert first in results and len(results) == 2 and "sin" in str(first) and beside == set()
+    assert "sin" in str(of_pair) and len(all_three) == 3
+    assert len(deep) == 1 and "cos" in deep.pop()
     assert nothing is None
+
+
+def test_a_function_is_traced_anew_as_often_as_is_said() -> None:
+    num_traces = 0
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        nonlocal num_traces
+        num_traces += 1
+        return module.forward
+
+    def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    function = compiled(inside.with_own_cache(scaled), backend)
+    with inside.many_entries(12):
+        for factor in [*range(12), 3, 4]:
+            assert float(function(torch.ones(()), float(factor))) == factor
+    assert num_traces == 12
+
+
+def test_gradients_inside_a_traced_function_are_eagers() -> None:
+    weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def penalty(x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad((weight * x.square()).sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    def backward(x: torch.Tensor) -> torch.Tensor:
+        loss = (weight * x).sum()
+        loss.backward(retain_graph=True)
+        return loss
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        return module.forward
+
+    with inside.gradients_inside():
+        result = compiled(penalty, backend, fullgraph=True)(torch.ones(2))
+        assert torch.equal(result, penalty(torch.ones(2)))
+        untraceable = inside.dynamo_errors()[1]
+        with pytest.raises(untraceable, match=r"Tensor\.backward\(\)"):
+            compiled(backward, backend, fullgraph=True)(torch.ones(2))
+    with pytest.raises(untraceable, match=r"autograd\.grad"):
+        compiled(penalty, backend, fullgraph=True)(torch.ones(3))
+    assert weight.grad is None
+
+
+def test_hooks_of_a_parameter_are_those_that_autograd_calls() -> None:
+    seen: list[torch.Tensor] = []
+
+    def made() -> nn.Parameter:
+        parameter = nn.Parameter(torch.ones(2))
+        parameter.register_hook(lambda g: g * 3)
+        parameter.register_hook(lambda g: None)
+        parameter.register_hook(lambda g: g + 1)
+        parameter.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.clone()))
+        return parameter
+
+    theirs, ours = made(), made()
+    (theirs * torch.tensor([2.0, 5.0])).sum().backward()
+    assert inside.has_gradient_hooks(ours) and not inside.has_gradient_hooks(torch.ones(1))
+    ours.grad = inside.through_hooks(ours, torch.tensor([2.0, 5.0]))
+    inside.after_accumulation(ours)
+    assert torch.equal(theirs.grad, ours.grad) and torch.equal(*seen)
 
 
 def test_errors_of_a_backend_and_of_a_trace_say_what_is_read_from_them() -> None:

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from packlight.torch_internals import descriptions, is_tangent, mutated_input, place_returned
+from packlight.torch_internals import (
+    descriptions,
+    is_tangent,
+    mutated_input,
+    place_returned,
+    starts_at_mutation,
+)
 
 
 class GraphData(fx.GraphModule):
@@ -47,3 +54,27 @@ def user_results(joint: fx.GraphModule, num_forward_outputs: int) -> tuple[int, 
 def num_tangents(joint: fx.GraphModule) -> int:
     """Return how many of the forward's outputs the backward starts from."""
     return sum(map(is_tangent, joint.graph.nodes))
+
+
+def drop_other_tangents(joint: fx.GraphModule) -> None:
+    """Take out gradients of the new values of parameters that the forward changes in place.
+
+    After the step nothing goes back through such a value, so its gradient is zero. Where it is only
+    added to the parameter's own, the sum is that one.
+    """
+    add = torch.ops.aten.add.Tensor
+    dropped = False
+    for tangent in [n for n in joint.graph.nodes if is_tangent(n)]:
+        if not starts_at_mutation(descriptions(tangent)):
+            continue
+        sums = list(tangent.users)
+        if any(n.target is not add or n.args[0] is n.args[1] or n.kwargs for n in sums):
+            continue
+        for node in sums:
+            others = [a for a in node.args if a is not tangent]
+            node.replace_all_uses_with(others[0])
+            joint.graph.erase_node(node)
+        joint.graph.erase_node(tangent)
+        dropped = True
+    if dropped:
+        joint.recompile()

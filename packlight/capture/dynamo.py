@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     dynamo_errors,
     graph_break,
-    returned_name,
+    returned_names,
     trace_through,
     undecomposed,
 )
@@ -28,6 +29,10 @@ from packlight.torch_internals import (
 VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 # nn.Transformer compares a mask's values with a causal one's, unless it is told.
 CAUSAL_HINT = "tell torch's attention whether its mask is causal: tgt_is_causal= or is_causal="
+BACKWARD_HINT = (
+    "return the sum of the losses; torch.autograd.grad(..., create_graph=True) gives gradients "
+    "inside a loss"
+)
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -98,18 +103,49 @@ def refuse_graph_break() -> None:
         raise _graph_break(*found)
 
 
-def returned_place(module: fx.GraphModule) -> int | None:
-    """Return the place, among the results of the graph being compiled, of what is returned.
+@dataclass(frozen=True)
+class Returned:
+    """Which of a traced graph's results the function returns; the others go to attributes.
 
-    Beside the returned tensor, results are tensors that the traced function assigns to attributes.
-
-    Returns:
-        None where the traced function does not return one tensor.
+    Attributes:
+        loss: the place of the one tensor, or of the first in a tuple; None where there is no such.
+        extras: the places of all other tensors in what is returned.
     """
-    returned = returned_name()
+
+    loss: int | None = None
+    extras: tuple[int, ...] = ()
+
+
+def returned_places(module: fx.GraphModule) -> Returned:
+    """Return the places, among the results of the graph being compiled, of what is returned."""
+    loss, extras = returned_names()
     output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
     names = [getattr(node, "name", None) for node in output.args[0]]
-    return names.index(returned) if returned is not None else None
+    return Returned(
+        names.index(loss) if loss in names else None,
+        tuple(place for place, name in enumerate(names) if name in extras),
+    )
+
+
+def detach_all_but(module: fx.GraphModule, loss: int) -> None:
+    """Let no gradient go back through results of a traced graph but the loss.
+
+    Nothing can go back through the others after the step: its graph is gone then, as eager's is.
+
+    Args:
+        module: traced by dynamo; changed.
+        loss: its place among the results.
+    """
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    results = list(output.args[0])
+    for place, node in enumerate(results):
+        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if place != loss and isinstance(value, torch.Tensor) and value.requires_grad:
+            with module.graph.inserting_before(output):
+                results[place] = module.graph.call_method("detach", (node,))
+            results[place].meta["example_value"] = value.detach()
+    output.args = (tuple(results),)
+    module.recompile()
 
 
 @contextmanager
@@ -164,5 +200,7 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause = f"`{branch[1]}` depends on the values of a tensor"
         is_attention = "multi_head_attention_forward" in branch[1]
         hint = CAUSAL_HINT if is_attention else VALUES_HINT
+    if "Tensor.backward()" in message:
+        cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from packlight.costs.measure import call_signature, tensor_arguments
+from packlight.costs.made_up import tensor_arguments
+from packlight.costs.measure import call_signature
 from packlight.torch_internals import (
     FakeTensorMode,
     fake_of,

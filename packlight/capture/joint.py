@@ -26,7 +26,7 @@ from packlight.capture.layouts import (
 from packlight.capture.marks import LATE_KEY
 from packlight.capture.phases import after_tangents, forward_calls
 from packlight.costs.measure import CallFacts, allocated_bytes
-from packlight.errors import UnsupportedModelError
+from packlight.errors import PacklightError, UnsupportedModelError
 from packlight.step import Buffer, BufferKind, Operation, OperationKind, Phase, StepGraph
 from packlight.torch_internals import is_tangent
 
@@ -248,7 +248,7 @@ class _Reader:
                 self.layers[copy] = self.layers.get(node, "")
                 self._read_call(copy, phase)
             value = retraced(node)
-        facts = self.measure(node.target, *fake_arguments(node))
+        facts = self._observed(node)
         reads = self._buffers_read(node)
         value = node.meta["val"] = as_observed(value, facts)
         if not same_strides(value, traced):
@@ -260,6 +260,19 @@ class _Reader:
             self._fold_view(node, facts, argument_nodes, value)
             return
         self._read_allocating_call(node, phase, reads, facts, argument_nodes, value)
+
+    def _observed(self, node: fx.Node) -> CallFacts:
+        try:
+            return self.measure(node.target, *fake_arguments(node))  # type: ignore[arg-type]
+        except (PacklightError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, IndexError, ZeroDivisionError) as error:
+            first_line = str(error).strip().partition("\n")[0]
+            raise UnsupportedModelError(
+                f"{node.target} in {self.layers.get(node) or 'the loss'} cannot be run alone to "
+                f"see what it needs: {first_line}\nhint: its arguments have to be special numbers; "
+                "a custom operator around it (torch.library.custom_op) that takes any can be"
+            ) from error
 
     def _read_allocating_call(
         self,

@@ -8,8 +8,8 @@ is the program that `install` is given.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,22 +17,37 @@ import torch
 from torch import fx, nn
 
 from packlight.capture import kept
-from packlight.capture.aot import num_tangents, user_results, written_back
+from packlight.capture.aot import drop_other_tangents, num_tangents, user_results, written_back
+from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
+    Returned,
+    detach_all_but,
     made_traceable,
     native_upsampling,
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
-    returned_place,
+    returned_places,
     specialize,
 )
+from packlight.capture.returned import detached
 from packlight.errors import GraphBreakError, UnsupportedModelError
-from packlight.torch_internals import aot_compiler, quick_tracing, storage_identity, with_own_cache
+from packlight.torch_internals import (
+    aot_compiler,
+    gradients_inside,
+    many_entries,
+    quick_tracing,
+    storage_identity,
+    with_own_cache,
+)
 
-LossFunction = Callable[[nn.Module, Any], torch.Tensor]
+# So many traced calls are remembered for batches of the same tensors.
+MOST_ENTRIES = 32
+
+# Returns a scalar tensor, or a tuple that begins with one.
+LossFunction = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class CapturedLoss:
         loss_index: which forward result is the loss.
         returned: what dynamo is given back, in order: forward results; among them are tensors that
             the forward assigns to attributes.
+        extras: which of those the loss function returns beside the loss.
         arguments: the real primals of the captured call, in order.
     """
 
@@ -54,6 +70,7 @@ class CapturedLoss:
     written_back: dict[int, int]
     loss_index: int
     returned: tuple[int, ...]
+    extras: tuple[int, ...]
     arguments: list[Any]
 
     @property
@@ -66,8 +83,16 @@ class CapturedLoss:
     @property
     def assigned(self) -> tuple[torch.Tensor, ...]:
         """What attributes hold after the step: fake tensors with storages of their own."""
+        return self._values({*self.returned} - {*self.extras})
+
+    @property
+    def extra_values(self) -> tuple[torch.Tensor, ...]:
+        """What is returned beside the loss: fake tensors with storages of their own."""
+        return self._values({*self.extras})
+
+    def _values(self, indices: set[int]) -> tuple[torch.Tensor, ...]:
         results = self.joint.graph.find_nodes(op="output")[0].args[0]
-        others = {*self.returned} - {self.loss_index} - self.same_as_primal.keys()
+        others = indices - {self.loss_index} - self.same_as_primal.keys()
         return tuple(
             results[i].meta["val"] for i in sorted(others) if isinstance(results[i], fx.Node)
         )
@@ -82,7 +107,15 @@ Program = Callable[[list[Any]], Sequence[Any]]
 
 
 class CapturedAgainError(Exception):
-    """A guard of the traced call failed: the step is another one, and nothing of it has run."""
+    """A guard of the traced call failed: the step is another one, and nothing of it has run.
+
+    Attributes:
+        program: what was installed for that step; None if it is new.
+    """
+
+    def __init__(self, program: Program | None = None) -> None:
+        super().__init__("the traced call is another one")
+        self.program = program
 
 
 @dataclass
@@ -90,22 +123,29 @@ class _Entry:
     """One graph that dynamo traced, and what runs in its place."""
 
     joint: tuple[fx.GraphModule, int] | None = None
-    loss_place: int | None = None
+    returned: Returned = field(default_factory=Returned)
     arguments: list[Any] = field(default_factory=list)
     program: Program | None = None
+    is_taken: bool = False
 
 
 class StepCapture:
-    """One compiled call of a loss function, for one signature of the batch.
+    """One compiled call of a loss function, for batches of the same tensors.
 
-    Calling it runs the installed program under dynamo's guards.
+    What else the traced code depends on (plain values in the batch, attributes of the model) dynamo
+    guards: for each there is an entry of its own. Calling it runs the program that was installed
+    for the entry whose guards hold.
     """
 
     def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
         prepare_dynamo()
         self.loss_fn, self.model = loss_fn, model
+        self._start_over()
+
+    def _start_over(self) -> None:
         self._entry = _Entry()
         self._entries: list[_Entry] = []
+        self._expected: Program | None = None
         function = with_own_cache(_traced_loss)
         # Dynamo remembers every backend for good; what hangs on this one must not live as long.
         this = weakref.ref(self)
@@ -124,32 +164,41 @@ class StepCapture:
             GraphBreakError: the call is not one graph.
             UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
         """
+        self._expected = None
         try:
             self._trace(batch)
         except GraphBreakError as error:
             if not made_traceable(self.model, error):
                 raise
             self._trace(batch)
+        if self._entry.is_taken:  # its graph is gone: it was planned before, or did not fit
+            self._start_over()
+            self._trace(batch)
         if self._entry.joint is None:
             raise UnsupportedModelError(
                 "the loss does not depend on any parameter that needs a gradient"
             )
-        joint, num_forward_outputs = self._entry.joint
+        (joint, num_forward_outputs), self._entry.joint = self._entry.joint, None
         arguments, self._entry.arguments = self._entry.arguments, []
+        self._entry.is_taken = True
+        drop_other_tangents(joint)
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
         use_eager_dropout(joint)
         mutated = written_back(joint, num_forward_outputs)
         returned = user_results(joint, num_forward_outputs)
-        loss_index = _check_results(joint, returned, self._entry.loss_place, mutated)
+        loss_index = _check_results(joint, returned, self._entry.returned.loss, mutated)
         _check_arguments(primals, arguments, len(placeholders))
-        return CapturedLoss(joint, num_forward_outputs, mutated, loss_index, returned, arguments)
+        extras = tuple(returned[place] for place in self._entry.returned.extras)
+        return CapturedLoss(
+            joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments
+        )
 
     def _trace(self, batch: Any) -> None:
         try:
-            with plain_errors(), torch.enable_grad(), quick_tracing():
-                self._compiled(self.loss_fn, self.model, batch)
+            with plain_errors(), torch.enable_grad(), quick_tracing(), _tracing():
+                self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
             pass
 
@@ -157,27 +206,41 @@ class StepCapture:
         """Set what runs with the primals of the latest captured call."""
         self._entry.program = program
 
-    def __call__(self, batch: Any) -> torch.Tensor:
-        """Run the installed program on a batch of the captured signature.
+    @property
+    def is_full(self) -> bool:
+        """Whether dynamo would trace no further entry."""
+        return len(self._entries) >= MOST_ENTRIES
+
+    def __call__(self, batch: Any, program: Program) -> Any:
+        """Run an installed program on a batch of the captured signature.
+
+        Args:
+            batch: whose tensors are like those of the captured one.
+            program: that is ready to run.
+
+        Returns:
+            What the loss function does, without gradients.
 
         Raises:
-            CapturedAgainError: the model or the loss function changed in a way that the traced
-                graph depends on; `capture` must be called again.
+            CapturedAgainError: the traced call depends on something that is not as it was for this
+                program; `capture` must be called, or another program be made ready.
         """
+        self._expected = program
         try:
-            with plain_errors(), torch.enable_grad():
-                loss: torch.Tensor = self._compiled(self.loss_fn, self.model, batch)
+            with plain_errors(), torch.enable_grad(), _tracing():
+                return self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
-            raise CapturedAgainError from None
-        return loss
+            raise CapturedAgainError(self._entry.program) from None
 
     # -- the dynamo backend
 
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
         specialize(inputs)
-        entry = self._entry = _Entry(loss_place=returned_place(module))
+        entry = self._entry = _Entry(returned=returned_places(module))
         self._entries.append(entry)
+        if entry.returned.loss is not None:
+            detach_all_but(module, entry.returned.loss)
         key = kept.key_of(module, inputs)
         entry.joint = None if key is None else kept.load(key)
         if entry.joint is None:
@@ -191,17 +254,25 @@ class StepCapture:
         def run(*arguments: Any) -> Any:
             capture, entry = this(), mine()
             assert capture is not None and entry is not None
-            if entry.program is None:
+            if entry.program is None or entry.program is not capture._expected:
                 capture._entry = entry
-                entry.arguments = list(arguments)
+                entry.arguments = list(arguments) if entry.program is None else []
                 raise _CapturedError
             return entry.program(list(arguments))
 
         return run
 
 
-def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
-    return loss_fn(model, batch)
+@contextmanager
+def _tracing() -> Iterator[None]:
+    with many_entries(MOST_ENTRIES), gradients_inside():
+        yield
+
+
+def _traced_loss(
+    loss_fn: LossFunction, model: nn.Module, batch: Any, dicts: Dicts | None
+) -> Any:
+    return detached(loss_fn(model, own(batch, dicts)))
 
 
 def _joint_graph(
@@ -249,15 +320,15 @@ def _check_results(
     shapes = [tuple(node.meta["val"].shape) for node in nodes]
     if loss_place is None or not isinstance(results[returned[loss_place]], fx.Node):
         raise UnsupportedModelError(
-            f"loss_fn must return one scalar tensor, it returned {len(shapes)} tensor"
-            f"{'' if len(shapes) == 1 else 's'} of shape {', '.join(map(str, shapes))}\n"
-            "hint: return the loss alone"
+            "loss_fn must return one scalar tensor, or a tuple that begins with it; it returned "
+            f"{len(shapes)} tensor{'' if len(shapes) == 1 else 's'} of shape "
+            f"{', '.join(map(str, shapes))}\nhint: return (loss, everything else)"
         )
     loss_index = returned[loss_place]
     loss_shape = tuple(results[loss_index].meta["val"].shape)
     if loss_shape != ():
         raise UnsupportedModelError(
-            f"loss_fn must return one scalar tensor, it returned 1 tensor of shape {loss_shape}\n"
+            f"loss_fn must return a scalar tensor first, it returned one of shape {loss_shape}\n"
             "hint: take the mean or the sum"
         )
     new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
@@ -271,8 +342,8 @@ def _check_results(
             )
     if num_tangents(joint) > 1:
         raise UnsupportedModelError(
-            "the forward assigns tensors that need gradients to attributes: nothing could go back "
-            "through them after the step\nhint: detach() what is only looked at"
+            "the forward changes tensors in place that gradients go back through\n"
+            "hint: detach() what is only looked at, or make a new tensor of it"
         )
     return loss_index
 

@@ -185,8 +185,10 @@ class _Trainer:
         return 0
 
     def _one_step(self, batch: Any, *, is_measured: bool) -> float:
+        from packlight.capture.returned import loss_of
+
         if not is_measured:
-            return float(self.step(batch))
+            return float(loss_of(self.step(batch)))
         measured = self.step.measured(batch)
         self.measured_bytes = max(self.measured_bytes, measured.peak_bytes)
         return float(measured.loss)
@@ -246,6 +248,7 @@ class _Trainer:
 
     def _validation_loss(self) -> float | None:
         """Return the mean loss over the first validation batches, or None where there are none."""
+        from packlight.capture.returned import loss_of
         from packlight.cli.example import BatchStream, ExampleError
 
         arguments = self.arguments
@@ -255,7 +258,7 @@ class _Trainer:
             return None
         losses = []
         for batch, _ in zip(stream, range(NUM_VALIDATION_BATCHES), strict=False):
-            losses.append(float(self.step.evaluate(batch)))
+            losses.append(float(loss_of(self.step.evaluate(batch))))
         return sum(losses) / len(losses) if losses else None
 
     def _peak_text(self) -> str:

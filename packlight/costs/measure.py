@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from packlight.costs.made_up import (
+    Fill,
+    constant,
+    fillings,
+    made_up,
+    spanned_bytes,
+    tensor_arguments,
+)
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import lazily_negated, outside_of_tracing, storage_identity
+from packlight.torch_internals import outside_of_tracing, storage_identity
 
 # A call is timed until it ran so often, or once it took so long in all.
 MAX_REPEATS = 12
@@ -27,9 +35,6 @@ SECONDS_PER_CALL_SITE = 0.04
 # Calls that take longer are not repeated: what is set up once is a small part of them, and times
 # inside the step, which count more, are still to come.
 SLOW_SECONDS = 0.1
-# Random values are made up in pieces of so many, over and over: a prime, so that rows differ.
-RANDOM_ELEMENTS = 65537
-
 # Row-wise kernels that read all of a row before they write it. Whether one really may run in place
 # is still checked, bit by bit, on the device (see `_in_place_argument`).
 _ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
@@ -112,11 +117,6 @@ def _preserved_generators() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-def tensor_arguments(args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """Return the tensors among a call's arguments, in order."""
-    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
 def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str:
     """Return a text that is equal for two calls that cost the same.
 
@@ -131,7 +131,7 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
             order = seen.setdefault(id(value), len(seen))
             shape, stride = tuple(map(int, value.shape)), tuple(map(int, value.stride()))
             num_bytes = int(value.untyped_storage().nbytes())
-            is_part = num_bytes > _spanned_bytes(shape, stride, value.dtype)
+            is_part = num_bytes > spanned_bytes(shape, stride, value.dtype)
             part = f"of{num_bytes}" if is_part else ""
             lazy = "*" * value.is_conj() + "-" * value.is_neg()
             return f"{order}:{value.dtype}{shape}{stride}{part}{lazy}@{value.device}"
@@ -143,13 +143,6 @@ def call_signature(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> str
     return f"{target}({','.join((*map(describe, args), *named))})"
 
 
-def _spanned_bytes(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype) -> int:
-    if 0 in shape:
-        return 0
-    last = sum([(size - 1) * step for size, step in zip(shape, stride, strict=True)])
-    return (last + 1) * dtype.itemsize
-
-
 def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallFacts:
     """Run a call on made-up tensors like its (fake) arguments and return what was seen.
 
@@ -159,29 +152,29 @@ def observe_call(target: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallF
         kwargs: its keyword arguments, likewise.
 
     Integer tensors are zeros, which every indexing operator accepts; where zeros are refused
-    (a division), ones are tried.
+    (a division, lengths of parts), others are tried.
     """
     error: Exception | None = None
-    for integer in (0, 1):
+    for fill in fillings(args, kwargs):
         try:
             with real_tensors():
-                return _observe(target, args, kwargs, integer)
+                return _observe(target, args, kwargs, fill)
         except (RuntimeError, IndexError, ZeroDivisionError) as caught:
-            error = caught
+            error = error or caught
     assert error is not None
     raise error
 
 
-def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int) -> CallFacts:
+def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, fill: Fill) -> CallFacts:
     if any(result.alias_info is not None for result in target._schema.returns):
         # What looks at its arguments' memory and nowhere else does not read what is in there.
-        empty_args, empty_kwargs = _made_up(args, kwargs, None)
+        empty_args, empty_kwargs = made_up(args, kwargs, None)
         inputs = tensor_arguments(empty_args, empty_kwargs)
         result = target(*empty_args, **empty_kwargs)
         outputs = _output_facts(result, inputs, _device_of(inputs, kwargs))
         if outputs and all(o.alias_of is not None for o in outputs):
             return CallFacts(0.0, 0, outputs, None)
-    real_args, real_kwargs = _made_up(args, kwargs, integer)
+    real_args, real_kwargs = made_up(args, kwargs, fill)
     inputs = tensor_arguments(real_args, real_kwargs)
     device = _device_of(inputs, kwargs)
 
@@ -210,56 +203,6 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, integer: int
         in_place = _in_place_argument(target, args, kwargs, device)
     workspace_bytes = max(0, high_bytes - created)
     return CallFacts(seconds, workspace_bytes, outputs, in_place, missing=missing)
-
-
-def _made_up(
-    args: Any, kwargs: Any, integer: int | None, random: bool = False
-) -> tuple[Any, Any]:
-    """Return arguments like (fake) ones.
-
-    Args:
-        args: positional ones.
-        kwargs: those with a keyword.
-        integer: what is in integer tensors; None for tensors of which nothing is read.
-        random: different numbers in float tensors.
-    """
-    made: dict[int, torch.Tensor] = {}
-
-    def make(leaf: Any) -> Any:
-        if not isinstance(leaf, torch.Tensor):
-            return leaf
-        if id(leaf) not in made:
-            shape, stride = tuple(map(int, leaf.shape)), tuple(map(int, leaf.stride()))
-            # Some calls copy the whole storage that they are given a part of.
-            spanned = _spanned_bytes(shape, stride, leaf.dtype)
-            num_bytes = max(spanned, int(leaf.untyped_storage().nbytes()))
-            storage = torch.empty(
-                num_bytes // leaf.dtype.itemsize, dtype=leaf.dtype, device=leaf.device
-            )
-            tensor = storage.as_strided(shape, stride)
-            if integer is None:
-                pass
-            elif leaf.dtype == torch.bool:
-                storage.fill_(True)
-            elif not (leaf.dtype.is_floating_point or leaf.dtype.is_complex):
-                storage.fill_(integer)
-            elif random and leaf.dtype.itemsize >= 2 and storage.numel():
-                _fill_at_random(storage)
-            else:
-                storage.fill_(0.5)
-            # Kernels that do not know lazy conjugation and negation are given copies.
-            tensor = tensor.conj() if leaf.is_conj() else tensor
-            made[id(leaf)] = lazily_negated(tensor) if leaf.is_neg() else tensor
-        return made[id(leaf)]
-
-    return pytree.tree_map(make, args), pytree.tree_map(make, kwargs)
-
-
-def _fill_at_random(values: torch.Tensor) -> None:
-    """Fill a vector with numbers between 0.05 and 1, the same ones again every few thousand."""
-    piece = values[:RANDOM_ELEMENTS].uniform_(0.05, 1.0)
-    for others in values[RANDOM_ELEMENTS:].split(RANDOM_ELEMENTS):
-        others.copy_(piece[: len(others)])
 
 
 def _device_of(inputs: list[torch.Tensor], kwargs: Any) -> torch.device:
@@ -368,7 +311,7 @@ def _in_place_argument(
         found = in_place_call(target, index, len(args))
         if found is None:
             continue
-        real_args, real_kwargs = _made_up(args, kwargs, 1, random=True)
+        real_args, real_kwargs = made_up(args, kwargs, constant(1), random=True)
         inputs = tensor_arguments(real_args, real_kwargs)
         victim = inputs[index]
         if sum(t is victim for t in inputs) > 1:

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 
 from packlight.costs.cache import CallCache
-from packlight.costs.measure import CallFacts, call_signature, observe_call, tensor_arguments
+from packlight.costs.made_up import tensor_arguments
+from packlight.costs.measure import CallFacts, call_signature, observe_call
 
 
 class CallProfiler:

@@ -34,6 +34,8 @@ class UpdateInBackward(Move):
             yield Refusal(
                 "the loss scaler looks at all gradients before it lets the optimizer step"
             )
+        elif (name := draft.costs.changed_parameter(draft.loss)) is not None:
+            yield Refusal(f"the forward changes {name!r} itself, which is updated after it")
         elif updates.refusal is not None:
             yield Refusal(updates.refusal)
         elif draft.gradients is Consumption.TOGETHER:

@@ -105,8 +105,8 @@ class LossUnderAutocast:
     name: str
     device_type: str
 
-    def __call__(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Return the loss."""
+    def __call__(self, model: nn.Module, batch: Any) -> Any:
+        """Return the loss, or what begins with it."""
         with torch.autocast(self.device_type, PRECISIONS[self.name]):
             return self.loss_fn(model, batch)
 

@@ -18,6 +18,8 @@ from packlight.capture.step_capture import CapturedLoss
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
+from packlight.errors import UnsupportedModelError
+from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
 from packlight.moves.stream.parameters import (
     ParameterSlots,
@@ -27,6 +29,7 @@ from packlight.moves.stream.parameters import (
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Machine, StepMemory, with_transfers
+from packlight.torch_internals import has_gradient_hooks
 from packlight.updates.accounting import (
     OptimizerMemory,
     batch_bytes,
@@ -35,11 +38,14 @@ from packlight.updates.accounting import (
     tensors_bytes,
 )
 from packlight.updates.gradients import fills_storage
-from packlight.updates.twin import kinds_of_settings
+from packlight.updates.several import SeveralUpdates, parts_of, updates_of
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
+# What hooks of a parameter hold of its gradient's size: the copy that they are given, what they
+# return, and something in between.
+HOOKED_GRADIENTS = 3
 # To find out how long a cold gradient takes to be added to: enough to fill caches.
 MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
 
@@ -57,17 +63,18 @@ class StepCosts:
         self.request = request
         model, optimizer = request.model, request.optimizer
         self.device = next(model.parameters()).device
-        self.updates: ParameterUpdates | None = None
+        self.updates: ParameterUpdates | SeveralUpdates | None = None
+        for part in parts_of(optimizer):
+            refuse_closure(part)
         if optimizer is not None:
-            refuse_closure(optimizer)
-            self.updates = ParameterUpdates(optimizer)
+            self.updates = updates_of(optimizer)
         self.name_of = {id(p): name for name, p in model.named_parameters()}
-        self.trained = {
-            id(p): p
-            for group in (optimizer.param_groups if optimizer else [{"params": model.parameters()}])
-            for p in group["params"]
-            if p.requires_grad
-        }
+        groups = [{"params": model.parameters()}] if optimizer is None else optimizer.param_groups
+        self.trained = {id(p): p for g in groups for p in g["params"] if p.requires_grad}
+        # A criterion may have parameters of its own.
+        self._others = [p for p in self.trained.values() if id(p) not in self.name_of]
+        for number, parameter in enumerate(self._others):
+            self.name_of[id(parameter)] = f"parameter {number} of the loss"
         self._additions: dict[Any, float] = {}
         self._consumers: dict[Any, Consumer] = {}
         self._slots: Slots | None = None
@@ -87,13 +94,37 @@ class StepCosts:
 
     @cached_property
     def _whole_update(self) -> OptimizerMemory:
-        optimizer = self.request.optimizer
-        return OptimizerMemory(0, 0) if optimizer is None else measure_optimizer(optimizer)
+        measured = [measure_optimizer(part) for part in parts_of(self.request.optimizer)]
+        return OptimizerMemory(
+            sum(one.state_bytes for one in measured),
+            max((one.workspace_bytes for one in measured), default=0),
+        )
 
     @property
     def trained_in_order(self) -> list[nn.Parameter]:
         """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
-        return [p for p in self.request.model.parameters() if id(p) in self.trained]
+        mine = [p for p in self.request.model.parameters() if id(p) in self.trained]
+        return [*mine, *self._others]
+
+    def changed_parameter(self, loss: CapturedLoss) -> str | None:
+        """Return the name of a trained parameter that the forward changes in place, if any."""
+        written = [id(loss.arguments[primal]) for primal in loss.written_back.values()]
+        return next((self.name_of[key] for key in written if key in self.trained), None)
+
+    def refuse_unread(self, loss: CapturedLoss) -> None:
+        """Raise where the optimizer holds parameters that neither the model has nor the loss reads.
+
+        Raises:
+            UnsupportedModelError: it does.
+        """
+        read = {id(argument) for argument in loss.arguments}
+        strange = [tuple(p.shape) for p in self._others if id(p) not in read]
+        if strange:
+            raise UnsupportedModelError(
+                f"the optimizer holds {len(strange)} parameters that are not the model's and that "
+                f"the loss does not read, the first of shape {strange[0]}\n"
+                "hint: build the optimizer from model.parameters()"
+            )
 
     @property
     def steps_alone(self) -> bool:
@@ -105,7 +136,11 @@ class StepCosts:
         """Return what of the optimizer's state can be streamed."""
         assert self.request.optimizer is not None
         if self._slots is None:
-            self._slots = state_slots(self.request.optimizer, self.trained.values())
+            self._slots = {}
+            for part in parts_of(self.request.optimizer):
+                held = {id(p) for group in part.param_groups for p in group["params"]}
+                mine = [p for p in self.trained.values() if id(p) in held]
+                self._slots.update(state_slots(part, mine))
         return self._slots
 
     def parameter_slots(self, loss: CapturedLoss, how: Consumption) -> ParameterSlots:
@@ -203,9 +238,8 @@ class StepCosts:
         """Return what an update costs, seconds as they were first seen on this device."""
         assert self.updates is not None
         cost = self.updates.cost(parameter, stride)
-        optimizer = self.updates.optimizer
         name = (
-            f"update {type(optimizer)} {kinds_of_settings(optimizer)} {tuple(parameter.shape)} "
+            f"update {self.updates.kind(parameter)} {tuple(parameter.shape)} "
             f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
         )
         return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
@@ -251,9 +285,10 @@ class StepCosts:
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
         accumulated_bytes = workspace_bytes = 0
+        kept_extras_bytes = _extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
-            accumulated_bytes = gradient_bytes + tensors_bytes(written)
+            accumulated_bytes = gradient_bytes + tensors_bytes(written) + kept_extras_bytes
             if self.steps_alone:
                 assert self.updates is not None
                 workspace_bytes = max(
@@ -271,15 +306,25 @@ class StepCosts:
             parameter_bytes=tensors_bytes(
                 p for p in model.parameters() if p not in streaming.parameters
             ),
-            # What attributes hold since the step before is let go of when it is assigned anew.
+            # What attributes (and whoever called the step) hold since the step before is let go of
+            # when it is assigned anew.
             state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
-            + sum(value.untyped_storage().nbytes() for value in loss.assigned),
+            + sum(value.untyped_storage().nbytes() for value in loss.assigned)
+            + kept_extras_bytes,
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
             optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
+
+
+def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
+    """Return the size of what a step returns beside the loss; in microbatches it has rows."""
+    if num_microbatches == 1:
+        return sum(value.untyped_storage().nbytes() for value in loss.extra_values)
+    rows = num_rows(batch)
+    return sum(value[:1].nbytes * rows for value in loss.extra_values if value.ndim)
 
 
 def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:
@@ -295,12 +340,15 @@ def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict
     """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
 
     Two parameters that are only ever added have one gradient, those that are concatenated have
-    slices of one, and that of a sum is one number.
+    slices of one, and that of a sum is one number. Hooks are given a copy, and may return another
+    gradient.
     """
     nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
     num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
-    return {
-        primal: trained[primal].nbytes
-        for primal, node in nodes.items()
-        if num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"])
-    }
+    copied: dict[int, int] = {}
+    for primal, node in nodes.items():
+        if has_gradient_hooks(trained[primal]):
+            copied[primal] = HOOKED_GRADIENTS * trained[primal].nbytes
+        elif num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"]):
+            copied[primal] = trained[primal].nbytes
+    return copied

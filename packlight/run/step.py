@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 
+from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
+from packlight.errors import UnsupportedModelError
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
 from packlight.memory.far import far_memory
 from packlight.memory.tier import SlotSpec, Tier
+from packlight.moves.microbatch.extras import Gathered
 from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.step_costs import StepCosts
@@ -47,6 +50,10 @@ class StepRunner:
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
+    def runs(self, program: Any) -> bool:
+        """Whether a program is one of this way's."""
+        return any(program is mine for mine in self._programs.values())
+
     def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
         far = far_memory(self._costs.device, self._request.offload_directory)
         assert far is not None, "transfers are planned only where there is a tier"
@@ -60,8 +67,8 @@ class StepRunner:
         """
         self._streamed.arrange(self._on_disk)
 
-    def run(self, batch: Any, num_steps: int) -> torch.Tensor:
-        """Train one step and return the detached loss.
+    def run(self, batch: Any, num_steps: int) -> Any:
+        """Train one step and return what the loss function does, detached.
 
         Raises:
             NonFiniteLossError: nothing is changed.
@@ -76,9 +83,9 @@ class StepRunner:
         self.arrange()
         try:
             if self.ready.way.num_microbatches == 1:
-                loss = self._run_whole(batch, num_steps)
+                returned = self._run_whole(batch, num_steps)
             else:
-                loss = self._run_microbatches(batch, num_steps)
+                returned = self._run_microbatches(batch, num_steps)
             if self.ready.gradients is not Consumption.UPDATE:
                 trained, scaler = self._trained, request.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
@@ -99,36 +106,46 @@ class StepRunner:
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
-        return loss
+        return returned
 
-    def _run_whole(self, batch: Any, num_steps: int) -> torch.Tensor:
+    def _run_whole(self, batch: Any, num_steps: int) -> Any:
         (program,) = self._programs.values()
         program.set_up(self._scale, num_steps, None)
-        return self.ready.parts[0].traced.capture(batch)
+        return self.ready.parts[0].traced.capture(batch, program)
 
-    def _run_microbatches(self, batch: Any, num_steps: int) -> torch.Tensor:
+    def _run_microbatches(self, batch: Any, num_steps: int) -> Any:
         """Run microbatch after microbatch; model buffers are put back if one of them fails."""
         microbatches = split(batch, self.ready.way.num_microbatches)
         assert self.ready.loss_weight is not None
         weights = loss_weights(self.ready.loss_weight, microbatches)
         traced_of = {p.traced.num_rows: p.traced for p in self.ready.parts}
+        has_extras = any(part.traced.loss.extras for part in self.ready.parts)
+        gathered = Gathered(num_rows(batch), has_extras)
         total: torch.Tensor | None = None
         backup: dict[torch.Tensor, torch.Tensor] = {}
+        index = 0
         try:
             for index, (microbatch, weight) in enumerate(zip(microbatches, weights, strict=True)):
                 if weight == 0:  # its loss may be 0/0, and it counts for nothing
+                    gathered.leave_out(index)
                     continue
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
                 program.set_up(weight * self._scale, num_steps, index, backup)
-                loss = traced_of[rows].capture(microbatch).mul_(weight)
+                loss = gathered.add(traced_of[rows].capture(microbatch, program), rows).mul_(weight)
                 total = loss if total is None else total.add_(loss)
-        except BaseException:
+        except BaseException as error:
             for tensor, value in backup.items():
                 tensor.copy_(value)
+            if isinstance(error, CapturedAgainError) and index > 0:
+                raise UnsupportedModelError(
+                    "a microbatch changed what the next one's trace depends on: the forward or the "
+                    "loss counts in a plain number, or collects in a list\n"
+                    "hint: count in a registered buffer, or leave 'microbatch' out of moves="
+                ) from None
             raise
         assert total is not None, "loss_weights refuses microbatches of which none counts"
-        return total
+        return gathered.result(total)
 
     @property
     def _scale(self) -> float:

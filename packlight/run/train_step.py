@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from packlight.capture.batch import batch_leaves
-from packlight.capture.step_capture import CapturedAgainError
+from packlight.capture.batch import batch_leaves, fresh
+from packlight.capture.returned import loss_of, with_loss
+from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
@@ -28,6 +29,7 @@ from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals import has_gradient_hooks
 from packlight.updates.accounting import batch_bytes, tensors_bytes
+from packlight.updates.several import parts_of
 from packlight.updates.twin import forwards_to
 
 # After so many plans it is time to tell.
@@ -40,17 +42,20 @@ class MeasuredStep:
 
     Attributes:
         loss: the detached loss.
+        extras: what the loss function returns beside it.
         peak_bytes: the whole step's peak: what was in memory before it and what it added.
     """
 
     loss: torch.Tensor
     peak_bytes: int
+    extras: tuple[Any, ...] = ()
 
 
 class TrainStep:
     """One training step (forward, backward, optimizer step) that keeps to a budget.
 
-    Made by `fit`. Calling it with a batch trains one step and returns the detached loss. A batch of
+    Made by `fit`. Calling it with a batch trains one step and returns the detached loss (or what
+    `loss_fn` returns that begins with it). A batch of
     another shape is captured and planned anew, for the same budget.
 
     Attributes:
@@ -67,8 +72,9 @@ class TrainStep:
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
         self._look_at_parameters()
-        # One plan per batch signature: dynamo would give up after a few.
-        self._runners: dict[Any, StepRunner] = {}
+        # Per batch signature: traced calls, and what runs for each of them, the latest first.
+        self._captures: dict[Any, dict[int | None, StepCapture]] = {}
+        self._runners: dict[Any, list[StepRunner]] = {}
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
 
@@ -91,8 +97,12 @@ class TrainStep:
 
     # -- training
 
-    def __call__(self, batch: Any) -> torch.Tensor:
+    def __call__(self, batch: Any) -> Any:
         """Train one step on a batch and return the detached scalar loss.
+
+        Where `loss_fn` returns a tuple that begins with the loss, so does this: what comes after is
+        detached, too. The budget has room for it twice, since a loop holds what the step before
+        returned until it gets the next.
 
         Raises:
             NonFiniteLossError: the loss is NaN or infinite; parameters and optimizer are untouched.
@@ -102,17 +112,21 @@ class TrainStep:
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         self.prepare(batch)
         try:
-            loss = self._runners[self._signature].run(batch, self._num_steps)
-        except CapturedAgainError:  # the model changed: nothing has run yet
-            del self._runners[self._signature]
-            self.prepare(batch)
-            loss = self._runners[self._signature].run(batch, self._num_steps)
+            returned = self._runner.run(fresh(batch), self._num_steps)
+        except CapturedAgainError as other:  # what the trace depends on changed: nothing has run
+            self._change_runner(batch, other.program)
+            try:
+                returned = self._runner.run(fresh(batch), self._num_steps)
+            except CapturedAgainError:
+                raise UnsupportedModelError(
+                    "the loss depends on something that is another each time it is looked at"
+                ) from None
         self._num_steps += 1
-        return loss
+        return returned
 
     def arrange(self) -> None:
         """Have on the disk what the latest batch's shape streams, and all else in memory."""
-        self._runners[self._signature].arrange()
+        self._runner.arrange()
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
@@ -125,7 +139,7 @@ class TrainStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
         assert self.optimizer is not None
         self.prepare(batch)
-        runner, memory = self._runners[self._signature], self.way.memory
+        runner, memory = self._runner, self.way.memory
         runner.arrange()
         before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
@@ -135,21 +149,25 @@ class TrainStep:
             if isinstance(value, torch.Tensor) and not self.is_on_disk(value)
         )
         peak = measure_peak(lambda: self(batch), self._preparer.device)
-        return MeasuredStep(peak.result, before + peak.peak_bytes)
+        returned = peak.result
+        extras = tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
+        return MeasuredStep(loss_of(returned), before + peak.peak_bytes, extras)
 
-    def evaluate(self, batch: Any) -> torch.Tensor:
-        """Return the loss of a batch in eval mode, without gradients; modes are restored.
+    def evaluate(self, batch: Any) -> Any:
+        """Return what `loss_fn` does for a batch in eval mode, without gradients.
 
-        It is computed in the precision of the training step, by eager PyTorch.
+        Modes are restored. It is computed in the precision of the training step, by eager PyTorch.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
             with torch.no_grad():
                 # Eager PyTorch may call kernels that a traced step does not.
-                return blaming_precision(
-                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, batch)
-                ).detach()
+                copied = fresh(batch)
+                returned = blaming_precision(
+                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, copied)
+                )
+                return with_loss(returned, loss_of(returned).detach())
         finally:
             for module, was_training in modes:
                 module.training = was_training
@@ -160,15 +178,38 @@ class TrainStep:
         """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
         if self._look_at_parameters():
             self._runners.clear()
+            self._captures.clear()
         signature = (_signature(batch), self.model.training)
-        if signature not in self._runners:
-            with old_objects_kept():
-                ready = self._preparer.prepare(batch)
-                self._note_plan()
-                costs = self._preparer.costs
-                self._runners[signature] = StepRunner(costs, self._streamed, ready)
+        if not self._runners.get(signature):
+            self._plan(batch, signature)
         self._signature = signature
         return self.way
+
+    def _plan(self, batch: Any, signature: Any) -> None:
+        captures = self._captures.setdefault(signature, {})
+        if any(capture.is_full for capture in captures.values()):
+            captures.clear()
+            self._runners[signature].clear()
+        with old_objects_kept():
+            ready = self._preparer.prepare(batch, captures)
+            self._note_plan()
+            runner = StepRunner(self._preparer.costs, self._streamed, ready)
+        self._runners.setdefault(signature, []).insert(0, runner)
+
+    def _change_runner(self, batch: Any, program: Any) -> None:
+        """Put the runner of another traced call first; plan it if it is new."""
+        runners = self._runners[self._signature]
+        known = next((runner for runner in runners if runner.runs(program)), None)
+        if known is None:
+            self._plan(batch, self._signature)
+        else:
+            runners.remove(known)
+            runners.insert(0, known)
+
+    @property
+    def _runner(self) -> StepRunner:
+        """What runs for the latest batch's shape."""
+        return self._runners[self._signature][0]
 
     def _note_plan(self) -> None:
         """Warn, once, where planning does not pay because hardly a step is like one before."""
@@ -189,7 +230,7 @@ class TrainStep:
     @property
     def ready(self) -> Ready:
         """... with the captured graphs and the tensors that it runs on."""
-        return self._runners[self._signature].ready
+        return self._runner.ready
 
     def save_way(self, path: str | os.PathLike[str]) -> None:
         """Write how the latest batch's shape runs to a file, for `fit(..., way=path)`."""
@@ -228,41 +269,34 @@ class TrainStep:
 
 
 def _signature(batch: Any) -> tuple[Any, ...]:
-    """Return what a plan depends on: the batch's structure, shapes, dtypes and plain values."""
-    return type(batch), *((path, _described(leaf)) for path, leaf in batch_leaves(batch))
+    """Return what a plan is for: where tensors are in a batch, their shapes, strides and dtypes.
+
+    Everything else in it counts where the traced code looks at it, which dynamo knows.
+    """
+    arrays = (torch.Tensor, np.ndarray)
+    leaves = ((path, leaf) for path, leaf in batch_leaves(batch) if isinstance(leaf, arrays))
+    return type(batch), *((path, _described(leaf)) for path, leaf in leaves)
 
 
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device
-    return (leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else repr(leaf)
+        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
+    return leaf.shape, leaf.dtype
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise UnsupportedModelError("no parameter of the model needs a gradient: nothing to train")
-    hooked = [
-        name for name, p in model.named_parameters() if p.requires_grad and has_gradient_hooks(p)
-    ]
-    if hooked:
+    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
+    if scripted:
         raise UnsupportedModelError(
-            f"hooks are registered on {len(hooked)} parameters, the first of them {hooked[0]!r}: "
-            "autograd would call them, and a planned step does not run through autograd\n"
-            "hint: remove them; gradients are clipped by clip_grad_norm= and clip_grad_value="
+            f"the model{f' has {scripted[0]!r}, which' if scripted[0] else ''} is a ScriptModule: "
+            "TorchScript runs it, and its operations cannot be planned\n"
+            "hint: fit the module that was scripted or traced"
         )
-    if optimizer is None:
-        return
-    _refuse_forwarding(optimizer)
-    mine = {id(p) for p in model.parameters()}
-    strange = [
-        tuple(p.shape) for g in optimizer.param_groups for p in g["params"] if id(p) not in mine
-    ]
-    if strange:
-        raise UnsupportedModelError(
-            f"the optimizer holds {len(strange)} parameters that are not the model's, the first of "
-            f"shape {strange[0]}\nhint: build the optimizer from model.parameters()"
-        )
+    for part in parts_of(optimizer):
+        _refuse_forwarding(part)
 
 
 def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from packlight.capture.batch import fresh
 from packlight.capture.joint import read_joint_graph
 from packlight.capture.step_capture import LossFunction, StepCapture
 from packlight.capture.whole_step import WholeStep
@@ -51,9 +52,17 @@ class WayPlanner:
         base: the draft of the whole batch, not traced yet.
         loss_moves: that shaped it so far.
         profiler: observes calls.
+        captures: of batches of the same tensors, by rows of the microbatch; filled here.
     """
 
-    def __init__(self, base: Draft, loss_moves: Moves, profiler: CallProfiler) -> None:
+    def __init__(
+        self,
+        base: Draft,
+        loss_moves: Moves,
+        profiler: CallProfiler,
+        captures: dict[int | None, StepCapture],
+    ) -> None:
+        self._captures = captures
         self.base, self.loss_moves, self.profiler = base, loss_moves, profiler
         self.request, self.costs, self.batch = base.request, base.costs, base.batch
         self._traced: dict[int | None, Traced] = {}
@@ -111,10 +120,16 @@ class WayPlanner:
             piece = next(p for p in pieces if size is None or num_rows(p) == size)
 
             def traced(loss_fn: LossFunction) -> Traced:
-                capture = StepCapture(loss_fn, self.request.model)
-                return Traced(capture, capture.capture(piece), size)
+                if loss_fn is not draft.loss_fn:  # only to see whether it can be traced
+                    capture = StepCapture(loss_fn, self.request.model)
+                elif size not in self._captures:
+                    capture = self._captures[size] = StepCapture(loss_fn, self.request.model)
+                else:
+                    capture = self._captures[size]
+                return Traced(capture, capture.capture(fresh(piece)), size)
 
             self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
+            self.costs.refuse_unread(self._traced[size].loss)
         return self._traced[size]
 
     def resident_bytes(self, moves: Moves) -> int:

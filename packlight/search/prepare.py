@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from packlight.capture.step_capture import StepCapture
 from packlight.costs.lane import measure_lane
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import WayError
@@ -57,15 +58,21 @@ class Preparer:
         """What is traced: the user's loss as moves shaped it."""
         return self._base.loss_fn
 
-    def prepare(self, batch: Any) -> Ready:
+    def prepare(self, batch: Any, captures: dict[int | None, StepCapture]) -> Ready:
         """Return the fastest way found to train on a batch like this within the budget.
+
+        Args:
+            batch: an example.
+            captures: those of batches of the same tensors so far, by rows of the microbatch.
 
         Raises:
             InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
             WayError: the way that was given is not one for this step.
         """
         with CallProfiler(self.request.progress) as profiler:
-            planner = WayPlanner(self._base.changed(batch=batch), self._loss_moves, profiler)
+            planner = WayPlanner(
+                self._base.changed(batch=batch), self._loss_moves, profiler, captures
+            )
             try:
                 if self._given is not None:
                     way, self._given = self._given, None

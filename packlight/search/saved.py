@@ -29,6 +29,7 @@ from packlight.moves.registry import move_named, registered
 from packlight.search.plan_way import environment
 from packlight.search.way import Way
 from packlight.step.serialize import decode, encode, read_document, write_document
+from packlight.updates.several import parts_of
 from packlight.updates.twin import kinds_of_settings
 
 NO_CACHE_VARIABLE = "PACKLIGHT_NO_WAY_CACHE"
@@ -121,7 +122,6 @@ def cache_key(whole: Draft) -> str | None:
     request = whole.request
     if os.environ.get(NO_CACHE_VARIABLE) or callable(request.loss_weight):
         return None  # (what a function of the user's does, no key can tell)
-    optimizer = request.optimizer
     content = [
         version("packlight"),
         encode(environment(whole.costs.device)),
@@ -129,7 +129,7 @@ def cache_key(whole: Draft) -> str | None:
         request.budget_bytes, sorted(request.moves), sorted(request.allow),
         request.clipping.norm is None, request.clipping.value is None,
         request.scaler is None, str(request.loss_weight), whole.offered is None,
-        "" if optimizer is None else f"{type(optimizer)} {kinds_of_settings(optimizer)}",
+        [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],
         whole.costs.optimizer_bytes,
         graph_digest(whole.graph_module),
     ]

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from packlight.errors import NonFiniteLossError
+from packlight.torch_internals import after_accumulation, has_gradient_hooks, through_hooks
+from packlight.updates.several import SeveralUpdates, parts_of
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
 
@@ -44,7 +46,7 @@ class GradientFate:
     parameter_of: Mapping[int, nn.Parameter]
     loss_index: int
     clipping: Clipping
-    updates: ParameterUpdates | None = None
+    updates: ParameterUpdates | SeveralUpdates | None = None
     num_steps: int = 0
     microbatch_index: int | None = None
 
@@ -54,8 +56,11 @@ class GradientFate:
             raise NonFiniteLossError(self.num_steps, float(value), self.microbatch_index)
 
     def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
-        """Update the parameter, or collect its gradient."""
+        """Update the parameter, or collect its gradient, and call the parameter's hooks."""
         parameter = self.parameter_of[primal]
+        if has_gradient_hooks(parameter):
+            self._hooked(parameter, gradient)
+            return
         if self.updates is None and parameter.grad is not None:
             parameter.grad.add_(gradient)
             return
@@ -73,6 +78,22 @@ class GradientFate:
         self.updates.apply(parameter, gradient)
 
 
+    def _hooked(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
+        """Do what autograd does with the whole gradient of a parameter that has hooks."""
+        gradient = through_hooks(parameter, like_eager(gradient, parameter).clone())
+        accumulated = parameter.grad
+        parameter.grad = gradient if accumulated is None else accumulated.add_(gradient)
+        after_accumulation(parameter)
+        if self.updates is None:
+            return
+        gradient_left, parameter.grad = parameter.grad, None
+        if gradient_left is None:  # a hook has made something of it
+            return
+        if self.clipping.value is not None:
+            gradient_left.clamp_(-self.clipping.value, self.clipping.value)
+        self.updates.apply(parameter, gradient_left)
+
+
 def fills_storage(tensor: torch.Tensor) -> bool:
     """Whether a tensor's storage holds nothing else, and each of its elements once."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
@@ -83,7 +104,7 @@ def update_all(
     parameters: Iterable[nn.Parameter],
     clipping: Clipping,
     scaler: torch.amp.GradScaler | None,
-    updates: ParameterUpdates | None,
+    updates: ParameterUpdates | SeveralUpdates | None,
     in_memory: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
 ) -> None:
     """Update all parameters from their collected gradients.
@@ -98,15 +119,16 @@ def update_all(
         in_memory: with `updates`, the context in which a parameter and its state are there.
     """
     gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-    if scaler is not None:
-        scaler.unscale_(optimizer)
+    for part in parts_of(optimizer) if scaler is not None else ():
+        scaler.unscale_(part)  # type: ignore[union-attr]
     if clipping.value is not None:
         for _, gradient in gradients:
             gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
         nn.utils.clip_grad_norm_([p for p, _ in gradients], clipping.norm, foreach=False)
     if scaler is not None:
-        scaler.step(optimizer)
+        for part in parts_of(optimizer):
+            scaler.step(part)
         scaler.update()
     elif updates is not None:
         while gradients:

@@ -122,6 +122,14 @@ class ParameterUpdates:
             return UpdateCost(tensors_bytes(existing), steps.later_bytes, seconds, num_slices)
         return UpdateCost(steps.state_bytes, steps.workspace_bytes, seconds, num_slices)
 
+    def kind(self, parameter: torch.Tensor) -> str:
+        """Return what tells an update of a parameter from those of other optimizers."""
+        return f"{type(self.optimizer)} {kinds_of_settings(self.optimizer)}"
+
+    def holds(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is one of the optimizer's."""
+        return parameter in self._group_index
+
     def begin_step(self) -> None:
         """Say that a step of the optimizer starts; call it before the step's first `apply`.
 

@@ -19,6 +19,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from packlight.capture.batch import fresh
+from packlight.capture.returned import loss_of
 from packlight.capture.step_capture import LossFunction
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator
@@ -59,7 +61,7 @@ def check_rows_independent(
     rows = num_rows(batch_of_few_rows)
     if rows < 2:
         raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
-    with _undisturbed(model), _StillNoise() as noise, torch.no_grad():
+    with undisturbed(model), StillNoise() as noise, torch.no_grad():
         whole = _loss(model, loss_fn, batch_of_few_rows, f"all {rows} rows")
         for cut in dict.fromkeys([(rows + 1) // 2, 1]):  # halves, then the first row and the rest
             parts = [
@@ -158,7 +160,7 @@ def _rows_name(start: int, stop: int) -> str:
 
 def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> float:
     try:
-        loss = float(loss_fn(model, batch))
+        loss = float(loss_of(loss_fn(model, fresh(batch))))
     except Exception as error:
         raise MicrobatchError(
             f"loss_fn fails on {name} alone: {type(error).__name__}: {error}", hint=""
@@ -169,7 +171,7 @@ def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> flo
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Let a model run in eval mode in full precision, and leave all of its state as it was."""
     modes = [(m, m.training) for m in model.modules()]
     buffers = [
@@ -195,7 +197,7 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(value)
 
 
-class _StillNoise(TorchDispatchMode):
+class StillNoise(TorchDispatchMode):
     """Lets the k-th random call give one number for all elements, the same after each `rewind`.
 
     Also notes the lowest precision in which anything was computed.
@@ -208,6 +210,7 @@ class _StillNoise(TorchDispatchMode):
         self.num_calls = 0
 
     def rewind(self) -> None:
+        """Have the next call's random numbers begin anew."""
         self.num_calls = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -37,9 +37,18 @@ def ancestors(nodes: list[fx.Node]) -> list[fx.Node]:
     return list(found)
 
 
-def loss_of(output: fx.Node, num_forward_outputs: int) -> fx.Node:
-    """Return the node of the loss: the only forward output that is no new value of an input."""
+def loss_of(output: fx.Node, num_forward_outputs: int, loss_index: int | None = None) -> fx.Node:
+    """Return the node of the loss: the only forward output that is no new value of an input.
+
+    Args:
+        output: of a joint graph.
+        num_forward_outputs: how many of its results belong to the forward.
+        loss_index: which of them is the loss, where there are others beside it.
+    """
     results = list(output.args[0])[:num_forward_outputs]  # type: ignore[arg-type]
+    if loss_index is not None and isinstance(results[loss_index], fx.Node):
+        loss: fx.Node = results[loss_index]
+        return loss
     described = list(descriptions(output) or [None] * len(results))[:num_forward_outputs]
     losses = [
         r

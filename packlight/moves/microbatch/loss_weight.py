@@ -35,6 +35,7 @@ def find_denominator(
     num_rows: int,
     leaf_of_primal: Mapping[int, int],
     real_inputs: Sequence[Any],
+    loss_index: int | None = None,
 ) -> Denominator:
     """Return what the loss of a captured step divides by.
 
@@ -44,6 +45,7 @@ def find_denominator(
         num_rows: of the batch that it was traced with.
         leaf_of_primal: index of a primal -> index of the batch's tensor (`leaves_of_primals`).
         real_inputs: real tensors behind the primals; read only where they are no parameters.
+        loss_index: which of the forward's outputs is the loss, where it returns more.
 
     Raises:
         MicrobatchError: the loss is none of the known forms; says at which operation.
@@ -52,7 +54,7 @@ def find_denominator(
     gradients = list(output.args[0])[num_forward_outputs:]
     trained = {index for index, gradient in enumerate(gradients) if gradient is not None}
     walk = _Walk(module, num_rows, leaf_of_primal, real_inputs, trained)
-    walk.visit(loss_of(output, num_forward_outputs), _Path())
+    walk.visit(loss_of(output, num_forward_outputs, loss_index), _Path())
     return walk.denominator()
 
 

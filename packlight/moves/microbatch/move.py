@@ -12,10 +12,12 @@ from packlight.capture.whole_step import Consumption
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.draft import Draft
 from packlight.moves.microbatch.batch_statistics import batch_statistics
+from packlight.moves.microbatch.extras import check_extras
 from packlight.moves.microbatch.independence import alternatives, few_rows, settle
 from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
+from packlight.torch_internals import has_gradient_hooks
 
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 
@@ -100,7 +102,7 @@ def _open_weight(draft: Draft) -> LossWeight:
         loss, rows = draft.loss, num_rows(draft.batch)
         leaf_of = leaves_of_primals(loss.arguments, draft.batch)
         return find_denominator(
-            loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments
+            loss.joint, loss.num_forward_outputs, rows, leaf_of, loss.arguments, loss.loss_index
         )
 
     return draft.once("denominator", found)
@@ -118,6 +120,16 @@ def _settled(draft: Draft) -> tuple[int, bool]:
             "the forward assigns tensors to attributes, which would be the last microbatch's",
             hint="write into registered buffers",
         )
+    changed = draft.costs.changed_parameter(loss)
+    if changed is not None:
+        raise MicrobatchError(f"the forward changes {changed!r} itself", hint="")
+    hooked = [n for n, p in request.model.named_parameters() if has_gradient_hooks(p)]
+    if hooked:
+        raise MicrobatchError(
+            f"hooks on {hooked[0]!r} and {len(hooked) - 1} other parameters are meant to be called "
+            "with the gradients of the whole batch",
+            hint="",
+        )
     rows = num_rows(draft.batch)
     statistics = batch_statistics(loss.joint, rows)
     if statistics and MICROBATCH_BATCH_NORM not in request.allow:
@@ -128,5 +140,6 @@ def _settled(draft: Draft) -> tuple[int, bool]:
     weight = _open_weight(draft)
     # Few rows: this forward is eager PyTorch's and in nobody's plan.
     rows_looked_at = few_rows(draft.batch, weight, max_rows=2 if rows <= 8 else 4)
+    check_extras(request.model, draft.loss_fn, rows_looked_at)
     chosen = settle(request.model, draft.loss_fn, rows_looked_at, weight)
     return alternatives(weight).index(chosen), bool(statistics)

@@ -9,7 +9,6 @@ a few rows (independence.py).
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from packlight.capture.batch import children
+from packlight.capture.batch import children, rebuilt
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator
 from packlight.torch_internals import storage_identity
@@ -115,7 +114,7 @@ def take_rows(batch: Any, rows: slice | torch.Tensor) -> Any:
             for _, x in _leaves(batch, "batch")
         ]
     )
-    return _rebuild(batch, leaves)
+    return rebuilt(batch, leaves)
 
 
 def _has_rows(leaf: Any) -> bool:
@@ -149,23 +148,6 @@ def _refuse_hidden_tensors(leaf: Any, path: str) -> None:
                 f"is a {type(leaf).__name__}, whose tensor {name!r} cannot be cut",
                 "put the tensors into a dict, a tuple, a list or a dataclass",
             )
-
-
-def _rebuild(batch: Any, leaves: Iterator[Any]) -> Any:
-    """Return a container of the same type with other leaves."""
-    held = children(batch)
-    if held is None:
-        return next(leaves)
-    values = [_rebuild(value, leaves) for _, _, value in held]
-    if isinstance(batch, tuple):
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    rebuilt = copy.copy(batch)
-    for (_, key, _), value in zip(held, values, strict=True):
-        if hasattr(batch, "__getitem__"):
-            rebuilt[key] = value
-        else:
-            object.__setattr__(rebuilt, key, value)  # a dataclass may be frozen
-    return rebuilt
 
 
 # -- weights
