@@ -29,8 +29,18 @@ from packlight.capture.dynamo import (
     returned_place,
     specialize,
 )
+from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import aot_compiler, quick_tracing, storage_identity, with_own_cache
+
+NOT_COMPILED = (
+    "torch.compile is switched off here, so no planned step can run: a torch dispatch mode is on, "
+    "or torch.compiler.set_stance('force_eager')\nhint: call the step without that"
+)
+INSIDE_COMPILED = (
+    "a planned step cannot be traced into another compiled function\n"
+    "hint: call it outside, or from a function under torch.compiler.disable"
+)
 
 LossFunction = Callable[[nn.Module, Any], torch.Tensor]
 
@@ -163,7 +173,10 @@ class StepCapture:
         Raises:
             CapturedAgainError: the model or the loss function changed in a way that the traced
                 graph depends on; `capture` must be called again.
+            UnsupportedModelError: torch.compile is switched off here: nothing has run.
         """
+        if torch.compiler.is_compiling():  # inside another traced function, which leaves it alone
+            raise UnsupportedModelError(INSIDE_COMPILED)
         try:
             with plain_errors(), torch.enable_grad():
                 loss: torch.Tensor = self._compiled(self.loss_fn, self.model, batch)
@@ -176,6 +189,7 @@ class StepCapture:
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
         specialize(inputs)
+        guard_what_dynamo_trusts(module)
         entry = self._entry = _Entry(loss_place=returned_place(module))
         self._entries.append(entry)
         key = kept.key_of(module, inputs)
@@ -201,6 +215,8 @@ class StepCapture:
 
 
 def _traced_loss(loss_fn: LossFunction, model: nn.Module, batch: Any) -> torch.Tensor:
+    if not torch.compiler.is_compiling():  # known while tracing: not a part of the traced call
+        raise UnsupportedModelError(NOT_COMPILED)
     return loss_fn(model, batch)
 
 
