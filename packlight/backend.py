@@ -26,6 +26,7 @@ from packlight.capture.dynamo import (
     refuse_graph_break,
     specialize,
 )
+from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.joint import JointStep, read_joint_graph
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
@@ -106,6 +107,7 @@ class PacklightBackend:
         """Compile one graph."""
         refuse_graph_break()
         specialize(example_inputs)
+        guard_what_dynamo_trusts(module)
         self._example_inputs = example_inputs
         with native_upsampling():
             compiled = aot_compiler(_boxed, self._partition)(module, example_inputs)

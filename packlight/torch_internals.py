@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -40,6 +40,66 @@ def trace_through(functions: Iterable[Callable[..., Any]]) -> None:
 
     config.ignore_logging_functions.update(functions)
     config.allow_rnn = True
+
+
+def guard_hooks_and_aliases() -> None:
+    """Have dynamo guard what it skips to save time: modules' hooks, and which tensors are one.
+
+    Relied upon: two settings, read when guards are made.
+    """
+    from torch._dynamo import config
+
+    config.skip_nnmodule_hook_guards = False
+    config.skip_no_tensor_aliasing_guards_on_parameters = False
+
+
+def guard_on(make_check: Callable[[], Callable[[], bool]]) -> None:
+    """Have dynamo ask a question at every call of the graph that a backend is being called with.
+
+    Relied upon: guards may be installed while a backend is called; a guard's `create_fn` gets the
+    builder, whose root manager takes a function of the frame's locals.
+
+    Args:
+        make_check: called when the guards are made; what it returns is asked at every call, and
+            where that is false, the graph is traced anew.
+    """
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard
+
+    def create(builder: Any, guard: Any) -> None:
+        check = make_check()
+        words = ["what Packlight's trace depends on"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: check(), words, guard.user_stack)
+
+    install_guard(Guard(GlobalStateSource(), create))
+
+
+def traced_call() -> tuple[dict[str, Any], set[CodeType]] | None:
+    """Return the arguments by name of the call being compiled, and all code that was traced.
+
+    Relied upon: a backend is called with the translator at work (an AttributeError where there is
+    none), whose output knows the outermost frame, its locals and the code that was inlined.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return None  # not called by dynamo
+    return output.root_tx.f_locals, set(output.traced_code)
+
+
+def hooks_of_all_modules() -> list[int]:
+    """Return the numbers of the hooks that torch runs for every module, new ones for new hooks.
+
+    Relied upon: torch keeps them in dictionaries of the module, by numbers that it counts on.
+    """
+    kept = nn.modules.module
+    return [
+        *kept._global_forward_pre_hooks, *kept._global_forward_hooks,
+        *kept._global_backward_pre_hooks, *kept._global_backward_hooks,
+    ]
 
 
 def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -348,9 +348,127 @@ def test_rows_that_depend_on_one_another_are_observed(loss_fn: Loss) -> None:
         settle(net(), loss_fn, few_rows(batch_of(NUM), "rows"), "rows")
 
 
+class DividedByNorm(torch.autograd.Function):
+    """Divides its gradient by the norm over the batch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] / gradients[0].norm()
+
+
+class DividedByRows(torch.autograd.Function):
+    """Divides its gradient by the number of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] / len(gradients[0])
+
+
+class Reversed(torch.autograd.Function):
+    """Turns its gradient round, row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return -gradients[0]
+
+
+def hooked(hook: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def through(hidden: torch.Tensor) -> torch.Tensor:
+        if hidden.requires_grad:
+            hidden.register_hook(hook)
+        return hidden
+
+    return through
+
+
+def straight_through(hidden: torch.Tensor) -> torch.Tensor:
+    """The values as they are, with gradients of values normalised over the batch."""
+    normalised = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-3).sqrt()
+    return hidden.detach() + normalised - normalised.detach()
+
+
+class Words(nn.Module):
+    """An embedding between two layers through which gradients go back as `through` has it."""
+
+    def __init__(self, through: Any = lambda hidden: hidden, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.last = nn.Embedding(6, 4, **settings), nn.Linear(4, 5)
+        self.through = through
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.through(self.embedding((x > 0).long().sum(-1)))
+        return self.last(hidden)
+
+
+COUPLED_BACKWARDS: dict[str, Callable[[], nn.Module]] = {
+    "gradients divided by an index's frequency": lambda: Words(scale_grad_by_freq=True),
+    "gradients divided by their norm": lambda: Words(DividedByNorm.apply),
+    "gradients divided by their rows": lambda: Words(DividedByRows.apply),
+    "gradients centred by a hook": lambda: Words(hooked(lambda g: g - g.mean(0))),
+    "gradients scaled by a hook": lambda: Words(hooked(lambda g: g / (g.abs().max() + 1e-6))),
+    "a straight-through estimate": lambda: Words(straight_through),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED_BACKWARDS)
+def test_rows_that_depend_on_one_another_in_the_backward_are_observed(name: str) -> None:
+    model, loss_fn = COUPLED_BACKWARDS[name](), LOSSES["cross entropy"]
+    with pytest.raises(MicrobatchError, match="depend on one another in the backward"):
+        settle(model, loss_fn, few_rows(batch_of(NUM), "rows"), "rows")
+
+
+@pytest.mark.parametrize("name", COUPLED_BACKWARDS)
+def test_their_gradients_do_differ(name: str) -> None:
+    model, loss_fn, batch = COUPLED_BACKWARDS[name](), LOSSES["cross entropy"], batch_of(NUM)
+    with pytest.raises(AssertionError):
+        assert_weighted_gradients_are_the_batches(model, loss_fn, batch, 4, "rows")
+
+
+@pytest.mark.parametrize(
+    "through", [Reversed.apply, hooked(lambda g: g.clamp(-0.02, 0.02)), hooked(lambda g: g * 3)],
+    ids=["reversed", "clamped", "scaled"],
+)
+def test_backwards_that_look_at_rows_alone_are_let_through(through: Any) -> None:
+    model, loss_fn, batch = Words(through), LOSSES["cross entropy"], batch_of(NUM)
+    assert settle(model, loss_fn, few_rows(batch, "rows"), "rows") == "rows"
+    assert_weighted_gradients_are_the_batches(model, loss_fn, batch, 4, "rows")
+
+
+def test_gradients_that_are_there_are_left_alone_and_large_ones_compared_folded() -> None:
+    from packlight.moves.microbatch.gradient_sums import FOLDED_ELEMENTS, folded_gradients
+
+    model = nn.Linear(FOLDED_ELEMENTS // 100, 300)
+    weight = model.weight
+    weight.grad = before = torch.ones_like(weight)
+    x = torch.randn(2, weight.shape[1])
+    folded = folded_gradients(model, model(x).square().sum(), 0.5)
+    assert weight.grad is before and torch.equal(before, torch.ones_like(before))
+    weight.grad = None
+    model(x).square().sum().mul(0.5).backward()
+    assert weight.grad is not None
+    flat = weight.grad.flatten().double()  # type: ignore[unreachable]
+    flat = F.pad(flat, (0, -len(flat) % FOLDED_ELEMENTS)).view(-1, FOLDED_ELEMENTS)
+    torch.testing.assert_close(folded["weight"], flat.sum(0), rtol=1e-5, atol=1e-3)
+    assert model.bias.grad is not None
+    torch.testing.assert_close(folded["bias"], model.bias.grad.double())
+
+
 def test_wrong_weights_are_observed() -> None:
     batch = few_rows(batch_of(NUM), "rows")
-    with pytest.raises(MicrobatchError, match=r"cut before row 2 .* = 1\.065"):
+    with pytest.raises(MicrobatchError, match=r"cut before row 2 .* = 1\.035"):
         check_rows_independent(
             net(), LOSSES["mse"], batch, lambda parts: loss_weights("sum", parts)
         )
@@ -432,7 +550,9 @@ def test_few_rows_differ_and_count() -> None:
     batch["x"][:6], batch["z"][:6], batch["y"][:6], batch["mask"][:6] = 0, 0, 1, 1
     batch["mask"][6], batch["mask"][7] = 2, 0
     rows = few_rows(batch, lambda b: b["mask"].sum())
-    assert rows["mask"].tolist() == [0, 1, 2], "one that does not count, one of six equal ones"
+    assert rows["mask"].tolist() == [0, 1, 2, 1], (
+        "one that does not count, one of six equal ones, another, and one of them again"
+    )
 
 
 # -- batch statistics

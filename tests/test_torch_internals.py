@@ -198,6 +198,69 @@ def test_hooks_of_a_parameter_are_those_that_autograd_calls() -> None:
     ours.grad = inside.through_hooks(ours, torch.tensor([2.0, 5.0]))
     inside.after_accumulation(ours)
     assert torch.equal(theirs.grad, ours.grad) and torch.equal(*seen)
+def test_dynamo_guards_hooks_and_aliases_where_it_is_told_to() -> None:
+    from torch._dynamo import config
+
+    inside.guard_hooks_and_aliases()
+    calls: list[Any] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        calls.append(module)
+        return module.forward
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    run, x = compiled(lambda x: model(x), backend), torch.ones(2, 3)
+    run(x), run(x)
+    assert len(calls) == 1
+    model[0].register_forward_hook(lambda module, inputs, output: output * 2)
+    assert torch.equal(run(x), model(x)) and len(calls) == 2
+    assert config.skip_no_tensor_aliasing_guards_on_parameters is False
+    model[1].weight = model[0].weight
+    run(x)
+    assert len(calls) == 3
+
+
+def test_a_backend_adds_a_question_that_every_call_asks() -> None:
+    answers, known = [True], []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        known.append(inside.traced_call())
+        inside.guard_on(lambda: lambda: answers[0])
+        return module.forward
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    def outer(named: torch.Tensor) -> torch.Tensor:
+        return inner(named) + 1
+
+    run, x = compiled(outer, backend), torch.ones(3)
+    run(x), run(x)
+    assert len(known) == 1
+    arguments, codes = known[0]
+    assert list(arguments) == ["named", "inner"] and arguments["inner"] is inner
+    assert {outer.__code__, inner.__code__} <= codes
+    assert inside.traced_call() is None
+    answers[0] = False
+    with pytest.raises(AssertionError):  # the new trace does not hold either: dynamo says so
+        run(x)
+
+
+def test_hooks_of_all_modules_have_numbers() -> None:
+    from torch.nn.modules import module as all_modules
+
+    before = inside.hooks_of_all_modules()
+    handles = [
+        all_modules.register_module_forward_pre_hook(lambda module, inputs: None),
+        all_modules.register_module_forward_hook(lambda module, inputs, output: None),
+        all_modules.register_module_full_backward_pre_hook(lambda module, outputs: None),
+        all_modules.register_module_full_backward_hook(lambda module, inputs, outputs: None),
+    ]
+    now = inside.hooks_of_all_modules()
+    for handle in handles:
+        handle.remove()
+    assert len(now) == len(before) + len(handles) == len(set(now))
+    assert inside.hooks_of_all_modules() == before
 
 
 def test_errors_of_a_backend_and_of_a_trace_say_what_is_read_from_them() -> None:

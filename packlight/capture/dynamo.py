@@ -21,6 +21,7 @@ from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     dynamo_errors,
     graph_break,
+    guard_hooks_and_aliases,
     returned_names,
     trace_through,
     undecomposed,
@@ -46,6 +47,7 @@ def prepare_dynamo() -> None:
     names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
     methods = (getattr(logging.Logger, name, None) for name in names)
     trace_through(m for m in methods if m is not None)
+    guard_hooks_and_aliases()
 
 
 def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:

@@ -25,6 +25,7 @@ from torch import fx
 
 from packlight.capture.aot import GraphData
 from packlight.capture.fakes import fake_tensor
+from packlight.capture.guards import kernel_switches
 from packlight.costs.cache import cache_directory, instruction_set
 from packlight.costs.measure import real_tensors
 from packlight.torch_internals import (
@@ -32,7 +33,6 @@ from packlight.torch_internals import (
     description_class,
     is_fake,
     storage_identity,
-    tracing_settings,
 )
 
 FORMAT_VERSION = 1
@@ -70,7 +70,6 @@ def key_of(module: fx.GraphModule, inputs: Sequence[Any]) -> str | None:
 
 def _settings() -> list[Any]:
     """Return everything beside graph and inputs that decides what is traced."""
-    cuda = torch.backends.cuda
     return [
         FORMAT_VERSION, torch.__version__, torch.version.git_version,
         instruction_set(torch.device("cpu")),
@@ -78,9 +77,7 @@ def _settings() -> list[Any]:
         [[d, torch.is_autocast_enabled(d), str(torch.get_autocast_dtype(d))]
          for d in ("cpu", "cuda")],
         torch.is_grad_enabled(), torch.is_inference_mode_enabled(), str(torch.get_default_dtype()),
-        torch.are_deterministic_algorithms_enabled(), torch.backends.mkldnn.enabled,
-        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(), *tracing_settings(),
+        torch.are_deterministic_algorithms_enabled(), kernel_switches(),
     ]
 
 

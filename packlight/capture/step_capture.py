@@ -32,6 +32,7 @@ from packlight.capture.dynamo import (
     returned_places,
     specialize,
 )
+from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.returned import detached
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
@@ -45,6 +46,14 @@ from packlight.torch_internals import (
 
 # So many traced calls are remembered for batches of the same tensors.
 MOST_ENTRIES = 32
+NOT_COMPILED = (
+    "torch.compile is switched off here, so no planned step can run: a torch dispatch mode is on, "
+    "or torch.compiler.set_stance('force_eager')\nhint: call the step without that"
+)
+INSIDE_COMPILED = (
+    "a planned step cannot be traced into another compiled function\n"
+    "hint: call it outside, or from a function under torch.compiler.disable"
+)
 
 # Returns a scalar tensor, or a tuple that begins with one.
 LossFunction = Callable[[nn.Module, Any], Any]
@@ -224,7 +233,10 @@ class StepCapture:
         Raises:
             CapturedAgainError: the traced call depends on something that is not as it was for this
                 program; `capture` must be called, or another program be made ready.
+            UnsupportedModelError: torch.compile is switched off here: nothing has run.
         """
+        if torch.compiler.is_compiling():  # inside another traced function, which leaves it alone
+            raise UnsupportedModelError(INSIDE_COMPILED)
         self._expected = program
         try:
             with plain_errors(), torch.enable_grad(), _tracing():
@@ -237,6 +249,7 @@ class StepCapture:
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
         specialize(inputs)
+        guard_what_dynamo_trusts(module)
         entry = self._entry = _Entry(returned=returned_places(module))
         self._entries.append(entry)
         if entry.returned.loss is not None:
@@ -272,6 +285,8 @@ def _tracing() -> Iterator[None]:
 def _traced_loss(
     loss_fn: LossFunction, model: nn.Module, batch: Any, dicts: Dicts | None
 ) -> Any:
+    if not torch.compiler.is_compiling():  # known while tracing: not a part of the traced call
+        raise UnsupportedModelError(NOT_COMPILED)
     return detached(loss_fn(model, own(batch, dicts)))
 
 

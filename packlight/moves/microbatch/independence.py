@@ -8,10 +8,12 @@ number of a call is the same one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from packlight.capture.returned import loss_of
 from packlight.capture.step_capture import LossFunction
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator
+from packlight.moves.microbatch.gradient_sums import folded_gradients, largest_difference
 from packlight.moves.microbatch.split import (
     LossWeight,
     loss_weights,
@@ -44,8 +47,9 @@ def check_rows_independent(
 ) -> None:
     """Compare the loss of a few rows with the weighted losses of their parts, cut at two places.
 
-    Runs in eval mode (batch norm in training mode is `batch_statistics`' business) without
-    gradients; modes, buffers and generators are as before afterwards.
+    Gradients of parameters are compared with those of single rows. Runs in eval mode (batch norm in
+    training mode is `batch_statistics`' business); modes, buffers, gradients and generators are as
+    before afterwards.
 
     Args:
         model: any.
@@ -56,40 +60,85 @@ def check_rows_independent(
     Raises:
         MicrobatchError: they differ; says by how much.
 
-    Cost: forward passes over three times the rows.
+    Cost: forward passes over five times the rows, backward passes over twice of them.
     """
     rows = num_rows(batch_of_few_rows)
     if rows < 2:
         raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
-    with undisturbed(model), StillNoise() as noise, torch.no_grad():
-        whole = _loss(model, loss_fn, batch_of_few_rows, f"all {rows} rows")
-        for cut in dict.fromkeys([(rows + 1) // 2, 1]):  # halves, then the first row and the rest
-            parts = [
-                take_rows(batch_of_few_rows, slice(0, cut)),
-                take_rows(batch_of_few_rows, slice(cut, rows)),
-            ]
-            weights = weights_fn(parts)
-            losses = []
-            for part, weight, name in zip(
-                parts, weights, (_rows_name(0, cut), _rows_name(cut, rows)), strict=True
-            ):
-                noise.rewind()
-                losses.append(_loss(model, loss_fn, part, name) if weight else 0.0)
-            products = [w * x for w, x in zip(weights, losses, strict=True)]
-            scale = max(abs(whole), *map(abs, products))
-            difference = abs(whole - sum(products))
-            tolerance = TOLERANCES.get(noise.precision, 3e-2)
-            if not difference <= tolerance * scale:
-                described = " + ".join(
-                    f"{w:.6g} * {x:.7g}" for w, x in zip(weights, losses, strict=True)
-                )
-                raise MicrobatchError(
-                    f"{rows} rows have the loss {whole:.7g}, but cut before row {cut} their parts "
-                    f"add up to {described} = {sum(products):.7g} ({difference / scale:.2g} off, "
-                    f"{tolerance:g} allowed): rows depend on one another, or the weights are wrong",
-                    hint="if rows are meant to (contrastive loss, load balancing), a batch has to "
-                    "run as a whole; if not, pass loss_weight=, " + MicrobatchError.WEIGHTS,
-                )
+    cuts = dict.fromkeys([(rows + 1) // 2, 1])  # halves, then the first row and the rest
+    with undisturbed(model), StillNoise() as noise:
+        few = _FewRows(model, loss_fn, batch_of_few_rows, rows, weights_fn, noise)
+        with torch.no_grad():
+            whole = few.loss(batch_of_few_rows, f"all {rows} rows")
+            for cut in cuts:
+                few.compare_losses(whole, cut)
+        with torch.enable_grad():
+            few.compare_gradients()
+
+
+@dataclass(frozen=True)
+class _FewRows:
+    """The rows that are looked at, and what is compared."""
+
+    model: nn.Module
+    loss_fn: LossFunction
+    batch: Any
+    num_rows: int
+    weights_fn: WeightsFunction
+    noise: StillNoise
+
+    def loss(self, batch: Any, name: str) -> torch.Tensor:
+        """Return the loss of some of the rows, with the same noise every time."""
+        self.noise.rewind()
+        return _loss(self.model, self.loss_fn, batch, name)
+
+    def parts(self, *cuts: int) -> list[tuple[Any, float, str]]:
+        """Return the parts of the rows between cuts, their weights, and what they are called."""
+        bounds = list(pairwise((0, *cuts, self.num_rows)))
+        parts = [take_rows(self.batch, slice(*bound)) for bound in bounds]
+        names = [_rows_name(*bound) for bound in bounds]
+        return list(zip(parts, self.weights_fn(parts), names, strict=True))
+
+    def compare_losses(self, whole: torch.Tensor, cut: int) -> None:
+        """Raise if the weighted losses of the parts do not add up to the whole's."""
+        expected, terms = float(whole), []
+        for part, weight, name in self.parts(cut):
+            terms.append((weight, float(self.loss(part, name)) if weight else 0.0))
+        total = sum(weight * loss for weight, loss in terms)
+        scale = max(abs(expected), *(abs(weight * loss) for weight, loss in terms))
+        difference, tolerance = abs(expected - total), self._tolerance
+        if not difference <= tolerance * scale:
+            described = " + ".join(f"{weight:.6g} * {loss:.7g}" for weight, loss in terms)
+            raise MicrobatchError(
+                f"{self.num_rows} rows have the loss {expected:.7g}, but cut before row {cut} "
+                f"their parts add up to {described} = {total:.7g} ({difference / scale:.2g} off, "
+                f"{tolerance:g} allowed): rows depend on one another, or the weights are wrong",
+                hint="if rows are meant to (contrastive loss, load balancing), a batch has to "
+                "run as a whole; if not, pass loss_weight=, " + MicrobatchError.WEIGHTS,
+            )
+
+    def compare_gradients(self) -> None:
+        """Raise if the gradients of the rows' weighted losses do not add up to the whole's."""
+        whole = (self.batch, 1.0, f"all {self.num_rows} rows")
+        found = [
+            folded_gradients(self.model, self.loss(part, name), weight)
+            for part, weight, name in (whole, *self.parts(*range(1, self.num_rows)))
+            if weight
+        ]
+        tolerance = math.sqrt(self._tolerance)  # ties may fall otherwise
+        worst = largest_difference(found[0], found[1:], tolerance)
+        if worst is not None:
+            raise MicrobatchError(
+                f"{self.num_rows} rows have the loss of the rows alone, but their gradient of "
+                f"{worst[0]!r} is another ({worst[1]:.2g} off, {tolerance:.2g} allowed): rows "
+                "depend on one another in the backward",
+                hint="where a hook or a backward of one's own looks at the batch, or gradients of "
+                "an embedding are divided by how often an index occurs, it has to run as a whole",
+            )
+
+    @property
+    def _tolerance(self) -> float:
+        return TOLERANCES.get(self.noise.precision, 3e-2)
 
 
 def alternatives(loss_weight: LossWeight) -> list[LossWeight]:
@@ -123,14 +172,14 @@ def settle(
 
 
 def few_rows(batch: Any, loss_weight: LossWeight, max_rows: int = 4) -> Any:
-    """Return a batch of a few rows that differ (where any do), for `check_rows_independent`.
+    """Return a batch of a few rows for `check_rows_independent`: different ones, and one again.
 
     If there is a row that weighs nothing, it comes first: that its loss is nothing is checked, too.
 
     Args:
         batch: its first 16 rows are looked at.
         loss_weight: among the rows that weigh something, different weights are preferred.
-        max_rows: how many at most, at least 3.
+        max_rows: how many at most, at least 2, or 3 if a row weighs nothing.
 
     Raises:
         BatchError: fewer than two rows count.
@@ -149,24 +198,28 @@ def few_rows(batch: Any, loss_weight: LossWeight, max_rows: int = 4) -> Any:
         raise BatchError("batch", None, f"has {len(kept)} rows that count; 2 are needed", "")
     kept = sorted(kept, key=lambda i: weights[i])
     weightless = [i for i in indices if weights[i] == 0][:1]
-    last = min(max_rows - len(weightless), len(kept)) - 1
+    room = max_rows - len(weightless)
+    # Where there are three, the last is the first one again: what counts equal values (an index
+    # that occurs twice, a label) would see no other row in a few.
+    last = max(1, min(room - 1, len(kept)) - 1)
     chosen = sorted(kept[round(k * (len(kept) - 1) / last)] for k in range(last + 1))
-    return take_rows(batch, torch.tensor(weightless + chosen))
+    again = chosen[:1] if room > len(chosen) else []
+    return take_rows(batch, torch.tensor(weightless + chosen + again))
 
 
 def _rows_name(start: int, stop: int) -> str:
     return f"row {start}" if stop == start + 1 else f"rows {start} to {stop - 1}"
 
 
-def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> float:
+def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> torch.Tensor:
     try:
-        loss = float(loss_of(loss_fn(model, fresh(batch))))
+        loss = loss_of(loss_fn(model, fresh(batch)))
     except Exception as error:
         raise MicrobatchError(
             f"loss_fn fails on {name} alone: {type(error).__name__}: {error}", hint=""
         ) from error
-    if not abs(loss) < float("inf"):
-        raise MicrobatchError(f"the loss of {name} is {loss}: nothing can be compared")
+    if not abs(value := float(loss.detach())) < math.inf:
+        raise MicrobatchError(f"the loss of {name} is {value}: nothing can be compared")
     return loss
 
 

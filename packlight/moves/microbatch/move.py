@@ -138,8 +138,8 @@ def _settled(draft: Draft) -> tuple[int, bool]:
             hint=f"allow={{{MICROBATCH_BATCH_NORM!r}}} lets them normalise over microbatches",
         )
     weight = _open_weight(draft)
-    # Few rows: this forward is eager PyTorch's and in nobody's plan.
-    rows_looked_at = few_rows(draft.batch, weight, max_rows=2 if rows <= 8 else 4)
+    # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
+    rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
     check_extras(request.model, draft.loss_fn, rows_looked_at)
     chosen = settle(request.model, draft.loss_fn, rows_looked_at, weight)
     return alternatives(weight).index(chosen), bool(statistics)

@@ -1,0 +1,92 @@
+"""What a trace depends on and dynamo does not look at, put among dynamo's guards.
+
+Dynamo guards the tree of modules, their attributes, modes and hooks, what functions close over, and
+most of torch's switches. It trusts that classes keep their methods, that nobody registers a hook
+for all modules, and that the switches between kernels stay. Where one of these changes, the step is
+another one, and has to be traced and planned anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from packlight.torch_internals import (
+    guard_on,
+    hooks_of_all_modules,
+    modules_around,
+    traced_call,
+    tracing_settings,
+)
+
+# What calling a module looks up on its class, traced or not.
+CALLED = ("__call__", "_call_impl", "__getattr__", "forward")
+
+
+def guard_what_dynamo_trusts(module: fx.GraphModule) -> None:
+    """Have the graph that is being compiled traced anew as soon as something trusted changes.
+
+    Args:
+        module: from dynamo, in a backend's call.
+
+    Cost: some 5 microseconds for each call of what is compiled, and 0.2 for each traced method.
+    """
+    call = traced_call()
+    if call is None:
+        return  # nobody would ask
+    arguments, codes = call
+    kinds = {*_kinds_in_graph(module), *_kinds_in_arguments(arguments)}
+    methods = sorted({(kind, name) for kind in kinds for name in _methods(kind, codes)}, key=str)
+
+    def make_check() -> Callable[[], bool]:
+        expected = _trusted(methods)
+        return lambda: _trusted(methods) == expected
+
+    guard_on(make_check)
+
+
+def kernel_switches() -> list[Any]:
+    """Return the switches of torch that decide which operators a call is traced into."""
+    cuda = torch.backends.cuda
+    return [
+        torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled,
+        cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled(), tracing_settings(),
+    ]
+
+
+def _trusted(methods: list[tuple[type, str]]) -> list[Any]:
+    found = [getattr(kind, name, None) for kind, name in methods]
+    codes = [getattr(method, "__code__", None) for method in found]
+    return [kernel_switches(), hooks_of_all_modules(), found, codes]
+
+
+def _kinds_in_graph(module: fx.GraphModule) -> Iterator[type]:
+    """Yield the classes of the modules that calls of a graph were traced in."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.nodes:
+                yield from (kind for _, kind in modules_around(node) if isinstance(kind, type))
+
+
+def _kinds_in_arguments(arguments: dict[str, Any]) -> Iterator[type]:
+    """Yield the classes of the modules that a traced function is given, and of what they hold."""
+    for leaf in pytree.tree_leaves(arguments):
+        if isinstance(leaf, nn.Module):
+            for module in leaf.modules():
+                yield from (type(module), *map(type, vars(module).values()))
+
+
+def _methods(kind: type, codes: set[CodeType]) -> Iterator[str]:
+    """Yield the names of a class's methods that were traced."""
+    for name, value in ((n, v) for base in kind.__mro__ for n, v in vars(base).items()):
+        function = getattr(value, "__func__", value)  # class methods and static ones
+        if isinstance(function, FunctionType) and function.__code__ in codes:
+            yield name
+    if issubclass(kind, nn.Module):
+        yield from CALLED
