@@ -13,6 +13,7 @@ from torch import nn
 
 import packlight
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError
+from packlight.moves.microbatch import move as microbatch_move
 from packlight.moves.microbatch.move import Microbatch
 from packlight.search.plan_way import Moves
 from packlight.search.search import Search
@@ -291,6 +292,36 @@ def test_a_contrastive_loss_is_refused() -> None:
     batch = {"tokens": BATCHES[0]["tokens"]}
     assert step(batch).item() == eager.step(batch).item()
     assert_same_bits(mine, eager)
+
+
+def test_rows_are_compared_once_for_a_graph_and_always_for_a_weight_of_the_users_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked_at = []
+    settle = microbatch_move.settle
+
+    def noted(*arguments: Any) -> Any:
+        looked_at.append(arguments)
+        return settle(*arguments)
+
+    monkeypatch.setattr(microbatch_move, "settle", noted)
+
+    def looks(loss_fn: LossFunction, batch: Batch, **options: Any) -> int:
+        mine, _ = twins(tokens(), loss_fn, sgd)
+        before = len(looked_at)
+        fit(mine, batch, 0.6, **options)
+        return len(looked_at) - before
+
+    def doubled(model: nn.Module, batch: Batch) -> torch.Tensor:
+        return 2 * mean_over_tokens(model, batch)
+
+    assert looks(mean_over_tokens, BATCHES[0]) == 1
+    assert looks(mean_over_tokens, BATCHES[0]) == 0
+    assert looks(doubled, BATCHES[0]) == 1
+    assert looks(mean_over_tokens, batch_of(rows=12)) == 1
+    weight = {"loss_weight": lambda batch: (batch["labels"] != IGNORED).sum()}
+    assert looks(mean_over_tokens, BATCHES[0], **weight) == 1
+    assert looks(mean_over_tokens, BATCHES[0], **weight) == 1
 
 
 def test_leaves_that_disagree_run_as_a_whole_and_are_named_where_they_cannot() -> None:

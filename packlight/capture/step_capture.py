@@ -72,6 +72,7 @@ class CapturedLoss:
             the forward assigns to attributes.
         extras: which of those the loss function returns beside the loss.
         arguments: the real primals of the captured call, in order.
+        key: what tells the traced graph from any other (see kept.py); None where nothing does.
     """
 
     joint: fx.GraphModule
@@ -81,6 +82,7 @@ class CapturedLoss:
     returned: tuple[int, ...]
     extras: tuple[int, ...]
     arguments: list[Any]
+    key: str | None = None
 
     @property
     def same_as_primal(self) -> dict[int, int]:
@@ -136,6 +138,7 @@ class _Entry:
     arguments: list[Any] = field(default_factory=list)
     program: Program | None = None
     is_taken: bool = False
+    key: str | None = None
 
 
 class StepCapture:
@@ -201,7 +204,8 @@ class StepCapture:
         _check_arguments(primals, arguments, len(placeholders))
         extras = tuple(returned[place] for place in self._entry.returned.extras)
         return CapturedLoss(
-            joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments
+            joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments,
+            self._entry.key,
         )
 
     def _trace(self, batch: Any) -> None:
@@ -254,7 +258,7 @@ class StepCapture:
         self._entries.append(entry)
         if entry.returned.loss is not None:
             detach_all_but(module, entry.returned.loss)
-        key = kept.key_of(module, inputs)
+        key = entry.key = kept.key_of(module, inputs)
         entry.joint = None if key is None else kept.load(key)
         if entry.joint is None:
             entry.joint = _joint_graph(module, inputs)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from packlight.capture.whole_step import Consumption
+from packlight.costs.cache import Cache
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.draft import Draft
 from packlight.moves.microbatch.batch_statistics import batch_statistics
+from packlight.moves.microbatch.denominator import Denominator
 from packlight.moves.microbatch.extras import check_extras
 from packlight.moves.microbatch.independence import alternatives, few_rows, settle
 from packlight.moves.microbatch.loss_weight import find_denominator
@@ -138,8 +140,30 @@ def _settled(draft: Draft) -> tuple[int, bool]:
             hint=f"allow={{{MICROBATCH_BATCH_NORM!r}}} lets them normalise over microbatches",
         )
     weight = _open_weight(draft)
-    # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
-    rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
-    check_extras(request.model, draft.loss_fn, rows_looked_at)
-    chosen = settle(request.model, draft.loss_fn, rows_looked_at, weight)
-    return alternatives(weight).index(chosen), bool(statistics)
+    return _observed_weight(draft, weight), bool(statistics)
+
+
+def _observed_weight(draft: Draft, weight: LossWeight) -> int:
+    """Return which alternative of a weight a few rows agree with; of a graph, found out once.
+
+    Raises:
+        MicrobatchError: none.
+    """
+    rows, key = num_rows(draft.batch), draft.loss.key
+
+    def observe() -> int:
+        # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
+        rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
+        check_extras(draft.request.model, draft.loss_fn, rows_looked_at)
+        chosen = settle(draft.request.model, draft.loss_fn, rows_looked_at, weight)
+        return alternatives(weight).index(chosen)
+
+    if key is None or not isinstance(weight, (str, Denominator)):
+        return observe()
+    cache = Cache("rows", draft.costs.device)
+    # A denominator that was found is read from the graph.
+    question = f"{key} {rows} rows, {weight if isinstance(weight, str) else 'found'}"
+    if question not in cache:
+        cache[question] = observe()
+        cache.save()
+    return int(cache[question])
