@@ -27,7 +27,8 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.capture.guards import guard_what_dynamo_trusts
-from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.joint import JointStep
+from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler

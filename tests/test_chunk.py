@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.joint import JointStep
+from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.profiler import CallProfiler
 from packlight.moves.chunk.rewrite import LATE_KEY, Region, chunked, find_heads
 from packlight.planner.plain import plain_schedule

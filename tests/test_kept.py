@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from packlight.capture import kept, step_capture
-from packlight.capture.joint import read_joint_graph
+from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.step_capture import CapturedLoss, StepCapture
 from packlight.costs.measure import CallFacts, call_signature, observe_call, same_bits
 from tests.models import FAMILIES, make

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import packlight
-from packlight.capture.joint import read_joint_graph
+from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.moves.pack import Pack, pack_bits, unpack_bits, with_packed_buffers

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from packlight.capture.joint import JointStep, read_joint_graph
+from packlight.capture.joint import JointStep
+from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.step_capture import StepCapture
 from packlight.capture.whole_step import Consumer, Consumption, whole_step
 from packlight.costs.profiler import CallProfiler

@@ -38,6 +38,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     ("rewriting graphs", "packlight/capture/chunk", ""),
     ("rewriting graphs", "packlight/capture/pack.py", ""),
     ("rewriting graphs", "packlight/capture/batch", ""),
+    ("reading joint graphs", "packlight/capture/read_joint.py", ""),
     ("reading joint graphs", "packlight/capture/joint.py", ""),
     ("completing the step", "packlight/capture/whole_step.py", ""),
     ("completing the step", "packlight/runtime/whole_step.py", ""),

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from packlight.capture.batch import fresh
-from packlight.capture.joint import read_joint_graph
+from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.step_capture import LossFunction, StepCapture
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.cache import device_name
