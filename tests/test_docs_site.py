@@ -57,6 +57,14 @@ def test_every_public_name_is_in_the_reference(module: str) -> None:
     assert described(module) == public
 
 
+def test_every_name_in_the_reference_exists() -> None:
+    names = re.findall(r"^::: ([\w.]+)$", REFERENCE, re.MULTILINE)
+    assert len(names) > 50 and len(names) == len(set(names))
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
+
+
 def test_every_error_is_in_the_reference_and_in_the_troubleshooting() -> None:
     raised = {
         name for name, value in vars(errors).items()
