@@ -209,6 +209,6 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
     if "Tensor.backward()" in message:
         cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
     if "(Generator)" in message:
-        cause, hint = "a random generator is passed by hand, which no trace can hold", GENERATOR_HINT
+        cause, hint = "a generator is passed by hand, which no trace can hold", GENERATOR_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)
