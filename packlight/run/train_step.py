@@ -190,7 +190,8 @@ class TrainStep:
         self._signature = signature
         return self.way
 
-    def _plan(self, batch: Any, signature: Signature) -> None:
+    def _plan(self, batch: Any, signature: Signature, was_traced: bool = False) -> None:
+        """Plan a batch's step; it may have been traced already, where an old program was asked."""
         family = self._families.setdefault(family_of(signature), Family())
         changing = family.changing(signature)
         key = (family_of(signature), changing) if changing else signature
@@ -209,9 +210,9 @@ class TrainStep:
             if not changing:
                 raise
             family.is_static = True  # with numbers it may do, else that says what is wrong
-            self._plan(batch, signature)
+            self._plan(batch, signature, was_traced)
             return
-        self._note_plan(_num_traced(captures) > num_traced)
+        self._note_plan(was_traced or _num_traced(captures) > num_traced)
         self._runners.setdefault(signature, []).insert(0, runner)
         while len(self._runners) > MOST_SHAPES:
             forgotten = next(iter(self._runners))
@@ -224,7 +225,7 @@ class TrainStep:
         runners = self._runners[self._signature]
         known = next((runner for runner in runners if runner.runs(program)), None)
         if known is None:
-            self._plan(batch, self._signature)
+            self._plan(batch, self._signature, was_traced=True)
         else:
             runners.remove(known)
             runners.insert(0, known)
