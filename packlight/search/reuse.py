@@ -18,7 +18,7 @@ from packlight.moves.move import Stage
 from packlight.planner.plain import plain_schedule
 from packlight.search.plan_way import Moves, WayPlanner
 from packlight.search.ready import Ready, ReadyPart
-from packlight.step import Plan, PlanStatus, simulate
+from packlight.step import Limit, Plan, Termination, simulate
 from packlight.step.digest import order_digest, structure_digest
 
 # A way that costs time has to use so much of what the budget leaves for a schedule.
@@ -95,8 +95,7 @@ def _judged(old: Plan, step: WholeStep, draft: Draft) -> Plan:
         seconds=timeline.seconds,
         plain_seconds=plain.seconds,
         plain_peak_bytes=plain.peak_bytes,
-        bound_seconds=min(plain.seconds, timeline.seconds),
-        status=PlanStatus.OPTIMAL if timeline.seconds <= plain.seconds else PlanStatus.FEASIBLE,
+        termination=Termination.at(timeline.seconds, plain.seconds, Limit.OTHER_SIZES),
     )
 
 
