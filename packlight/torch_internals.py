@@ -112,6 +112,72 @@ def with_own_cache(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
+def marked_dynamic(tensors: Iterable[tuple[torch.Tensor, Iterable[int]]]) -> Iterator[None]:
+    """Have dynamo trace these dimensions with symbols, as far as the traced code lets it.
+
+    Relied upon: the marks are attributes of the tensors, read while a call is traced.
+    """
+    from torch._dynamo import maybe_mark_dynamic
+
+    before = [(tensor, dict(tensor.__dict__), tuple(dims)) for tensor, dims in tensors]
+    try:
+        for tensor, _, dims in before:
+            for dim in dims:
+                maybe_mark_dynamic(tensor, dim)
+        yield
+    finally:
+        for tensor, attributes, _ in before:
+            tensor.__dict__.clear()
+            tensor.__dict__.update(attributes)
+
+
+@contextmanager
+def numbers_stay_numbers() -> Iterator[None]:
+    """Let AOTAutograd leave numbers that follow from symbolic sizes what they are.
+
+    It would make tensors of them, which is other calls than those with plain numbers.
+
+    Relied upon: the pass that does it is called by its name in one module; where it is not, nothing
+    is changed.
+    """
+    from torch._functorch._aot_autograd import graph_compile
+
+    module: Any = graph_compile
+    make_tensors = getattr(module, "tensorify_python_scalars", None)
+    if make_tensors is None:
+        yield
+        return
+    module.tensorify_python_scalars = lambda *_: None
+    try:
+        yield
+    finally:
+        module.tensorify_python_scalars = make_tensors
+
+
+def with_numbers(symbols: Iterable[tuple[torch.SymInt, int]]) -> Callable[[Any], Any]:
+    """Return a function from what a trace computed with symbols to the number that it is.
+
+    Relied upon: a symbolic number's `node` has an expression of sympy's as `expr`.
+
+    Args:
+        symbols: as the graph's inputs have them, and the numbers that they stand for.
+    """
+    numbers = {symbol.node.expr: number for symbol, number in symbols}
+    known: dict[Any, Any] = {}
+
+    def number(value: Any) -> Any:
+        node = getattr(value, "node", None)
+        if node is None:
+            return value
+        if node.expr not in known:
+            found = node.expr.xreplace(numbers)
+            known[node.expr] = node.pytype(found)
+        return known[node.expr]
+
+    return number
+
+
+@contextmanager
 def gradients_inside() -> Iterator[None]:
     """Let dynamo trace `torch.autograd.grad`, also of a loss that goes through a leaf made inside.
 

@@ -118,9 +118,9 @@ def num_plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     plans: list[Any] = []
     prepare = Preparer.prepare
 
-    def counted(self: Preparer, batch: Any, captures: Any) -> Any:
+    def counted(self: Preparer, batch: Any, *others: Any) -> Any:
         plans.append(batch)
-        return prepare(self, batch, captures)
+        return prepare(self, batch, *others)
 
     monkeypatch.setattr(Preparer, "prepare", counted)
     return plans

@@ -181,6 +181,36 @@ def test_gradients_inside_a_traced_function_are_eagers() -> None:
     assert weight.grad is None
 
 
+def test_sizes_become_symbols_and_their_expressions_numbers() -> None:
+    graphs: list[tuple[fx.GraphModule, list[Any]]] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
+            graphs.append((joint, list(inputs)))
+            raise ValueError("seen")
+
+        with inside.numbers_stay_numbers():
+            inside.aot_compiler(lambda m, i: m.forward, partition)(module, inputs)
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return (x.T.reshape(-1) / x.shape[1] ** 0.5).sum()
+
+    x = torch.ones(3, 5, requires_grad=True)
+    marks = dict(x.__dict__)
+    with inside.marked_dynamic([(x, [1])]), pytest.raises(Exception, match="seen"):
+        compiled(scaled, backend, fullgraph=True)(x)
+    assert x.__dict__ == marks
+    ((joint, inputs),) = graphs
+    (symbol,) = (i for i in inputs if isinstance(i, torch.SymInt))
+    number = inside.with_numbers([(symbol, 7)])
+    values = {node.name: node.meta.get("val") for node in joint.graph.nodes}
+    flat = next(v for n, v in values.items() if n.startswith(("view", "_unsafe_view", "clone")))
+    assert [number(size) for size in flat.shape] in ([21], [7, 3])
+    assert number(4) == 4
+    divisions = [n for n in joint.graph.nodes if n.target is torch.ops.aten.div.Tensor]
+    assert all(isinstance(n.args[1].meta["val"], torch.SymFloat) for n in divisions) and divisions
+
+
 def test_hooks_of_a_parameter_are_those_that_autograd_calls() -> None:
     seen: list[torch.Tensor] = []
 

@@ -34,6 +34,10 @@ BACKWARD_HINT = (
     "return the sum of the losses; torch.autograd.grad(..., create_graph=True) gives gradients "
     "inside a loss"
 )
+GENERATOR_HINT = (
+    "draw from torch's own generator (torch.manual_seed), or draw before the step and put it into "
+    "the batch"
+)
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -204,5 +208,7 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         hint = CAUSAL_HINT if is_attention else VALUES_HINT
     if "Tensor.backward()" in message:
         cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
+    if "(Generator)" in message:
+        cause, hint = "a generator is passed by hand, which no trace can hold", GENERATOR_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)

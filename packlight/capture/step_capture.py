@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from packlight.capture import kept
-from packlight.capture.aot import drop_other_tangents, num_tangents, user_results, written_back
+from packlight.capture.aot import drop_other_tangents, user_results, written_back
 from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
 from packlight.capture.dropout import use_eager_dropout
@@ -33,14 +33,16 @@ from packlight.capture.dynamo import (
     specialize,
 )
 from packlight.capture.guards import guard_what_dynamo_trusts
+from packlight.capture.results import check_arguments, loss_index_of
 from packlight.capture.returned import detached
+from packlight.capture.sizes import Changing, is_symbolic, sizes_as_symbols, with_sizes
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     aot_compiler,
     gradients_inside,
     many_entries,
+    numbers_stay_numbers,
     quick_tracing,
-    storage_identity,
     with_own_cache,
 )
 
@@ -131,12 +133,22 @@ class CapturedAgainError(Exception):
 
 @dataclass
 class _Entry:
-    """One graph that dynamo traced, and what runs in its place."""
+    """One graph that dynamo traced, and what runs in its place.
+
+    Attributes:
+        joint: behind it, and how many of its results are the forward's; None once it was taken.
+        returned: which of its results the loss function returns.
+        arguments: of the call that was captured last.
+        sizes: what that call's symbols stand for; empty where there are none.
+        programs: by sizes.
+        is_taken: whether the joint graph was taken.
+    """
 
     joint: tuple[fx.GraphModule, int] | None = None
     returned: Returned = field(default_factory=Returned)
     arguments: list[Any] = field(default_factory=list)
-    program: Program | None = None
+    sizes: tuple[int, ...] = ()
+    programs: dict[tuple[int, ...], Program] = field(default_factory=dict)
     is_taken: bool = False
     key: str | None = None
 
@@ -147,11 +159,19 @@ class StepCapture:
     What else the traced code depends on (plain values in the batch, attributes of the model) dynamo
     guards: for each there is an entry of its own. Calling it runs the program that was installed
     for the entry whose guards hold.
+
+    Args:
+        loss_fn: the user's, perhaps under autocast.
+        model: the user's.
+        changing: sizes of the batch's tensors for which there may be symbols: then one entry is for
+            all sizes that its guards let pass, with a program for each.
     """
 
-    def __init__(self, loss_fn: LossFunction, model: nn.Module) -> None:
+    def __init__(
+        self, loss_fn: LossFunction, model: nn.Module, changing: Changing | None = None
+    ) -> None:
         prepare_dynamo()
-        self.loss_fn, self.model = loss_fn, model
+        self.loss_fn, self.model, self.changing = loss_fn, model, changing or {}
         self._start_over()
 
     def _start_over(self) -> None:
@@ -177,22 +197,26 @@ class StepCapture:
             UnsupportedModelError: no gradient depends on the loss, or it is no scalar.
         """
         self._expected = None
-        try:
-            self._trace(batch)
-        except GraphBreakError as error:
-            if not made_traceable(self.model, error):
-                raise
-            self._trace(batch)
-        if self._entry.is_taken:  # its graph is gone: it was planned before, or did not fit
-            self._start_over()
-            self._trace(batch)
+        with sizes_as_symbols(batch, self.changing):
+            try:
+                self._trace(batch)
+            except GraphBreakError as error:
+                if not made_traceable(self.model, error):
+                    raise
+                self._trace(batch)
+            if self._entry.is_taken:  # its graph is gone: it was planned before, or did not fit
+                self._start_over()
+                self._trace(batch)
         if self._entry.joint is None:
             raise UnsupportedModelError(
                 "the loss does not depend on any parameter that needs a gradient"
             )
-        (joint, num_forward_outputs), self._entry.joint = self._entry.joint, None
+        joint, num_forward_outputs = self._entry.joint
         arguments, self._entry.arguments = self._entry.arguments, []
-        self._entry.is_taken = True
+        if is_symbolic(joint):
+            joint = with_sizes(joint, num_forward_outputs, self._entry.sizes)
+        else:
+            self._entry.joint, self._entry.is_taken = None, True
         drop_other_tangents(joint)
         placeholders = [n for n in joint.graph.nodes if n.op == "placeholder"]
         primals = placeholders[: len(arguments)]
@@ -200,8 +224,8 @@ class StepCapture:
         use_eager_dropout(joint)
         mutated = written_back(joint, num_forward_outputs)
         returned = user_results(joint, num_forward_outputs)
-        loss_index = _check_results(joint, returned, self._entry.returned.loss, mutated)
-        _check_arguments(primals, arguments, len(placeholders))
+        loss_index = loss_index_of(joint, returned, self._entry.returned.loss, mutated)
+        check_arguments(primals, arguments, len(placeholders))
         extras = tuple(returned[place] for place in self._entry.returned.extras)
         return CapturedLoss(
             joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments,
@@ -217,7 +241,18 @@ class StepCapture:
 
     def install(self, program: Program) -> None:
         """Set what runs with the primals of the latest captured call."""
-        self._entry.program = program
+        self._entry.programs[self._entry.sizes] = program
+
+    def remove(self, program: Program) -> None:
+        """Take an installed program away: calls that it stood for are captured again."""
+        for entry in self._entries:
+            for sizes in [sizes for sizes, mine in entry.programs.items() if mine is program]:
+                del entry.programs[sizes]
+
+    @property
+    def num_traced(self) -> int:
+        """How many calls dynamo has traced."""
+        return len(self._entries)
 
     @property
     def is_full(self) -> bool:
@@ -246,13 +281,15 @@ class StepCapture:
             with plain_errors(), torch.enable_grad(), _tracing():
                 return self._compiled(self.loss_fn, self.model, batch, dicts_of(batch))
         except _CapturedError:
-            raise CapturedAgainError(self._entry.program) from None
+            entry = self._entry
+            raise CapturedAgainError(entry.programs.get(entry.sizes)) from None
 
     # -- the dynamo backend
 
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
-        specialize(inputs)
+        if not self.changing:
+            specialize(inputs)
         guard_what_dynamo_trusts(module)
         entry = self._entry = _Entry(returned=returned_places(module))
         self._entries.append(entry)
@@ -271,11 +308,14 @@ class StepCapture:
         def run(*arguments: Any) -> Any:
             capture, entry = this(), mine()
             assert capture is not None and entry is not None
-            if entry.program is None or entry.program is not capture._expected:
-                capture._entry = entry
-                entry.arguments = list(arguments) if entry.program is None else []
+            sizes = tuple([a for a in arguments if type(a) is int])
+            tensors = [a for a in arguments if type(a) is not int] if sizes else list(arguments)
+            program = entry.programs.get(sizes)
+            if program is None or program is not capture._expected:
+                capture._entry, entry.sizes = entry, sizes
+                entry.arguments = tensors if program is None else []
                 raise _CapturedError
-            return entry.program(list(arguments))
+            return program(tensors)
 
         return run
 
@@ -309,7 +349,7 @@ def _joint_graph(
         joints.append((joint, num_forward_outputs))
         raise _CapturedError
 
-    with native_upsampling(), suppress(_CapturedError):
+    with native_upsampling(), numbers_stay_numbers(), suppress(_CapturedError):
         aot_compiler(_as_it_is, take_joint)(module, inputs)
     return joints[-1] if joints else None
 
@@ -318,66 +358,3 @@ def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     """Reached where there is no backward: `capture` tells the user."""
     forward: Callable[..., Any] = module.forward
     return forward
-
-
-def _check_results(
-    joint: fx.GraphModule,
-    returned: tuple[int, ...],
-    loss_place: int | None,
-    mutated: dict[int, int],
-) -> int:
-    """Return which forward result is the loss.
-
-    Args:
-        joint: the joint graph.
-        returned: the forward results that the traced function returns or assigns to attributes.
-        loss_place: where among them the one tensor is that it returns, if it does.
-        mutated: forward result -> primal whose new value it is.
-    """
-    results = joint.graph.find_nodes(op="output")[0].args[0]
-    nodes = [results[i] for i in returned if isinstance(results[i], fx.Node)]
-    shapes = [tuple(node.meta["val"].shape) for node in nodes]
-    if loss_place is None or not isinstance(results[returned[loss_place]], fx.Node):
-        raise UnsupportedModelError(
-            "loss_fn must return one scalar tensor, or a tuple that begins with it; it returned "
-            f"{len(shapes)} tensor{'' if len(shapes) == 1 else 's'} of shape "
-            f"{', '.join(map(str, shapes))}\nhint: return (loss, everything else)"
-        )
-    loss_index = returned[loss_place]
-    loss_shape = tuple(results[loss_index].meta["val"].shape)
-    if loss_shape != ():
-        raise UnsupportedModelError(
-            f"loss_fn must return a scalar tensor first, it returned one of shape {loss_shape}\n"
-            "hint: take the mean or the sum"
-        )
-    new_values = [results[i] for i in mutated if isinstance(results[i], fx.Node)]
-    storages = {storage_identity(node.meta["val"]) for node in new_values}
-    for node in nodes:
-        value = node.meta["val"]
-        if node not in new_values and storage_identity(value) in storages:
-            raise UnsupportedModelError(
-                f"the forward assigns a view of shape {tuple(value.shape)} of a buffer that it "
-                "also changes to an attribute\nhint: clone it"
-            )
-    if num_tangents(joint) > 1:
-        raise UnsupportedModelError(
-            "the forward changes tensors in place that gradients go back through\n"
-            "hint: detach() what is only looked at, or make a new tensor of it"
-        )
-    return loss_index
-
-
-def _check_arguments(primals: list[fx.Node], arguments: list[Any], num_placeholders: int) -> None:
-    """The program is given dynamo's arguments: they must be the joint graph's primals."""
-    same = num_placeholders == len(arguments) + 1
-    for primal, argument in zip(primals, arguments, strict=False):
-        fake = primal.meta.get("val")
-        if isinstance(fake, torch.Tensor):
-            same = same and isinstance(argument, torch.Tensor) and fake.shape == argument.shape
-            same = same and fake.dtype == argument.dtype
-    if not same:
-        raise UnsupportedModelError(
-            f"the traced step takes {num_placeholders - 1} inputs where {len(arguments)} are "
-            "passed: inputs that share memory and are changed by the model cannot be planned as a "
-            "whole step\nhint: torch.compile(model, backend='packlight') plans such models"
-        )

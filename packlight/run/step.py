@@ -54,6 +54,11 @@ class StepRunner:
         """Whether a program is one of this way's."""
         return any(program is mine for mine in self._programs.values())
 
+    def forget(self) -> None:
+        """Let go of the programs: the traced calls that they stand for are to be planned anew."""
+        for part in self.ready.parts:
+            part.traced.capture.remove(self._programs[part.traced.num_rows])
+
     def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
         far = far_memory(self._costs.device, self._request.offload_directory)
         assert far is not None, "transfers are planned only where there is a tier"

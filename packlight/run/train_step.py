@@ -7,20 +7,20 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from packlight.capture.batch import batch_leaves, fresh
+from packlight.capture.batch import fresh
 from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
-from packlight.errors import UnsupportedModelError
+from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
 from packlight.garbage import old_objects_kept
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
+from packlight.run.signature import Family, Signature, family_of, signature_of
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready
@@ -34,6 +34,8 @@ from packlight.updates.twin import forwards_to
 
 # After so many plans it is time to tell.
 MANY_PLANS = 6
+# Of so many shapes of batches the programs are kept, those that ran last.
+MOST_SHAPES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class TrainStep:
         self._look_at_parameters()
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
+        self._families: dict[Any, Family] = {}
         self._runners: dict[Any, list[StepRunner]] = {}
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
@@ -179,29 +182,50 @@ class TrainStep:
         if self._look_at_parameters():
             self._runners.clear()
             self._captures.clear()
-        signature = (_signature(batch), self.model.training)
+            self._families.clear()
+        signature = signature_of(batch, self.model.training)
         if not self._runners.get(signature):
             self._plan(batch, signature)
+        self._runners[signature] = self._runners.pop(signature)  # the latest comes last
         self._signature = signature
         return self.way
 
-    def _plan(self, batch: Any, signature: Any) -> None:
-        captures = self._captures.setdefault(signature, {})
+    def _plan(self, batch: Any, signature: Signature, was_traced: bool = False) -> None:
+        """Plan a batch's step; it may have been traced already, where an old program was asked."""
+        family = self._families.setdefault(family_of(signature), Family())
+        changing = family.changing(signature)
+        key = (family_of(signature), changing) if changing else signature
+        captures = self._captures.setdefault(key, {})
         if any(capture.is_full for capture in captures.values()):
             captures.clear()
-            self._runners[signature].clear()
-        with old_objects_kept():
-            ready = self._preparer.prepare(batch, captures)
-            self._note_plan()
-            runner = StepRunner(self._preparer.costs, self._streamed, ready)
+            self._runners.pop(signature, None)
+        num_traced = _num_traced(captures)
+        try:
+            with old_objects_kept():
+                ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
+                runner = StepRunner(self._preparer.costs, self._streamed, ready)
+        except InfeasibleBudgetError:
+            raise
+        except Exception:
+            if not changing:
+                raise
+            family.is_static = True  # with numbers it may do, else that says what is wrong
+            self._plan(batch, signature, was_traced)
+            return
+        self._note_plan(was_traced or _num_traced(captures) > num_traced)
         self._runners.setdefault(signature, []).insert(0, runner)
+        while len(self._runners) > MOST_SHAPES:
+            forgotten = next(iter(self._runners))
+            self._captures.pop(forgotten, None)
+            for old in self._runners.pop(forgotten):
+                old.forget()
 
     def _change_runner(self, batch: Any, program: Any) -> None:
         """Put the runner of another traced call first; plan it if it is new."""
         runners = self._runners[self._signature]
         known = next((runner for runner in runners if runner.runs(program)), None)
         if known is None:
-            self._plan(batch, self._signature)
+            self._plan(batch, self._signature, was_traced=True)
         else:
             runners.remove(known)
             runners.insert(0, known)
@@ -211,9 +235,9 @@ class TrainStep:
         """What runs for the latest batch's shape."""
         return self._runners[self._signature][0]
 
-    def _note_plan(self) -> None:
+    def _note_plan(self, was_traced: bool) -> None:
         """Warn, once, where planning does not pay because hardly a step is like one before."""
-        self._num_plans += 1
+        self._num_plans += was_traced
         if self._num_plans == MANY_PLANS and self._num_plans > self._num_steps / 2:
             warnings.warn(
                 f"{self._num_plans} of {self._num_steps + 1} steps were planned anew: shapes or "
@@ -268,20 +292,8 @@ class TrainStep:
         return how_it_runs(self.way, self.request)
 
 
-def _signature(batch: Any) -> tuple[Any, ...]:
-    """Return what a plan is for: where tensors are in a batch, their shapes, strides and dtypes.
-
-    Everything else in it counts where the traced code looks at it, which dynamo knows.
-    """
-    arrays = (torch.Tensor, np.ndarray)
-    leaves = ((path, leaf) for path, leaf in batch_leaves(batch) if isinstance(leaf, arrays))
-    return type(batch), *((path, _described(leaf)) for path, leaf in leaves)
-
-
-def _described(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return tuple(leaf.shape), leaf.stride(), leaf.dtype, leaf.device, leaf.requires_grad
-    return leaf.shape, leaf.dtype
+def _num_traced(captures: dict[int | None, StepCapture]) -> int:
+    return sum(capture.num_traced for capture in captures.values())
 
 
 def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

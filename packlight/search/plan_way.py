@@ -11,6 +11,7 @@ from torch import nn
 
 from packlight.capture.batch import fresh
 from packlight.capture.read_joint import read_joint_graph
+from packlight.capture.sizes import Changing
 from packlight.capture.step_capture import LossFunction, StepCapture
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.cache import device_name
@@ -53,6 +54,7 @@ class WayPlanner:
         loss_moves: that shaped it so far.
         profiler: observes calls.
         captures: of batches of the same tensors, by rows of the microbatch; filled here.
+        changing: the sizes of the batch's tensors that change from batch to batch.
     """
 
     def __init__(
@@ -61,8 +63,9 @@ class WayPlanner:
         loss_moves: Moves,
         profiler: CallProfiler,
         captures: dict[int | None, StepCapture],
+        changing: Changing | None = None,
     ) -> None:
-        self._captures = captures
+        self._captures, self._changing = captures, changing
         self.base, self.loss_moves, self.profiler = base, loss_moves, profiler
         self.request, self.costs, self.batch = base.request, base.costs, base.batch
         self._traced: dict[int | None, Traced] = {}
@@ -123,7 +126,8 @@ class WayPlanner:
                 if loss_fn is not draft.loss_fn:  # only to see whether it can be traced
                     capture = StepCapture(loss_fn, self.request.model)
                 elif size not in self._captures:
-                    capture = self._captures[size] = StepCapture(loss_fn, self.request.model)
+                    capture = StepCapture(loss_fn, self.request.model, self._changing)
+                    self._captures[size] = capture
                 else:
                     capture = self._captures[size]
                 return Traced(capture, capture.capture(fresh(piece)), size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from packlight.capture.sizes import Changing
 from packlight.capture.step_capture import StepCapture
 from packlight.costs.lane import measure_lane
 from packlight.costs.profiler import CallProfiler
@@ -18,6 +19,7 @@ from packlight.moves.step_costs import StepCosts
 from packlight.search.plan_way import WayPlanner
 from packlight.search.ready import Ready
 from packlight.search.restore import restored
+from packlight.search.reuse import Bucket
 from packlight.search.saved import cache_key, cached_way, remember_way
 from packlight.search.search import Search
 from packlight.search.way import Way
@@ -58,12 +60,20 @@ class Preparer:
         """What is traced: the user's loss as moves shaped it."""
         return self._base.loss_fn
 
-    def prepare(self, batch: Any, captures: dict[int | None, StepCapture]) -> Ready:
+    def prepare(
+        self,
+        batch: Any,
+        captures: dict[int | None, StepCapture],
+        bucket: Bucket,
+        changing: Changing | None = None,
+    ) -> Ready:
         """Return the fastest way found to train on a batch like this within the budget.
 
         Args:
             batch: an example.
             captures: those of batches of the same tensors so far, by rows of the microbatch.
+            bucket: ways that were searched for batches of other sizes.
+            changing: the sizes of the batch's tensors that change from batch to batch.
 
         Raises:
             InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
@@ -71,13 +81,17 @@ class Preparer:
         """
         with CallProfiler(self.request.progress) as profiler:
             planner = WayPlanner(
-                self._base.changed(batch=batch), self._loss_moves, profiler, captures
+                self._base.changed(batch=batch), self._loss_moves, profiler, captures, changing
             )
             try:
                 if self._given is not None:
                     way, self._given = self._given, None
                     return restored(way, planner)
-                return self._remembered(planner) or self._searched(planner)
+                known = self._remembered(planner) or bucket.way_for(planner)
+                if known is not None:
+                    return known
+                bucket.add(ready := self._searched(planner))
+                return ready
             finally:
                 planner.forget()
 

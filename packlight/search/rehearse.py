@@ -223,9 +223,11 @@ class _TimedRun(fx.Interpreter):
 
     def _stand_in(self, n: fx.Node, operation: int) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if not isinstance(n.target, torch._ops.OpOverload):  # a random call again
+            return self.calls.stand_in(operation)
         written = [
             kwargs[a.name] if a.name in kwargs else args[place]
-            for place, a in enumerate(n.target._schema.arguments)  # type: ignore[union-attr]
+            for place, a in enumerate(n.target._schema.arguments)
             if a.alias_info is not None and a.alias_info.is_write
         ]
         return written[0] if written else self.calls.stand_in(operation)

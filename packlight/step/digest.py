@@ -9,6 +9,22 @@ from collections.abc import Iterable
 from packlight.step.types import StepGraph
 
 
+def order_digest(graph: StepGraph) -> str:
+    """Return a digest of what decides whether a schedule runs: equal for a step at other sizes.
+
+    What it holds, and what may be overwritten with the same bits, `simulate` has to say.
+    """
+    content = [
+        [
+            [o.name, o.reads, o.creates, o.phase, o.is_random, o.can_recompute, o.mutates, o.kind]
+            for o in graph.operations
+        ],
+        [b.kind for b in graph.buffers], graph.num_forward, graph.forward_outputs, graph.outputs,
+    ]
+    text = json.dumps(content, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def structure_digest(graph: StepGraph) -> str:
     """Return a digest of all that decides whether a schedule runs and what it holds.
 

@@ -29,6 +29,7 @@ class Limit(StrEnum):
 
     NODES = "nodes"
     MOVES = "local moves"
+    OTHER_SIZES = "a search at other sizes"
 
 
 @dataclass(frozen=True, slots=True)
