@@ -21,7 +21,7 @@ from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     dynamo_errors,
     graph_break,
-    guard_hooks_and_aliases,
+    keep_eagers_meaning,
     returned_names,
     trace_through,
     undecomposed,
@@ -34,6 +34,7 @@ BACKWARD_HINT = (
     "return the sum of the losses; torch.autograd.grad(..., create_graph=True) gives gradients "
     "inside a loss"
 )
+NOISE_HINT = "draw them from torch, or pass them with the batch"
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -47,7 +48,7 @@ def prepare_dynamo() -> None:
     names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
     methods = (getattr(logging.Logger, name, None) for name in names)
     trace_through(m for m in methods if m is not None)
-    guard_hooks_and_aliases()
+    keep_eagers_meaning()
 
 
 def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
@@ -204,5 +205,7 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         hint = CAUSAL_HINT if is_attention else VALUES_HINT
     if "Tensor.backward()" in message:
         cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
+    if "use_numpy_random_stream" in message:
+        cause, hint = "it draws random numbers from numpy", NOISE_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)

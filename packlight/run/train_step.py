@@ -14,6 +14,7 @@ from torch import nn
 from packlight.capture.batch import batch_leaves, fresh
 from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
+from packlight.capture.undisturbed import generators_kept
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import UnsupportedModelError
@@ -190,7 +191,7 @@ class TrainStep:
         if any(capture.is_full for capture in captures.values()):
             captures.clear()
             self._runners[signature].clear()
-        with old_objects_kept():
+        with old_objects_kept(), generators_kept():
             ready = self._preparer.prepare(batch, captures)
             self._note_plan()
             runner = StepRunner(self._preparer.costs, self._streamed, ready)
