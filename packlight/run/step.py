@@ -22,6 +22,7 @@ from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensor
 from packlight.search.ready import Ready, ReadyPart
 from packlight.updates.gradients import GradientFate, fills_storage, update_all
 
+
 class StepRunner:
     """A way to run the step, ready to be called with batches of one signature.
 
