@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from packlight.capture.step_capture import LossFunction
+from packlight.capture.undisturbed import generators_kept
 from packlight.errors import OptionError
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import checked_techniques, chosen_names, technique_names
@@ -158,8 +159,9 @@ def planned_step(
     way = options.get("way")
     if isinstance(way, (str, os.PathLike)):
         way = read_way(way)
-    step = TrainStep(_request(model, loss_fn, optimizer, budget, options), way)
-    step.prepare(batch)
+    with generators_kept():  # modules that are imported now may draw numbers, too
+        step = TrainStep(_request(model, loss_fn, optimizer, budget, options), way)
+        step.prepare(batch)
     return step
 
 

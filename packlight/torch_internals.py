@@ -14,7 +14,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -42,15 +42,18 @@ def trace_through(functions: Iterable[Callable[..., Any]]) -> None:
     config.allow_rnn = True
 
 
-def guard_hooks_and_aliases() -> None:
-    """Have dynamo guard what it skips to save time: modules' hooks, and which tensors are one.
+def keep_eagers_meaning() -> None:
+    """Have dynamo guard modules' hooks and which tensors are one, and leave numpy's noise alone.
 
-    Relied upon: two settings, read when guards are made.
+    It skips those guards to save time, and draws numpy's random numbers from torch's generator.
+
+    Relied upon: three settings; calls of numpy's generator then break the graph.
     """
     from torch._dynamo import config
 
     config.skip_nnmodule_hook_guards = False
     config.skip_no_tensor_aliasing_guards_on_parameters = False
+    config.use_numpy_random_stream = True
 
 
 def guard_on(make_check: Callable[[], Callable[[], bool]]) -> None:
@@ -75,19 +78,34 @@ def guard_on(make_check: Callable[[], Callable[[], bool]]) -> None:
     install_guard(Guard(GlobalStateSource(), create))
 
 
-def traced_call() -> tuple[dict[str, Any], set[CodeType]] | None:
-    """Return the arguments by name of the call being compiled, and all code that was traced.
+class TracedCall(NamedTuple):
+    """What dynamo knows of the call being compiled.
 
-    Relied upon: a backend is called with the translator at work (an AttributeError where there is
-    none), whose output knows the outermost frame, its locals and the code that was inlined.
+    Attributes:
+        arguments: of the outermost function, by name.
+        codes: all code that was traced.
+        random_functions: of Python's that the compiled code calls before the graph.
+    """
+
+    arguments: dict[str, Any]
+    codes: set[CodeType]
+    random_functions: list[Callable[..., Any]]
+
+
+def traced_call() -> TracedCall | None:
+    """Return the call that a backend is being called for, None if dynamo does not call it.
+
+    Relied upon: the translator is at work (an AttributeError where there is none); its output knows
+    the outermost frame, its locals, the code that was inlined, and calls of `random`.
     """
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
         output = InstructionTranslator.current_tx().output
     except AttributeError:
-        return None  # not called by dynamo
-    return output.root_tx.f_locals, set(output.traced_code)
+        return None
+    random_functions = [function for function, _, _ in output.random_calls]
+    return TracedCall(output.root_tx.f_locals, set(output.traced_code), random_functions)
 
 
 def hooks_of_all_modules() -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -372,3 +373,43 @@ def test_a_failing_microbatch_leaves_everything_as_it_was(monkeypatch: Any) -> N
     assert_no_gradients(mine.model)
     step(scaled(1.0))
     assert not torch.equal(mine.model.head.weight, eager.model.head.weight)
+
+
+def dense_batch() -> dict[str, torch.Tensor]:
+    made = torch.Generator().manual_seed(0)
+    return {name: torch.rand(8, 4, 24, 24, generator=made) for name in ("x", "y")}
+
+
+ELEMENTWISE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "mse": F.mse_loss,
+    "sum of squares": lambda x, y: F.mse_loss(x, y, reduction="sum") / 512,
+    "smooth l1": F.smooth_l1_loss,
+    "huber": F.huber_loss,
+    "binary cross entropy": lambda x, y: F.binary_cross_entropy(x.sigmoid(), y),
+    "soft margin": lambda x, y: F.soft_margin_loss(x, y.round() * 2 - 1),
+    "two of them": lambda x, y: F.mse_loss(x, y) + F.smooth_l1_loss(x, y),
+    "l1": F.l1_loss,
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_a_scalar_with_room_for_every_element_takes_a_scalars_room(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    batch = dense_batch()
+
+    def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return ELEMENTWISE[name](model(batch["x"]), batch["y"])
+
+    for moves in (("microbatch",), ("update-in-backward",)):
+        with pytest.raises(InfeasibleBudgetError) as caught:
+            packlight.fit(model, loss_fn, optimizer, batch, 1000, moves=moves, progress=False)
+        step = packlight.fit(
+            model, loss_fn, optimizer, batch, caught.value.smallest_bytes, moves=moves,
+            progress=False,
+        )
+        assert (step.way.num_microbatches > 1) == (moves == ("microbatch",))
+        kept = [step.measured(batch) for _ in range(3)]
+        assert max(seen.peak_bytes for seen in kept) <= step.peak_bytes
+        assert {seen.loss.untyped_storage().nbytes() for seen in kept} == {4}

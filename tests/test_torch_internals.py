@@ -8,12 +8,14 @@ from __future__ import annotations
 import ast
 import copy
 import logging
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,9 +231,7 @@ def test_hooks_of_a_parameter_are_those_that_autograd_calls() -> None:
     inside.after_accumulation(ours)
     assert torch.equal(theirs.grad, ours.grad) and torch.equal(*seen)
 def test_dynamo_guards_hooks_and_aliases_where_it_is_told_to() -> None:
-    from torch._dynamo import config
-
-    inside.guard_hooks_and_aliases()
+    inside.keep_eagers_meaning()
     calls: list[Any] = []
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
@@ -244,10 +244,18 @@ def test_dynamo_guards_hooks_and_aliases_where_it_is_told_to() -> None:
     assert len(calls) == 1
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
     assert torch.equal(run(x), model(x)) and len(calls) == 2
-    assert config.skip_no_tensor_aliasing_guards_on_parameters is False
     model[1].weight = model[0].weight
     run(x)
     assert len(calls) == 3
+
+
+def test_numpys_noise_is_numpys() -> None:
+    inside.keep_eagers_meaning()
+    run = compiled(lambda x: x + torch.from_numpy(np.random.rand(3)), as_it_is)
+    np.random.seed(0)
+    noisy = run(torch.zeros(3))
+    np.random.seed(0)
+    assert noisy.tolist() == np.random.rand(3).tolist()
 
 
 def test_a_backend_adds_a_question_that_every_call_asks() -> None:
@@ -262,14 +270,15 @@ def test_a_backend_adds_a_question_that_every_call_asks() -> None:
         return x * 2
 
     def outer(named: torch.Tensor) -> torch.Tensor:
-        return inner(named) + 1
+        return inner(named) + random.randint(1, 3)
 
     run, x = compiled(outer, backend), torch.ones(3)
     run(x), run(x)
     assert len(known) == 1
-    arguments, codes = known[0]
-    assert list(arguments) == ["named", "inner"] and arguments["inner"] is inner
-    assert {outer.__code__, inner.__code__} <= codes
+    call = known[0]
+    assert call is not None and call.arguments["named"] is x and call.arguments["inner"] is inner
+    assert {outer.__code__, inner.__code__} <= call.codes
+    assert call.random_functions == [random.randint]
     assert inside.traced_call() is None
     answers[0] = False
     with pytest.raises(AssertionError):  # the new trace does not hold either: dynamo says so

@@ -21,7 +21,7 @@ from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
     dynamo_errors,
     graph_break,
-    guard_hooks_and_aliases,
+    keep_eagers_meaning,
     returned_names,
     trace_through,
     undecomposed,
@@ -38,6 +38,7 @@ GENERATOR_HINT = (
     "draw from torch's own generator (torch.manual_seed), or draw before the step and put it into "
     "the batch"
 )
+NOISE_HINT = "draw them from torch, or pass them with the batch"
 GRAPH_BREAK_HINT = "move what cannot be traced out of the forward, or wrap it in a custom operator"
 
 
@@ -51,7 +52,7 @@ def prepare_dynamo() -> None:
     names = ("debug", "info", "warning", "error", "log", "warning_once", "warning_advice")
     methods = (getattr(logging.Logger, name, None) for name in names)
     trace_through(m for m in methods if m is not None)
-    guard_hooks_and_aliases()
+    keep_eagers_meaning()
 
 
 def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
@@ -210,5 +211,7 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
     if "(Generator)" in message:
         cause, hint = "a generator is passed by hand, which no trace can hold", GENERATOR_HINT
+    if "use_numpy_random_stream" in message:
+        cause, hint = "it draws random numbers from numpy", NOISE_HINT
     file, line = _innermost(stack)
     return GraphBreakError(file, line, cause, hint)

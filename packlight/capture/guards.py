@@ -8,6 +8,7 @@ another one, and has to be traced and planned anew.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from packlight.errors import UnsupportedModelError
 from packlight.torch_internals import (
     guard_on,
     hooks_of_all_modules,
@@ -34,14 +36,23 @@ def guard_what_dynamo_trusts(module: fx.GraphModule) -> None:
     Args:
         module: from dynamo, in a backend's call.
 
+    Raises:
+        UnsupportedModelError: what changes is an object of `random.Random`, in every call.
+
     Cost: some 5 microseconds for each call of what is compiled, and 0.2 for each traced method.
     """
     call = traced_call()
     if call is None:
         return  # nobody would ask
-    arguments, codes = call
-    kinds = {*_kinds_in_graph(module), *_kinds_in_arguments(arguments)}
-    methods = sorted({(kind, name) for kind in kinds for name in _methods(kind, codes)}, key=str)
+    if any(function not in vars(random).values() for function in call.random_functions):
+        raise UnsupportedModelError(
+            "the model draws numbers from an object of random.Random: traced, they would be the "
+            "same in every step\nhint: draw from the module `random` or from torch, or pass them "
+            "with the batch"
+        )
+    kinds = {*_kinds_in_graph(module), *_kinds_in_arguments(call.arguments)}
+    found = {(kind, name) for kind in kinds for name in _methods(kind, call.codes)}
+    methods = sorted(found, key=str)
 
     def make_check() -> Callable[[], bool]:
         expected = _trusted(methods)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from packlight.errors import InfeasibleBudgetError
-from packlight.step import Action, Machine, Operation, Phase, Schedule, StepGraph, simulate
+from packlight.planner.smallest import smallest_schedules
+from packlight.step import (
+    Action,
+    Machine,
+    Operation,
+    Phase,
+    Schedule,
+    StepGraph,
+    StepMemory,
+    simulate,
+)
 from packlight.units import format_bytes
+
+SHARES = tuple(2**power for power in range(1, 11))
 
 
 def infeasible_budget(
@@ -45,31 +59,78 @@ def operation_at(graph: StepGraph, schedule: Schedule, index: int) -> Operation:
 
 
 def batch_hint(
-    graph: StepGraph, smallest: Schedule, budget_bytes: int, machine: Machine | None = None
+    graph: StepGraph,
+    smallest: Schedule,
+    budget_bytes: int,
+    machine: Machine | None = None,
+    memory: StepMemory | None = None,
+    num_rows: int | None = None,
 ) -> str:
     """Return a hint that says how much of the peak a smaller batch would take away.
 
-    Everything in memory at the peak shrinks with the batch except gradients of parameters (outputs
-    of the step, or read by updates) and what rests in another memory between its uses.
+    Everything that a schedule allocates shrinks with the batch except gradients of parameters
+    (outputs of the step, or read by updates) and what rests in another memory between its uses.
+
+    Args:
+        graph: the step.
+        smallest: the schedule with the smallest peak.
+        budget_bytes: what was asked for.
+        machine: with the lanes of its transfers, if it has some.
+        memory: what the whole step holds besides, where the budget is for that, too.
+        num_rows: of the batch that the graph is for, where that is known: no share has less than 1.
     """
     timeline = simulate(graph, smallest, machine)
-    constant = {*graph.outputs, *graph.resting}
-    constant.update(b for o in graph.computations if o.mutates for b in o.reads)
-    constant_bytes = sum(graph.buffers[b].bytes for b in timeline.peak_buffers if b in constant)
-    scaling_bytes = timeline.peak_bytes - constant_bytes
-    if scaling_bytes <= 0:
-        return "all of the peak is gradients of parameters: only a smaller model needs less"
+    constant = _of_any_batch(graph)
     largest = [b for b in timeline.peak_buffers if b not in constant][:2]
+    if not largest and not timeline.peak_workspace_bytes:
+        return "all of the peak is gradients of parameters: only a smaller model needs less"
     names = " and ".join(
         f"{graph.buffers[b].name} ({format_bytes(graph.buffers[b].bytes)})" for b in largest
     )
-    share = 2
-    while constant_bytes + scaling_bytes // share > budget_bytes and share < 1024:
-        share *= 2
-    need = constant_bytes + scaling_bytes // share
-    named = f"{names} shrink with the batch; " if names else ""
-    if need > budget_bytes:
-        return (
-            f"{named}even a tiny batch leaves {format_bytes(constant_bytes)} of parameter gradients"
-        )
-    return f"{named}1/{share} of the batch would need about {format_bytes(need)}"
+    named = f"{names} shrink with the batch; " if names and num_rows != 1 else ""
+
+    def shrunk(share: int) -> StepGraph:
+        return _with_share(graph, constant, share if num_rows is None else min(share, num_rows))
+
+    def outside(peak_bytes: int, share: int) -> int:
+        if memory is None:
+            return peak_bytes
+        return replace(memory, input_bytes=memory.input_bytes // share).peak_bytes(peak_bytes)
+
+    def need(share: int) -> int:
+        return outside(simulate(shrunk(share), smallest, machine).peak_bytes, share)
+
+    for share in SHARES:
+        if need(share) <= budget_bytes:
+            return f"{named}1/{share} of the batch would need about {format_bytes(need(share))}"
+    # Where hardly anything but gradients is left, another schedule is the smallest.
+    least = shrunk(SHARES[-1]).without_transfers()
+    tiny = outside(simulate(least, smallest_schedules(least)[0]).peak_bytes, SHARES[-1])
+    if tiny <= budget_bytes:
+        return f"{named}a tiny batch would need about {format_bytes(tiny)}"
+    what = "parameters, optimizer state and gradients" if memory else "parameter gradients"
+    what += " and what one row takes" if num_rows == 1 else ""
+    return f"{named}even a tiny batch leaves {format_bytes(tiny)} of {what}"
+
+
+def _of_any_batch(graph: StepGraph) -> set[int]:
+    """Return the buffers that are as large with any other batch."""
+    constant = {*graph.outputs, *graph.resting}
+    constant.update(b for o in graph.computations if o.mutates for b in o.reads)
+    pairs = [pair for o in graph.computations for pair in o.overwrites]
+    for created, read in (*pairs, *reversed(pairs)):  # they share a storage
+        if created in constant or read in constant:
+            constant.update((created, read))
+    return constant
+
+
+def _with_share(graph: StepGraph, constant: set[int], share: int) -> StepGraph:
+    """Return the graph of a share of the batch, as far as that can be told from this one."""
+    buffers = tuple(
+        b if b.id in constant else replace(b, bytes=-(-b.bytes // share)) for b in graph.buffers
+    )
+    computations = tuple(
+        o if o.mutates else replace(o, workspace_bytes=o.workspace_bytes // share)
+        for o in graph.computations
+    )
+    return replace(graph, buffers=buffers, operations=(*computations, *graph.transfers))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from packlight.errors import InfeasibleBudgetError
-from packlight.planner.plan import plan_schedule, smallest_peak_bytes
+from packlight.planner.explain import batch_hint
+from packlight.planner.plan import Planner
 from packlight.step import Machine, Plan, StepGraph, StepMemory
 
 
@@ -12,6 +13,7 @@ def plan_whole_step(
     memory: StepMemory,
     budget_bytes: int | None,
     machine: Machine | None = None,
+    num_rows: int | None = None,
 ) -> Plan:
     """Return a plan whose whole-step peak is within a budget.
 
@@ -20,22 +22,25 @@ def plan_whole_step(
         memory: what the step holds besides.
         budget_bytes: for all of it; None for no limit.
         machine: with the lanes of the graph's transfers, if it has some.
+        num_rows: of the (micro)batch that the graph is for, where that is known.
 
     Raises:
         InfeasibleBudgetError: with whole-step numbers.
     """
     if budget_bytes is None:
-        return plan_schedule(graph, None, machine)
+        return Planner(graph, machine).plan(None)
     left = max(0, budget_bytes - memory.resident_bytes)
     where, live, hint = "", [], ""
+    planner = Planner(graph, machine)
     try:
-        plan = plan_schedule(graph, left, machine)
+        plan = planner.plan(left)
         if memory.update_workspace_bytes <= left:
             return plan
-        smallest_bytes = smallest_peak_bytes(graph, machine)
     except InfeasibleBudgetError as error:
-        smallest_bytes = error.smallest_bytes
-        where, live, hint = error.peak_operation, error.peak_buffers, error.hint
+        where, live = error.peak_operation, error.peak_buffers
+        smallest = planner.smallest().schedule
+        hint = batch_hint(graph, smallest, budget_bytes, machine, memory, num_rows)
+    smallest_bytes = planner.smallest().peak_bytes
     if memory.update_workspace_bytes > smallest_bytes or not where:
         where, live = "the optimizer's update", [("workspace", memory.update_workspace_bytes)]
         hint = ""

@@ -20,7 +20,7 @@ from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
 from packlight.search.ready import Ready, ReadyPart
-from packlight.updates.gradients import GradientFate, update_all
+from packlight.updates.gradients import GradientFate, fills_storage, update_all
 
 
 class StepRunner:
@@ -226,7 +226,11 @@ class _Program:
             frame = Frame(
                 self.program, {"events": self.fate, "tier": self.tier, "streamed": self.streamed}
             )
-            results = frame.run([*primals, self.weight])
+            results = [*frame.run([*primals, self.weight])]
+            loss = results[self.captured.loss_index]
+            if not fills_storage(loss):  # an elementwise loss's has room for every element
+                results[self.captured.loss_index] = loss.clone()
+            del loss
             for result, primal in self.captured.written_back.items():
                 written = primals[primal]
                 if self.backup is not None and written not in self.backup:

@@ -13,6 +13,7 @@ from torch import nn
 from packlight.capture.batch import fresh
 from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
+from packlight.capture.undisturbed import generators_kept
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
@@ -201,7 +202,7 @@ class TrainStep:
             self._runners.pop(signature, None)
         num_traced = _num_traced(captures)
         try:
-            with old_objects_kept():
+            with old_objects_kept(), generators_kept():
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
                 runner = StepRunner(self._preparer.costs, self._streamed, ready)
         except InfeasibleBudgetError:

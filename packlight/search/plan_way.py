@@ -282,7 +282,9 @@ class WayPlanner:
                 step = self._rehearsed(step, memory, draft)
             else:
                 step = replace(step, joint=with_estimated_seconds(step.joint, self.profiler))
-        plan = plan_whole_step(step.joint.graph, memory, request.budget_bytes, draft.machine)
+        plan = plan_whole_step(
+            step.joint.graph, memory, request.budget_bytes, draft.machine, _rows(draft)
+        )
         return step, replace(plan, allowed=tuple(sorted(request.allow)))
 
     def _rehearsed(self, step: WholeStep, memory: StepMemory, draft: Draft) -> WholeStep:
@@ -290,7 +292,9 @@ class WayPlanner:
         joint = step.joint
         graph = joint.graph.without_transfers()
         try:
-            plan = plan_whole_step(graph, memory, self.request.budget_bytes)
+            plan = plan_whole_step(
+                graph, memory, self.request.budget_bytes, num_rows=_rows(draft)
+            )
         except InfeasibleBudgetError:
             if draft.machine is None:
                 raise
@@ -312,6 +316,11 @@ def _part_plan(part: ReadyPart, count: int) -> PartPlan:
         part.traced.num_rows, count, structure_digest(graph), part.plan,
         sum(buffer not in graph.resting for buffer in part.written_buffers),
     )
+
+
+def _rows(draft: Draft) -> int | None:
+    """Return how many rows a microbatch has, None for a batch that runs as a whole."""
+    return None if draft.traced is None else draft.traced.num_rows
 
 
 def environment(device: torch.device) -> Environment:

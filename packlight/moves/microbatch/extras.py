@@ -15,8 +15,9 @@ from torch import nn
 from packlight.capture.batch import fresh, rebuilt, tensors_of
 from packlight.capture.returned import extras_of, loss_of, with_items
 from packlight.capture.step_capture import LossFunction
+from packlight.capture.undisturbed import undisturbed
 from packlight.errors import MicrobatchError
-from packlight.moves.microbatch.independence import TOLERANCES, StillNoise, undisturbed
+from packlight.moves.microbatch.independence import TOLERANCES, StillNoise, evaluating
 from packlight.moves.microbatch.split import num_rows, take_rows
 from packlight.torch_internals import storage_identity
 
@@ -35,7 +36,7 @@ def check_extras(model: nn.Module, loss_fn: LossFunction, few_rows: Any) -> None
         MicrobatchError: something has no rows, or other ones.
     """
     rows = num_rows(few_rows)
-    with undisturbed(model), StillNoise() as noise, torch.no_grad():
+    with undisturbed(model, loss_fn), evaluating(model), StillNoise() as noise, torch.no_grad():
         whole = extras_of(loss_fn(model, fresh(few_rows)))
         if not whole:
             return

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from packlight.capture.batch import fresh
 from packlight.capture.returned import loss_of
 from packlight.capture.step_capture import LossFunction
+from packlight.capture.undisturbed import PythonState, undisturbed
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator
 from packlight.moves.microbatch.gradient_sums import folded_gradients, largest_difference
@@ -48,8 +49,8 @@ def check_rows_independent(
     """Compare the loss of a few rows with the weighted losses of their parts, cut at two places.
 
     Gradients of parameters are compared with those of single rows. Runs in eval mode (batch norm in
-    training mode is `batch_statistics`' business); modes, buffers, gradients and generators are as
-    before afterwards.
+    training mode is `batch_statistics`' business). All that the loss changes in Python, or in
+    tensors other than parameters, is put back.
 
     Args:
         model: any.
@@ -66,12 +67,19 @@ def check_rows_independent(
     if rows < 2:
         raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
     cuts = dict.fromkeys([(rows + 1) // 2, 1])  # halves, then the first row and the rest
-    with undisturbed(model), StillNoise() as noise:
+    with undisturbed(model, loss_fn), evaluating(model), StillNoise() as noise:
         few = _FewRows(model, loss_fn, batch_of_few_rows, rows, weights_fn, noise)
         with torch.no_grad():
             whole = few.loss(batch_of_few_rows, f"all {rows} rows")
+            state = PythonState(model, loss_fn)  # as it is after the first call
             for cut in cuts:
                 few.compare_losses(whole, cut)
+            if not state.is_same:
+                raise MicrobatchError(
+                    "each call of the loss changes attributes, lists or variables in Python (a "
+                    "counter, perhaps), which every microbatch would do anew",
+                    hint="do that outside of the loss",
+                )
         with torch.enable_grad():
             few.compare_gradients()
 
@@ -224,30 +232,16 @@ def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> tor
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Let a model run in eval mode in full precision, and leave all of its state as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [
-        (m, name, b, None if b is None else b.clone())
-        for m in model.modules()
-        for name, b in m._buffers.items()
-    ]
-    accelerators = {p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"}
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Let a model run in eval mode in full precision; modes are put back by `undisturbed`."""
     precision = torch.get_float32_matmul_precision()
     try:
-        with torch.random.fork_rng(accelerators), torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(allow_tf32=False):
             torch.set_float32_matmul_precision("highest")
             model.eval()
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                if buffer is not None and value is not None:
-                    buffer.copy_(value)
 
 
 class StillNoise(TorchDispatchMode):

@@ -139,6 +139,14 @@ def _settled(draft: Draft) -> tuple[int, bool]:
             f"{statistics[0]} and {len(statistics) - 1} other layers normalise over the batch",
             hint=f"allow={{{MICROBATCH_BATCH_NORM!r}}} lets them normalise over microbatches",
         )
+    if loss.written_back and not statistics:
+        written = {id(loss.arguments[primal]) for primal in loss.written_back.values()}
+        names = [n for n, b in request.model.named_buffers() if id(b) in written]
+        raise MicrobatchError(
+            f"the forward changes {names[0] if names else 'a tensor'!r} and {len(written) - 1} "
+            "other buffers, which every microbatch would do anew",
+            hint="change them outside of the loss",
+        )
     weight = _open_weight(draft)
     return _observed_weight(draft, weight), bool(statistics)
 
