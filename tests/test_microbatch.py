@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from packlight.capture.dynamo import prepare_dynamo, specialize
+from packlight.capture.step_capture import StepCapture
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.batch_statistics import batch_statistics
 from packlight.moves.microbatch.denominator import Denominator
@@ -428,6 +429,26 @@ def test_rows_that_depend_on_one_another_in_the_backward_are_observed(name: str)
     model, loss_fn = COUPLED_BACKWARDS[name](), LOSSES["cross entropy"]
     with pytest.raises(MicrobatchError, match="depend on one another in the backward"):
         settle(model, loss_fn, few_rows(batch_of(NUM), "rows"), "rows")
+
+
+def sure_of_its_backward(model: nn.Module, loss_fn: Any, batch: Any) -> bool:
+    """Whether a captured loss counts as one whose gradients need no look."""
+    captured = StepCapture(loss_fn, model).capture(batch)
+    return captured.key is not None and captured.is_derivative
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("name", COUPLED_BACKWARDS)
+def test_gradients_are_looked_at_where_they_may_be_no_derivatives(name: str) -> None:
+    model, loss_fn = COUPLED_BACKWARDS[name](), LOSSES["cross entropy"]
+    assert not sure_of_its_backward(model, loss_fn, batch_of(NUM))
+
+
+def test_gradients_of_plain_models_need_no_look() -> None:
+    assert sure_of_its_backward(Words(), LOSSES["cross entropy"], batch_of(NUM))
+    for family in ("gpt2", "wrn"):  # neither has anything of its own
+        model, batch, loss_fn = models.make(family)
+        assert sure_of_its_backward(model, loss_fn, batch)
 
 
 @pytest.mark.parametrize("name", COUPLED_BACKWARDS)

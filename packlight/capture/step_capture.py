@@ -20,6 +20,7 @@ from packlight.capture import kept
 from packlight.capture.aot import drop_other_tangents, user_results, written_back
 from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
+from packlight.capture.derivative import is_derivative
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
     Returned,
@@ -75,6 +76,7 @@ class CapturedLoss:
         extras: which of those the loss function returns beside the loss.
         arguments: the real primals of the captured call, in order.
         key: what tells the traced graph from any other (see kept.py); None where nothing does.
+        is_derivative: of a graph with a key, whether its backward is sure to be the derivative.
     """
 
     joint: fx.GraphModule
@@ -85,6 +87,7 @@ class CapturedLoss:
     extras: tuple[int, ...]
     arguments: list[Any]
     key: str | None = None
+    is_derivative: bool = False
 
     @property
     def same_as_primal(self) -> dict[int, int]:
@@ -151,6 +154,7 @@ class _Entry:
     programs: dict[tuple[int, ...], Program] = field(default_factory=dict)
     is_taken: bool = False
     key: str | None = None
+    is_derivative: bool = False
 
 
 class StepCapture:
@@ -229,7 +233,7 @@ class StepCapture:
         extras = tuple(returned[place] for place in self._entry.returned.extras)
         return CapturedLoss(
             joint, num_forward_outputs, mutated, loss_index, returned, extras, arguments,
-            self._entry.key,
+            self._entry.key, self._entry.is_derivative,
         )
 
     def _trace(self, batch: Any) -> None:
@@ -293,6 +297,7 @@ class StepCapture:
         guard_what_dynamo_trusts(module)
         entry = self._entry = _Entry(returned=returned_places(module))
         self._entries.append(entry)
+        entry.is_derivative = is_derivative(module)
         if entry.returned.loss is not None:
             detach_all_but(module, entry.returned.loss)
         key = entry.key = kept.key_of(module, inputs)

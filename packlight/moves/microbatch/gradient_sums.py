@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-# A prime: rows and columns of a larger gradient fall on different places.
-FOLDED_ELEMENTS = 65521
+# So many numbers of each parameter are compared. A prime: rows and columns of a larger gradient
+# fall on different places.
+FOLDED_ELEMENTS = 1021
 
 Folded = dict[str, torch.Tensor]
 

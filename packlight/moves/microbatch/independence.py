@@ -44,7 +44,12 @@ MAX_ROWS_LOOKED_AT = 16
 
 
 def check_rows_independent(
-    model: nn.Module, loss_fn: LossFunction, batch_of_few_rows: Any, weights_fn: WeightsFunction
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch_of_few_rows: Any,
+    weights_fn: WeightsFunction,
+    *,
+    looks_back: bool = True,
 ) -> None:
     """Compare the loss of a few rows with the weighted losses of their parts, cut at two places.
 
@@ -57,11 +62,13 @@ def check_rows_independent(
         loss_fn: `loss_fn(model, batch)` returns a scalar.
         batch_of_few_rows: 2 to 4 rows that count, from `few_rows`.
         weights_fn: from microbatches to their weights, such as `loss_weights` of a denominator.
+        looks_back: compare gradients, too, which may be something else than derivatives.
 
     Raises:
         MicrobatchError: they differ; says by how much.
 
-    Cost: forward passes over five times the rows, backward passes over twice of them.
+    Cost: forward passes over three times the rows; to look back, forward and backward passes over
+    twice of them besides.
     """
     rows = num_rows(batch_of_few_rows)
     if rows < 2:
@@ -80,8 +87,9 @@ def check_rows_independent(
                     "counter, perhaps), which every microbatch would do anew",
                     hint="do that outside of the loss",
                 )
-        with torch.enable_grad():
-            few.compare_gradients()
+        if looks_back:
+            with torch.enable_grad():
+                few.compare_gradients()
 
 
 @dataclass(frozen=True)
@@ -157,7 +165,12 @@ def alternatives(loss_weight: LossWeight) -> list[LossWeight]:
 
 
 def settle(
-    model: nn.Module, loss_fn: LossFunction, batch_of_few_rows: Any, loss_weight: LossWeight
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch_of_few_rows: Any,
+    loss_weight: LossWeight,
+    *,
+    looks_back: bool = True,
 ) -> LossWeight:
     """Return the loss weight, or the alternative of a denominator, that holds for a few rows.
 
@@ -168,7 +181,9 @@ def settle(
     for candidate in alternatives(loss_weight):
         weights_fn = partial(loss_weights, candidate)
         try:
-            check_rows_independent(model, loss_fn, batch_of_few_rows, weights_fn)
+            check_rows_independent(
+                model, loss_fn, batch_of_few_rows, weights_fn, looks_back=looks_back
+            )
             holding.append(candidate)
         except MicrobatchError as error:
             errors.append(error)

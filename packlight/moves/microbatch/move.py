@@ -163,7 +163,10 @@ def _observed_weight(draft: Draft, weight: LossWeight) -> int:
         # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
         check_extras(draft.request.model, draft.loss_fn, rows_looked_at)
-        chosen = settle(draft.request.model, draft.loss_fn, rows_looked_at, weight)
+        looks_back = key is None or not draft.loss.is_derivative
+        chosen = settle(
+            draft.request.model, draft.loss_fn, rows_looked_at, weight, looks_back=looks_back
+        )
         return alternatives(weight).index(chosen)
 
     if key is None or not isinstance(weight, (str, Denominator)):
