@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from packlight.capture.joint import read_joint_graph
+from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.reduced import Reductions, with_reductions
 from packlight.capture.step_capture import StepCapture
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
