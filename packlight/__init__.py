@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     MOVES: tuple[str, ...]
     EXACT_MOVES: tuple[str, ...]
     from packlight.fitting import Options, fit, plan, profile
+    from packlight.ranks.modelled import ModelledMesh
+    from packlight.ranks.parallel import Parallel
     from packlight.run.train_step import TrainStep
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
+    "ModelledMesh": "packlight.ranks.modelled",
     "Options": "packlight.fitting",
+    "Parallel": "packlight.ranks.parallel",
     "MemoryPeak": "packlight.costs.peak",
     "TrainStep": "packlight.run.train_step",
     "fit": "packlight.fitting",
@@ -42,7 +46,9 @@ __all__ = [
     "EXACT_MOVES",
     "MOVES",
     "MemoryPeak",
+    "ModelledMesh",
     "Options",
+    "Parallel",
     "TrainStep",
     "__version__",
     "fit",

@@ -166,17 +166,53 @@ class NonFiniteLossError(PacklightError, ArithmeticError):
         step_index: how many steps had been trained before.
         loss: its value.
         microbatch_index: in which microbatch, None where the batch runs as a whole.
+        rank: on which of several ranks; None where there is one.
     """
 
-    def __init__(self, step_index: int, loss: float, microbatch_index: int | None = None) -> None:
+    def __init__(
+        self, step_index: int, loss: float, microbatch_index: int | None = None,
+        rank: int | None = None,
+    ) -> None:
         self.step_index = step_index
         self.loss = loss
         self.microbatch_index = microbatch_index
+        self.rank = rank
         where = "" if microbatch_index is None else f" in microbatch {microbatch_index + 1}"
+        where += "" if rank is None else f" on rank {rank}"
         super().__init__(
             f"the loss of step {step_index + 1} is {loss}{where}; parameters and optimizer are "
             "untouched\n"
             "hint: lower the learning rate, or clip gradients; the batch is the one passed last"
+        )
+
+
+class RankError(PacklightError, RuntimeError):
+    """Another rank failed, is gone, or does not do what this one does.
+
+    Attributes:
+        rank: which, where that is known.
+    """
+
+    def __init__(self, message: str, rank: int | None = None) -> None:
+        self.rank = rank
+        super().__init__(message)
+
+
+class RankMismatchError(RankError):
+    """Ranks that were asked for different things; nothing has run.
+
+    Attributes:
+        what: differs, such as "parameter 'head.weight'".
+        rank: the first that differs from rank 0.
+        expected, found: what rank 0 has, and that rank.
+    """
+
+    def __init__(self, what: str, rank: int, expected: Any, found: Any, hint: str = "") -> None:
+        self.what, self.expected, self.found = what, expected, found
+        super().__init__(
+            f"rank {rank} differs from rank 0 in {what}: {found}, where rank 0 has {expected}"
+            + (f"\nhint: {hint}" if hint else ""),
+            rank,
         )
 
 

@@ -14,9 +14,12 @@ from torch import nn
 from packlight.capture.step_capture import LossFunction
 from packlight.capture.undisturbed import generators_kept
 from packlight.errors import OptionError
+from packlight.moves.data_parallel import DataParallel
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import checked_techniques, chosen_names, technique_names
 from packlight.moves.request import Request
+from packlight.ranks.modelled import ModelledMesh
+from packlight.ranks.parallel import Parallel, ranks_of
 from packlight.run.train_step import TrainStep
 from packlight.search.saved import read_way
 from packlight.search.way import Way
@@ -50,6 +53,10 @@ class Options(TypedDict, total=False):
             `save_way` wrote. It is checked, and nothing is searched. By default, what was found
             before for the same step (on this machine, with the same arguments) is used again,
             unless the environment variable PACKLIGHT_NO_WAY_CACHE is set.
+        mesh: of the ranks that train one model together (`torch.distributed.device_mesh`); every
+            one of them calls this with the same arguments and its own part of the batch. For `plan`
+            and `profile` it may be a `ModelledMesh` of ranks that are not there.
+        parallel: what the mesh's dimensions are for; can be left out if there is one.
         progress: show what profiling does; True.
     """
 
@@ -61,6 +68,8 @@ class Options(TypedDict, total=False):
     loss_weight: Any
     offload_directory: str | os.PathLike[str] | None
     way: Way | str | os.PathLike[str] | None
+    mesh: Any
+    parallel: Parallel | None
     progress: bool
 
 
@@ -91,6 +100,8 @@ def fit(
         FormatError: `way` is a file that holds no way.
         OffloadError: the directory cannot hold what is offloaded.
         PrecisionError: an operation does not run in the precision that is allowed.
+        RankMismatchError: with `mesh=`, ranks were asked for different things; says which.
+        RankError: another rank failed, or is gone.
         GraphBreakError, UnsupportedModelError, OptionError, BudgetFormatError.
 
     >>> import torch, packlight
@@ -102,6 +113,11 @@ def fit(
     >>> losses[2] < losses[0]
     True
     """
+    if isinstance(options.get("mesh"), ModelledMesh):
+        raise OptionError(
+            "ranks of a modelled mesh are not there and cannot train\nhint: packlight.plan plans "
+            "for them; fit takes a DeviceMesh"
+        )
     step = planned_step(model, loss_fn, optimizer, batch, budget, **options)
     step.arrange()
     return step
@@ -179,6 +195,12 @@ def _request(
         raise OptionError(f"unknown option {name!r}\nhint: {meant}known are {', '.join(known)}")
     allowed = frozenset(checked_techniques(options.get("allow", ()), technique_names()))
     precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
+    mesh = options.get("mesh")
+    modelled = mesh if isinstance(mesh, ModelledMesh) else None
+    ranks = ranks_of(None if modelled else mesh, options.get("parallel"), device)
+    names = chosen_names(options.get("moves"))
+    if ranks is not None or modelled is not None:
+        names |= {DataParallel.name}
     scaler, directory = options.get("scaler"), options.get("offload_directory")
     if precision is not None:
         scaler = loss_scaler(model, precision, device, scaler)
@@ -187,11 +209,13 @@ def _request(
         loss_fn,
         optimizer,
         None if budget is None else parse_bytes(budget),
-        chosen_names(options.get("moves")),
+        names,
         allowed,
         Clipping(options.get("clip_grad_norm"), options.get("clip_grad_value")),
         scaler,
         options.get("loss_weight"),
         None if directory is None else Path(directory),
-        options.get("progress", True),
+        options.get("progress", True) and (ranks is None or ranks.rank == 0),
+        ranks,
+        modelled,
     )

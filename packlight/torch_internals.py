@@ -17,6 +17,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import fx, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.optim import optimizer as torch_optimizer
@@ -530,6 +531,14 @@ def num_storage_references(tensor: torch.Tensor) -> int:
 def lazily_negated(tensor: torch.Tensor) -> torch.Tensor:
     """Return a view that is negated when it is read."""
     return torch._neg_view(tensor)
+
+
+# -- processes
+
+
+def default_store() -> Any:
+    """Return the store through which the processes of the default group found one another."""
+    return dist.distributed_c10d._get_default_store()
 
 
 # -- optimizers and modules

@@ -177,7 +177,7 @@ def test_damage_is_named_with_its_place(
         (["operations", -1, "creates"], [99999], "moves .* buffers"),
         (["operations", -1, "kind"], "compute", "does not stand before all transfers"),
         (["operations", 0, "kind"], "read", "does not move one buffer on a lane"),
-        (["operations", 0, "lane"], "disk", "does not stand before all transfers"),
+        (["operations", 0, "lane"], "disk", "reductions have a lane, computations none"),
         (["buffers", -1, "memory"], ..., "between the device and elsewhere"),
         (["buffers", 6, "memory"], "disk", "between the device and elsewhere"),
     ],

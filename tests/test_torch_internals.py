@@ -50,6 +50,22 @@ def as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     return module.forward
 
 
+# -- processes
+
+
+def test_the_store_of_the_default_group_is_at_hand(tmp_path: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        store = inside.default_store()
+        assert not store.check(["word"])
+        store.set("word", "said")
+        assert store.check(["word"]) and store.get("word") == b"said"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # -- TorchDynamo
 
 

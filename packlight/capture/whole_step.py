@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from torch import fx
@@ -53,6 +54,24 @@ class Consumer:
     state_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Gradients that are added up over all ranks together (see reduced.py).
+
+    Attributes:
+        primals: whose gradients, in their order in the bucket.
+        packing: the operation that copies them into one buffer; None for a single gradient that is
+            reduced where it is.
+        reduction: the operation that adds up.
+        reduced: the buffer with the sums.
+    """
+
+    primals: tuple[int, ...]
+    packing: int | None
+    reduction: int
+    reduced: int
+
+
 @dataclass(frozen=True)
 class WholeStep:
     """A training step in which every gradient is consumed.
@@ -63,6 +82,7 @@ class WholeStep:
         kept_by: operation -> indices of the forward results, all the same, that it keeps.
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
         parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
+        buckets: gradients that all ranks add up together, in the order in which they do.
     """
 
     joint: JointStep
@@ -70,6 +90,12 @@ class WholeStep:
     kept_by: Mapping[int, tuple[int, ...]]
     state_buffer_of: Mapping[int, int]
     parameter_buffer_of: Mapping[int, int] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
+
+    @cached_property
+    def bucket_of(self) -> dict[int, int]:
+        """Primal -> the bucket in which its gradient is reduced."""
+        return {primal: i for i, b in enumerate(self.buckets) for primal in b.primals}
 
 
 def whole_step(

@@ -229,3 +229,40 @@ def headline(memory: StepMemory, allocated_peak_bytes: int) -> str:
         f"(parameters, optimizer state, batch) + {format_bytes(whole - memory.resident_bytes)} "
         "allocated by it"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkRow:
+    """Reductions that follow one another.
+
+    Attributes:
+        num_reductions: how many.
+        num_bytes: that they add up.
+        start_seconds, end_seconds: when, from the start of the step.
+    """
+
+    num_reductions: int
+    num_bytes: int
+    start_seconds: float
+    end_seconds: float
+
+
+def network_rows(
+    profile: StepProfile, schedule: Schedule, most_rows: int = 16
+) -> list[NetworkRow]:
+    """Return what a schedule has on the network, in order, in at most so many rows."""
+    graph = profile.graph
+    timeline = simulate(graph, schedule, profile.machine)
+    names = {operation.lane for operation in graph.reductions}
+    runs = [run for lane in timeline.lanes if lane.name in names for run in lane.runs]
+    size = max(1, -(-len(runs) // most_rows))
+    parts = [runs[start : start + size] for start in range(0, len(runs), size)]
+    return [
+        NetworkRow(
+            len(part),
+            sum(graph.buffers[graph.operations[run.operation].creates[0]].bytes for run in part),
+            part[0].start_seconds,
+            part[-1].end_seconds,
+        )
+        for part in parts
+    ]

@@ -204,6 +204,27 @@ class BatchStream:
             _set_generator_states(outside)
 
 
+class PartStream:
+    """A rank's part of each batch of a stream: as equal as possible, the first ones larger."""
+
+    def __init__(self, stream: Iterator[Any], rank: int, size: int) -> None:
+        self._stream, self._rank, self._size = stream, rank, size
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        from packlight.moves.microbatch.split import num_rows, split
+
+        batch = next(self._stream)
+        if num_rows(batch) < self._size:
+            raise ExampleError(
+                f"a batch of {num_rows(batch)} rows has no part for each of {self._size} ranks\n"
+                "hint: batches() yields the batch of all ranks together: make it larger"
+            )
+        return split(batch, self._size)[self._rank]
+
+
 def _generator_states() -> tuple[Any, ...]:
     return torch.get_rng_state(), random.getstate(), np.random.get_state()
 

@@ -6,6 +6,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from packlight.errors import MissingExtraError, OptionError
 from packlight.units import parse_bytes
@@ -42,6 +43,37 @@ def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--report", metavar="DIR", help="write an HTML page with pictures to DIR")
+
+
+def mesh(device: str) -> Any:
+    """Return the mesh of the ranks that torchrun started, None for a process that is alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return None
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+    return init_device_mesh(kind, (dist.get_world_size(),), mesh_dim_names=("data",))
+
+
+def modelled_mesh(arguments: argparse.Namespace) -> Any:
+    """Return the mesh of ranks that a step is planned for and that are not there, if any.
+
+    Raises:
+        OptionError: it is none, or the one of --mesh and --link is there without the other.
+    """
+    if (arguments.mesh is None) is not (arguments.link is None):
+        raise OptionError("--mesh and --link belong together\nhint: --mesh data=8 --link 25GB/s")
+    if arguments.mesh is None:
+        return None
+    from packlight.ranks.modelled import ModelledMesh
+
+    return ModelledMesh.parsed(arguments.mesh, arguments.link)
 
 
 def parsed_budget(arguments: argparse.Namespace) -> int | None:

@@ -14,7 +14,7 @@ from packlight.cli.profile import planned
 from packlight.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from packlight.cli.breakdown import PlanRow
+    from packlight.cli.breakdown import NetworkRow, PlanRow
     from packlight.step import Plan
     from packlight.step.profile import StepProfile
 
@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_common(parser, with_budget=True)
     parser.add_argument(
         "--save", metavar="FILE", help="write how the step runs to FILE, for train --way"
+    )
+    parser.add_argument(
+        "--mesh", metavar="data=N",
+        help="plan what one of N ranks does that are not there, each with a part of the batch",
+    )
+    parser.add_argument(
+        "--link", metavar="SPEED", help="with --mesh: of the network, such as 25GB/s"
     )
 
 
@@ -39,14 +46,19 @@ def run(arguments: argparse.Namespace) -> int:
     from packlight.cli import breakdown
 
     console = Console()
+    mesh = options.modelled_mesh(arguments)
+    ranks = {} if mesh is None else {"mesh": mesh}
     step = planned(
-        arguments, budget_bytes, moves=options.moves(arguments), offload_directory=directory
+        arguments, budget_bytes, moves=options.moves(arguments), offload_directory=directory,
+        **ranks,
     )
     profile, plan = step.profile, step.plan
     console.print(plan_table(breakdown.plan_rows(profile.graph, plan.schedule)))
     for line in summary(profile, plan, budget_bytes):
         console.print(line, highlight=False)
     console.print(step.describe(), highlight=False, markup=False)
+    if profile.graph.reductions:
+        console.print(network_table(breakdown.network_rows(profile, plan.schedule)))
     plans = other_plans(profile)
     console.print(pareto_table(profile, plans))
     if arguments.save is not None:
@@ -76,7 +88,12 @@ def summary(profile: StepProfile, plan: Plan, budget_bytes: int | None) -> list[
     budget = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     bound = plan.bound_seconds / plan.plain_seconds if plan.plain_seconds else 1.0
     transfers = []
-    if plan.lane_seconds:
+    if profile.graph.reductions and not profile.graph.transfers:
+        transfers.append(
+            f"network          busy for {format_seconds(plan.lane_seconds)}, operations wait for "
+            f"it for {format_seconds(plan.wait_seconds)}"
+        )
+    elif plan.lane_seconds:
         transfers.append(
             f"transfers        {format_bytes(plan.offloaded_bytes)} offloaded; lanes are busy for "
             f"{format_seconds(plan.lane_seconds)}, operations wait for them for "
@@ -111,6 +128,19 @@ def plan_table(rows: list[PlanRow]) -> Table:
             ", ".join(_counted(list(row.kept))),
             ", ".join(f"{name} ({times})" for name, times in _merged(row.recomputed)),
             format_seconds(row.extra_seconds) if row.recomputed else "",
+        )
+    return table
+
+
+def network_table(rows: list[NetworkRow]) -> Table:
+    """Return what is on the network, and when."""
+    table = Table(title="On the network")
+    for name in ("reductions", "bytes", "from", "to"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row.num_reductions), format_bytes(row.num_bytes),
+            format_seconds(row.start_seconds), format_seconds(row.end_seconds),
         )
     return table
 

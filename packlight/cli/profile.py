@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -54,13 +55,16 @@ def planned(
     arguments: argparse.Namespace, budget_bytes: int | None, **how: Any
 ) -> TrainStep:
     """Return the example's step, captured and planned."""
-    from packlight.cli.example import BatchStream, build, load_example
+    from packlight.cli.example import BatchStream, PartStream, build, load_example
     from packlight.fitting import planned_step
 
     allow = options.allowed(arguments)
     example = load_example(arguments.file)
     model, optimizer = build(example, arguments.device, arguments.seed)
-    batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
+    stream: Iterator[Any] = BatchStream(example, "train", arguments.device, arguments.seed)
+    if "mesh" in how:
+        stream = PartStream(stream, 0, how["mesh"].data)
+    batch = next(stream)
     return planned_step(
         model, example.loss, optimizer, batch, budget_bytes, allow=allow, **how)
 

@@ -27,7 +27,8 @@ from packlight.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     import torch
 
-    from packlight.cli.example import BatchStream, Example
+    from packlight.cli.example import Example
+    from packlight.ranks.group import Ranks
     from packlight.run.checkpoint import Checkpoint
 
 HELP = "train inside a budget; the same command resumes from its last checkpoint"
@@ -70,11 +71,19 @@ def run(arguments: argparse.Namespace) -> int:
         options.writable_directory(arguments.checkpoint, "--checkpoint")
     directory = options.offload_directory(arguments)
     import packlight
-    from packlight.cli.example import BatchStream, build, load_example, seed_everything
+    from packlight.cli.example import (
+        BatchStream,
+        PartStream,
+        build,
+        load_example,
+        seed_everything,
+    )
     from packlight.run.checkpoint import newest_checkpoint
 
     allow = options.allowed(arguments)
-    console = Console()
+    mesh = options.mesh(arguments.device)
+    rank, size = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
+    console = Console(quiet=rank > 0)
     example = load_example(arguments.file)
     found = newest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
     if found is not None:
@@ -88,17 +97,21 @@ def run(arguments: argparse.Namespace) -> int:
         found.restore(model, optimizer)
         done = found.step
         console.print(f"resuming from {found.path}, step {done}")
-    stream = BatchStream(example, "train", arguments.device, arguments.seed, num_skipped=done)
+    stream: Iterator[Any] = BatchStream(
+        example, "train", arguments.device, arguments.seed, num_skipped=done
+    )
+    if size > 1:
+        stream = PartStream(stream, rank, size)
     batch = next(stream)
     step = packlight.fit(
         model, example.loss, optimizer, batch, budget=budget_bytes,
         moves=options.moves(arguments), allow=allow, offload_directory=directory,
-        way=arguments.way,
+        way=arguments.way, mesh=mesh,
     )
     if found is not None and step.scaler is not None:
         _restore_scaler(found, step.scaler)
     console.print(step.describe(), highlight=False, markup=False)
-    if report is not None:
+    if report is not None and rank == 0:
         from packlight.cli.plan import other_plans
         from packlight.report import write_report
 
@@ -107,10 +120,10 @@ def run(arguments: argparse.Namespace) -> int:
             report, step.profile, plans, step.plan, arguments.file, how=step.how_it_runs()
         )
         console.print(f"report: {page}")
-    # Capturing and planning may have drawn numbers; the run's own start here.
-    seed_everything(arguments.seed)
+    # Capturing and planning may have drawn numbers; the run's own start here, each rank's others.
+    seed_everything(arguments.seed + rank)
     if found is not None:
-        found.restore_rng()
+        found.restore_rng(rank)
     trainer = _Trainer(arguments, example, model, optimizer, step, stream, console, done)
     return trainer.run(batch)
 
@@ -146,10 +159,24 @@ class _Trainer:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     step: Any
-    stream: BatchStream
+    stream: Iterator[Any]
     console: Console
     num_done: int
     measured_bytes: int = 0
+    was_interrupted: bool = False
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that train together."""
+        ranks: Ranks | None = self.step.request.ranks
+        return ranks
+
+    def _is_interrupted(self, interrupt: _Interrupt) -> bool:
+        """Whether to end here; all ranks do after the same step."""
+        self.was_interrupted = interrupt.is_set
+        if self.ranks is not None:
+            self.was_interrupted = any(self.ranks.exchange(int(interrupt.is_set)))
+        return self.was_interrupted
 
     def run(self, batch: Any) -> int:
         """Train from the step after `num_done`, on this batch first."""
@@ -164,14 +191,15 @@ class _Trainer:
                     raise self._with_checkpoint(error) from None
                 self.num_done += 1
                 if self.example.tokens_per_batch is not None:
-                    num_tokens += self.example.tokens_per_batch(batch)
+                    tokens = self.example.tokens_per_batch(batch)
+                    num_tokens += tokens if self.ranks is None else tokens * self.ranks.size
                 seconds = time.perf_counter() - started
                 rate = _rate(num_tokens, self.num_done - first, seconds)
                 status = f"loss {loss:.4f}  {rate}  {self._peak_text()}"
                 progress.update(task, completed=self.num_done, status=status)
                 if not self.console.is_terminal and self._is_line_due(first):
                     self.console.print(f"step {self.num_done}/{arguments.steps}  {status}")
-                if interrupt.is_set:
+                if self._is_interrupted(interrupt):
                     break
                 is_last = self.num_done >= arguments.steps
                 if arguments.checkpoint and (is_last or self.num_done % arguments.save_every == 0):
@@ -179,7 +207,7 @@ class _Trainer:
                 if is_last:
                     break
                 batch = next(self.stream)
-        if interrupt.is_set and self.num_done < arguments.steps:
+        if self.was_interrupted and self.num_done < arguments.steps:
             return self._interrupted()
         self._finish()
         return 0
@@ -206,7 +234,7 @@ class _Trainer:
 
         # The training step counts its own steps, not those before a resumption.
         if isinstance(error, NonFiniteLossError):
-            error = NonFiniteLossError(self.num_done, error.loss)
+            error = NonFiniteLossError(self.num_done, error.loss, rank=error.rank)
         else:
             error = LossScaleError(self.num_done, error.scale, error.parameters)
         directory = self.arguments.checkpoint
@@ -216,14 +244,25 @@ class _Trainer:
         return PacklightError(f"{error}\n  {found.path} is from step {found.step}, before it")
 
     def _save(self, directory: Path) -> Path:
-        from packlight.run.checkpoint import save_checkpoint
+        from packlight.run.checkpoint import generator_states, save_checkpoint
 
         extra = _identity(self.arguments) | {"num_batches": self.num_done}
         if self.step.scaler is not None:
             extra["scaler"] = self.step.scaler.state_dict()
-        return save_checkpoint(
-            directory, self.model, self.optimizer, step=self.num_done, extra=extra
-        )
+        ranks = self.ranks
+
+        def save(generators: list[Any] | None) -> Path:
+            if ranks is not None and ranks.rank > 0:
+                return directory
+            return save_checkpoint(
+                directory, self.model, self.optimizer, step=self.num_done, extra=extra,
+                generators=generators,
+            )
+
+        if ranks is None:
+            return save(None)
+        states = ranks.gather(generator_states)
+        return ranks.gather(lambda: save(states))[0]
 
     def _interrupted(self) -> int:
         directory = self.arguments.checkpoint

@@ -73,7 +73,7 @@ def _measure(
     tier: Tier, name: str, large: torch.Tensor, small: torch.Tensor, while_computing: bool
 ) -> Lane:
     writes, reads, latencies, shares = [], [], [], []
-    products_per_second = _products_per_second() if while_computing else math.inf
+    rate = products_per_second() if while_computing else math.inf
 
     def write_large() -> None:
         tier.offload(0, large)
@@ -84,7 +84,7 @@ def _measure(
 
     def timed(start: Callable[[], object]) -> float:
         seconds, num_products = _run(tier, start, while_computing)
-        shares.append(1 - num_products / (products_per_second * seconds))
+        shares.append(1 - num_products / (rate * seconds))
         return seconds
 
     for _ in range(1 + _NUM_ROUNDS):
@@ -105,12 +105,12 @@ def _run(
     tier: Tier, start: Callable[[], object], while_computing: bool
 ) -> tuple[float, int]:
     """Return how long the transfers that `start` asks for take, and products made meanwhile."""
-    matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    product = products()
     num_products = 0
     begin = time.perf_counter()
     kept = start()
     while while_computing and not tier.is_idle():
-        torch.mm(matrix, matrix, out=product)
+        product()
         num_products += 1
     tier.wait_all()
     if tier.slots[0].device.type != "cpu":  # which only its stream has waited for
@@ -120,14 +120,20 @@ def _run(
     return seconds, num_products
 
 
-def _products_per_second() -> float:
-    """Return how many products of matrices this thread makes when nothing is transferred."""
+def products() -> Callable[[], object]:
+    """Return what computes for a moment, as a step does while lanes work."""
     matrix, product = torch.ones(256, 256), torch.empty(256, 256)
+    return lambda: torch.mm(matrix, matrix, out=product)
+
+
+def products_per_second() -> float:
+    """Return how many products of matrices this thread makes when nothing is transferred."""
+    product = products()
     rates = []
     for _ in range(_NUM_ROUNDS):
         begin, num_products = time.perf_counter(), 0
         while time.perf_counter() - begin < _ALONE_SECONDS:
-            torch.mm(matrix, matrix, out=product)
+            product()
             num_products += 1
         rates.append(num_products / (time.perf_counter() - begin))
     return statistics.median(rates)

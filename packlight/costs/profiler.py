@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -15,6 +15,14 @@ from packlight.costs.made_up import tensor_arguments
 from packlight.costs.measure import CallFacts, call_signature, observe_call
 
 
+@dataclass(frozen=True)
+class Known:
+    """What was seen of calls, by signature, and seconds of what is no call, by name."""
+
+    calls: dict[str, CallFacts]
+    others: dict[str, float]
+
+
 class CallProfiler:
     """Use as a context manager: facts are written to the disk cache when it closes.
 
@@ -25,6 +33,7 @@ class CallProfiler:
     def __init__(self, progress: bool = True) -> None:
         self._caches: dict[torch.device, CallCache] = {}
         self._known: dict[str, CallFacts] = {}
+        self._agreed_seconds: dict[str, float] = {}
         # Per operator: seconds inside steps, and of the same calls alone.
         self._in_steps: dict[str, list[float]] = {}
         self.num_measured = 0
@@ -98,12 +107,27 @@ class CallProfiler:
             device: where it was seen.
             seconds: what was seen now.
         """
+        if name in self._agreed_seconds:
+            return self._agreed_seconds[name]
         cache = self._cache_of(device)
         known = cache.get(name)
         if known is None:
             known = CallFacts(seconds, 0, (), None)
             cache.put(name, known)
+        self._agreed_seconds[name] = known.seconds
         return known.seconds
+
+    # -- what several processes know together
+
+    @property
+    def known(self) -> Known:
+        """All that was asked for so far."""
+        return Known(dict(self._known), dict(self._agreed_seconds))
+
+    def take(self, known: Known) -> None:
+        """Answer with what several processes agreed on; this device's own facts stay on disk."""
+        self._known.update(known.calls)
+        self._agreed_seconds.update(known.others)
 
     def note_in_step(
         self, target: torch._ops.OpOverload, args: Any, kwargs: Any, seconds: float

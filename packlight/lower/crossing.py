@@ -100,7 +100,7 @@ class _Trace:
             is_moving = self.in_transfer.pop(target, None) is not None
             return self.values([target] if is_moving else []), ()
         operation = self.joint.graph.operations[target]
-        return self._transfer(operation) if operation.lane else self._compute(operation)
+        return self._transfer(operation) if operation.kind.is_transfer else self._compute(operation)
 
     def _transfer(self, operation: Operation) -> tuple[list[int], Iterable[int]]:
         buffer, is_read = operation.moved, operation.kind is OperationKind.READ

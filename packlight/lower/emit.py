@@ -20,6 +20,7 @@ from packlight.costs.measure import in_place_call
 from packlight.lower.crossing import Bounds, Crossing, crossings
 from packlight.lower.facts import Facts
 from packlight.lower.program import OPERATION_KEY, Program, Section
+from packlight.lower.reductions import ReductionWriter
 from packlight.lower.rng import generator_state, replay
 from packlight.lower.transfers import TransferWriter
 from packlight.lower.values import Values, plain_meta
@@ -76,6 +77,7 @@ class _Emitter:
         self.facts, self.whole, self.step = facts, facts.step, facts.step.joint
         self.ran: set[int] = set()
         self.transfers = TransferWriter(facts)
+        self.reductions = ReductionWriter(facts)
         # The node behind what a section has left, in that section's graph.
         self.left: dict[int, fx.Node] = {}
 
@@ -90,6 +92,7 @@ class _Emitter:
             *(("events",) if is_whole else ()),
             *(("tier",) if self.facts.offloaded else ()),
             *(("streamed",) if self.facts.streamed else ()),
+            *(("reducer",) if self.whole.buckets else ()),
         ]
         written = [self._section(b, x, helpers) for b, x in zip(sections, exchanged, strict=True)]
         return Program(tuple(written), tuple(helpers), tuple(self.transfers.slots))
@@ -112,6 +115,7 @@ class _Emitter:
         for node, constant in constants.items():
             values.place(node, constant)
         self.transfers.begin(values, self.helpers)
+        self.reductions.begin(values, self.helpers)
         for instruction in self.facts.schedule.instructions[bounds.start : bounds.end]:
             self._write(instruction)
         results = [self._result(node) for node in bounds.results]
@@ -265,6 +269,12 @@ class _Emitter:
         for buffer in self.step.graph.operations[index].mutates:
             self.transfers.updating(buffer)
         primals = self.whole.consumed_by[index]
+        if self.whole.buckets:
+            for primal in primals:
+                value = self.reductions.gradient(primal)
+                arguments: tuple[Any, ...] = (self.helpers["events"], primal, value)
+                self.graph.call_method("reduced_gradient", arguments)
+            return
         nodes = [self.step.backward_results[primal] for primal in primals]
         buffers = [self.step.buffer_of_node[node] for node in nodes]
         for place, (primal, node) in enumerate(zip(primals, nodes, strict=True)):
@@ -273,6 +283,12 @@ class _Emitter:
             is_last_use = is_last_read and buffers[place] not in buffers[place + 1 :]
             arguments = (self.helpers["events"], primal, self.values.of(node), is_last_use)
             self.graph.call_method("gradient", arguments)
+
+    def _bucket(self, instruction: Instruction) -> None:
+        self.reductions.pack(instruction)
+
+    def _reduce(self, instruction: Instruction) -> None:
+        self.reductions.reduce(instruction)
 
     def _read(self, instruction: Instruction) -> None:
         self.transfers.fetch(self.step.graph.operations[instruction.target].moved)
@@ -289,6 +305,8 @@ class _Emitter:
         OperationKind.UPDATE: _update,
         OperationKind.READ: _read,
         OperationKind.WRITE: _write_away,
+        OperationKind.BUCKET: _bucket,
+        OperationKind.REDUCE: _reduce,
     }
 
 

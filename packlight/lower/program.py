@@ -6,8 +6,8 @@ runs one section, the torch.compile backend two. Who runs a program carries what
 to those that take it: autograd does for the backend, a `Frame` (frame.py) elsewhere.
 
 Beside values, sections are given helpers: objects that decide what becomes of results and gradients
-(`StepEvents`), of buffers that leave memory (a `Tier`), and of parameters and optimizer state that
-do (`StreamedBuffers`).
+(`StepEvents`), of buffers that leave memory (a `Tier`), of parameters and optimizer state that do
+(`StreamedBuffers`), and of gradients that all ranks add up (a `Reducer`).
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ class StepEvents(Protocol):
         overwrite it.
         """
 
+    def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
+        """The gradient of a primal, added up over all ranks, is complete; it is the receiver's."""
+
 
 class IgnoredEvents:
     """For rehearsals: results and gradients are dropped."""
@@ -45,6 +48,19 @@ class IgnoredEvents:
         """Do nothing."""
 
     def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
+        """Do nothing."""
+
+    def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
+        """Do nothing."""
+
+
+class IgnoredReductions:
+    """For rehearsals: nothing is sent."""
+
+    def start(self, bucket: int, value: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def wait(self, bucket: int) -> None:
         """Do nothing."""
 
 
@@ -79,8 +95,8 @@ class Program:
 
     Attributes:
         sections: in order.
-        helpers: what each section takes beside values, in order: out of "events", "tier" and
-            "streamed".
+        helpers: what each section takes beside values, in order: out of "events", "tier",
+            "streamed" and "reducer".
         slots: what the tier has to hold.
     """
 

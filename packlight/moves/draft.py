@@ -10,6 +10,7 @@ from torch import fx
 
 from packlight.capture.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.capture.whole_step import Consumption
+from packlight.moves.reduction import Reduction
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Streaming
@@ -49,6 +50,8 @@ class Draft:
         module: its joint graph, rewritten so far.
         machine: whose lanes the step uses; None where nothing is transferred.
         streaming: what of parameters and optimizer state lies elsewhere between uses.
+        reduction: how gradients are added up over ranks, where there are several.
+        whole: the draft of the whole batch, where this is a microbatch's.
     """
 
     request: Request
@@ -62,6 +65,8 @@ class Draft:
     module: fx.GraphModule | None = None
     machine: Machine | None = None
     streaming: Streaming = field(default_factory=Streaming)
+    reduction: Reduction | None = None
+    whole: Draft | None = None
     _known: dict[Any, Any] = field(default_factory=dict)
 
     @property

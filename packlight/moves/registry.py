@@ -18,6 +18,7 @@ from typing import Any
 
 from packlight.errors import MoveError, OptionError, PacklightError
 from packlight.moves.chunk.move import Chunk
+from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.move import Effect, Move, Stage
@@ -27,7 +28,7 @@ from packlight.moves.stream.move import Offload
 
 GROUP = "packlight.moves"
 BUILT_IN: tuple[type[Move], ...] = (
-    Autocast, UpdateInBackward, Microbatch, Pack, Chunk, Offload,
+    Autocast, UpdateInBackward, Microbatch, Pack, Chunk, DataParallel, Offload,
 )
 
 

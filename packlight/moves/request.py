@@ -10,6 +10,8 @@ from torch import nn
 
 from packlight.capture.step_capture import LossFunction
 from packlight.moves.microbatch.split import LossWeight
+from packlight.ranks.group import Ranks
+from packlight.ranks.modelled import ModelledMesh
 from packlight.updates.gradients import Clipping
 
 
@@ -28,6 +30,8 @@ class Request:
         loss_weight: what the user says a microbatch's loss is divided by, if anything.
         offload_directory: where buffers may be offloaded to.
         progress: show what profiling does.
+        ranks: that train together, each on its part of the batch; None for one process.
+        modelled: ranks that are planned for and not there.
     """
 
     model: nn.Module
@@ -41,3 +45,12 @@ class Request:
     loss_weight: LossWeight | None
     offload_directory: Path | None
     progress: bool
+    ranks: Ranks | None = None
+    modelled: ModelledMesh | None = None
+
+    @property
+    def num_ranks(self) -> int | None:
+        """How many ranks the step is for; None for one process."""
+        if self.modelled is not None:
+            return self.modelled.data
+        return None if self.ranks is None else self.ranks.size

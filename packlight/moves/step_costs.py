@@ -14,12 +14,14 @@ from torch import fx, nn
 
 from packlight.capture.batch import tensors_of
 from packlight.capture.joint import JointStep
+from packlight.capture.reduced import with_reductions
 from packlight.capture.step_capture import CapturedLoss
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
 from packlight.moves.microbatch.split import num_rows
+from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
 from packlight.moves.stream.parameters import (
     ParameterSlots,
@@ -28,7 +30,7 @@ from packlight.moves.stream.parameters import (
 )
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
-from packlight.step import BufferKind, Machine, StepMemory, with_transfers
+from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
 from packlight.torch_internals import has_gradient_hooks
 from packlight.updates.accounting import (
     OptimizerMemory,
@@ -57,6 +59,9 @@ class StepCosts:
         device: of the model.
         updates: steps the optimizer one parameter at a time; None where there is no optimizer.
         trained: the parameters that it updates, by id.
+        network: the lane to the other ranks, once it is measured.
+        agreed_buckets: those that ranks with another size of batch reduce, where there are such.
+        are_compared: whether parameters are known to have the same values on all ranks.
     """
 
     def __init__(self, request: Request) -> None:
@@ -75,6 +80,10 @@ class StepCosts:
         self._others = [p for p in self.trained.values() if id(p) not in self.name_of]
         for number, parameter in enumerate(self._others):
             self.name_of[id(parameter)] = f"parameter {number} of the loss"
+        self.reductions = ReductionCosts(self.trained.values(), self.name_of, self.device)
+        self.network: Lane | None = None
+        self.agreed_buckets: tuple[tuple[str, ...], ...] | None = None
+        self.are_compared = False
         self._additions: dict[Any, float] = {}
         self._consumers: dict[Any, Consumer] = {}
         self._slots: Slots | None = None
@@ -166,6 +175,7 @@ class StepCosts:
         streaming: Streaming,
         machine: Machine | None,
         profiler: CallProfiler,
+        reduction: Reduction | None = None,
     ) -> WholeStep:
         """Return a captured step in which every gradient is consumed, at its measured costs.
 
@@ -176,12 +186,17 @@ class StepCosts:
             streaming: what lies on the disk between uses.
             machine: whose lanes buffers may leave memory on, if there is one.
             profiler: remembers seconds.
+            reduction: how gradients are added up over ranks first, where there are several.
         """
         consumers: dict[int, Consumer] = {}
         trained = self.parameters(loss.arguments)
-        copied_bytes = _copied_bytes(joint, trained)
+        reductions = None
+        if reduction is not None and how is not Consumption.ACCUMULATE:
+            reductions = self.reductions.of(reduction, trained, profiler)
+        packed = set() if reductions is None else reductions.packed
+        copied_bytes = _copied_bytes(joint, trained, is_reduced=reductions is not None)
         for primal, parameter in trained.items():
-            consumer = self._consumer(joint, primal, parameter, how, profiler)
+            consumer = self._consumer(joint, primal, parameter, how, profiler, primal in packed)
             if streaming:  # only what is streamed has a buffer of its own
                 streamed = streaming.states.get(parameter, {}).values()
                 consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
@@ -194,6 +209,8 @@ class StepCosts:
             workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
+        if reductions is not None:
+            step = with_reductions(step, reductions)
         if machine is None:
             assert not streaming, "nothing can lie on the disk where there is none"
             return step
@@ -216,6 +233,7 @@ class StepCosts:
         parameter: nn.Parameter,
         how: Consumption,
         profiler: CallProfiler,
+        is_packed: bool,
     ) -> Consumer:
         name = self.name_of[id(parameter)]
         node = joint.backward_results[primal]
@@ -225,7 +243,8 @@ class StepCosts:
             return Consumer(name, self._addition_seconds(parameter, profiler))
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
-        key = (name, tuple(node.meta["val"].stride()))
+        # In a bucket it lies as the parameter does.
+        key = (name, None if is_packed else tuple(node.meta["val"].stride()))
         if key not in self._consumers:  # later on, its state may lie elsewhere
             cost = self.update(parameter, key[1], profiler)
             workspace = cost.workspace_bytes
@@ -336,12 +355,14 @@ def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torc
     }
 
 
-def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict[int, int]:
+def _copied_bytes(
+    joint: JointStep, trained: Mapping[int, nn.Parameter], *, is_reduced: bool
+) -> dict[int, int]:
     """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
 
     Two parameters that are only ever added have one gradient, those that are concatenated have
-    slices of one, and that of a sum is one number. Hooks are given a copy, and may return another
-    gradient.
+    slices of one, and that of a sum is one number: in buckets each has a place. Hooks are given a
+    copy, and may return another gradient.
     """
     nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
     num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
@@ -349,6 +370,8 @@ def _copied_bytes(joint: JointStep, trained: Mapping[int, nn.Parameter]) -> dict
     for primal, node in nodes.items():
         if has_gradient_hooks(trained[primal]):
             copied[primal] = HOOKED_GRADIENTS * trained[primal].nbytes
+        elif is_reduced:
+            continue
         elif num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"]):
             copied[primal] = trained[primal].nbytes
     return copied

@@ -65,7 +65,7 @@ def plain_step(graph: StepGraph) -> PlainStep:
     resting = {BufferKind.PARAMETER: 0, BufferKind.STATE: 0}
     for b in graph.resting:
         resting[graph.buffers[b].kind] += graph.buffers[b].bytes
-    resident = graph.without_transfers()
+    resident = graph.without_transfers().with_reductions_in_line()
     return PlainStep(resident, plain_schedule(resident), *resting.values())
 
 
@@ -113,7 +113,7 @@ def curve(graph: StepGraph, schedule: Schedule, machine: Machine | None = None) 
         if instruction.action is Action.RUN:
             operation = graph.operations[instruction.target]
             kind = operation.kind
-            if not kind.is_transfer:
+            if not operation.lane:
                 start = max(now, done - operation.seconds)  # rounding may put it before
                 during = max(held, after + operation.workspace_bytes)
         if start > now:  # it waits for a lane, with what is there before

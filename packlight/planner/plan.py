@@ -35,8 +35,11 @@ NEAR = 0.9
 class Planner:
     """Plans one graph for any number of budgets; segments and options are found once.
 
+    When reductions start and where their sums are used is given with a graph: whatever a schedule
+    runs again in between, it waits for them no longer. So the search sees them in line.
+
     Attributes:
-        graph: the step.
+        graph: the step, with reductions in line.
         machine: with the lanes of its transfers, if it has some.
         plain: the schedule without recomputation. What rests in another memory, it reads once and
             keeps.
@@ -55,7 +58,8 @@ class Planner:
             without: a planner of the same graph without transfers, which may have found something
                 already; by default a new one.
         """
-        self.graph, self.machine = graph, machine
+        self._real, self.machine = graph, machine
+        graph = self.graph = graph.with_reductions_in_line(machine)
         self._transfers: OffloadSearch | None = None
         self._without: Planner | None = None
         self._is_exact = is_small(graph)
@@ -196,15 +200,16 @@ class Planner:
             num_reruns=sum(self.graph.reruns(found.schedule).values()),
         )
         if self._transfers is None:
-            return plan
+            return _beside_reductions(plan, self._real, self.machine)
         timeline = simulate(self.graph, found.schedule, self.machine)
         written = self.graph.written(found.schedule)
-        return replace(
+        plan = replace(
             plan,
             lane_seconds=timeline.lane_seconds,
             wait_seconds=timeline.wait_seconds,
             offloaded_bytes=sum(self.graph.buffers[b].bytes for b in written),
         )
+        return _beside_reductions(plan, self._real, self.machine)
 
 
 def least_peak_bytes(graph: StepGraph) -> int:
@@ -233,6 +238,24 @@ def plan_schedule(
             every budget asked for.
     """
     return Planner(graph, machine).plan(budget_bytes, known)
+
+
+def _beside_reductions(plan: Plan, graph: StepGraph, machine: Machine | None) -> Plan:
+    """Return a plan made with reductions in line with the time that they really take."""
+    if not graph.reductions:
+        return plan
+    planned = simulate(graph, plan.schedule, machine)
+    plain = simulate(graph, plain_schedule(graph), machine) if not graph.resting else None
+    return replace(
+        plan,
+        seconds=planned.seconds,
+        plain_seconds=plan.plain_seconds if plain is None else plain.seconds,
+        termination=Termination.at(
+            planned.seconds, plan.bound_seconds, plan.termination.limit or Limit.MOVES
+        ),
+        lane_seconds=planned.lane_seconds,
+        wait_seconds=planned.wait_seconds,
+    )
 
 
 def smallest_peak_bytes(graph: StepGraph, machine: Machine | None = None) -> int:

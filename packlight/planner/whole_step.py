@@ -39,7 +39,7 @@ def plan_whole_step(
     except InfeasibleBudgetError as error:
         where, live = error.peak_operation, error.peak_buffers
         smallest = planner.smallest().schedule
-        hint = batch_hint(graph, smallest, budget_bytes, machine, memory, num_rows)
+        hint = batch_hint(planner.graph, smallest, budget_bytes, machine, memory, num_rows)
     smallest_bytes = planner.smallest().peak_bytes
     if memory.update_workspace_bytes > smallest_bytes or not where:
         where, live = "the optimizer's update", [("workspace", memory.update_workspace_bytes)]

@@ -299,7 +299,7 @@ def _transfer_section(profile: StepProfile, plan: Plan) -> str:
     read_bytes = sum(graph.buffers[e.buffer].bytes * e.num_reads for e in transferred)
     runs = [graph.operations[run] for run in plan.schedule.runs()]
     num_transfers = sum(operation.kind.is_transfer for operation in runs)
-    computing_seconds = sum(o.seconds for o in runs if not o.kind.is_transfer)
+    computing_seconds = sum(o.seconds for o in runs if not o.lane)
     copying_seconds = timeline.seconds - timeline.wait_seconds - computing_seconds
     more = ""
     if len(transferred) > _MAX_TRANSFERS:

@@ -96,7 +96,7 @@ def merged(intervals: Iterable[tuple[float, float]], gap_seconds: float) -> list
 def busy(
     graph: StepGraph, schedule: Schedule, timeline: Timeline
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return when computations run and when lanes write and read: (start, end) in seconds.
+    """Return when computations run and when lanes write, read and reduce: (start, end) in seconds.
 
     Where there are several lanes, they are told apart by their number.
     """
@@ -106,7 +106,11 @@ def busy(
         if i.action is Action.RUN and not graph.operations[i.target].lane
     ]}
     for number, lane in enumerate(timeline.lanes, 1):
-        for kind in (OperationKind.WRITE, OperationKind.READ):
+        kinds = {graph.operations[run.operation].kind for run in lane.runs}
+        is_network = OperationKind.REDUCE in kinds
+        for kind in (
+            (OperationKind.REDUCE,) if is_network else (OperationKind.WRITE, OperationKind.READ)
+        ):
             name = kind.value if len(timeline.lanes) == 1 else f"{kind.value} {number}"
             rows[name] = [
                 (run.start_seconds, run.end_seconds) for run in lane.runs

@@ -17,7 +17,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ def save_checkpoint(
     step: int,
     extra: Mapping[str, Any] | None = None,
     num_kept: int = NUM_KEPT,
+    generators: Sequence[Any] | None = None,
 ) -> Path:
     """Write `step-<step>.safetensors` and return its path; older files beyond `num_kept` go.
 
@@ -56,6 +57,7 @@ def save_checkpoint(
         step: number of steps done; part of the file's name.
         extra: anything that JSON can hold, returned by `read_checkpoint`.
         num_kept: how many checkpoints stay in the directory, this one included.
+        generators: of every rank, from `generator_states`; by default this process's.
 
     Raises:
         PacklightError: the file cannot be written; the checkpoints that are there stay as they are.
@@ -65,13 +67,15 @@ def save_checkpoint(
     """
     directory = Path(directory)
     tensors: dict[str, torch.Tensor] = {}
+    first, *others = generators or [generator_states()]
     state = {
         "step": step,
         "extra": dict(extra or {}),
         "model": _pack(uncompiled(model).state_dict(), "model", tensors, {}),
         "optimizer": _pack(optimizer.state_dict(), "optimizer", tensors, {}),
         "optimizer_class": type(optimizer).__name__,
-        "rng": _pack(_rng_state(), "rng", tensors, {}),
+        "rng": _pack(first, "rng", tensors, {}),
+        "rng_of_others": _pack(others, "rng_of_others", tensors, {}),
     }
     state_json = json.dumps(state, sort_keys=True)
     metadata = {
@@ -137,12 +141,18 @@ class Checkpoint:
         optimizer.load_state_dict(saved_optimizer)
         _undo_casts(saved_optimizer, optimizer)
 
-    def restore_rng(self) -> None:
+    def restore_rng(self, rank: int = 0) -> None:
         """Set every random number generator to where it was when the checkpoint was written.
 
         Call it last, right before the next step: building and planning a model may draw numbers.
+
+        Args:
+            rank: whose generators; those of a rank that there was not stay as they are.
         """
-        rng = _unpack(self._state["rng"], self._tensors)
+        others = _unpack(self._state.get("rng_of_others", []), self._tensors)
+        if rank > len(others):
+            return
+        rng = [_unpack(self._state["rng"], self._tensors), *others][rank]
         torch.set_rng_state(rng["torch"])
         if rng["cuda"] and torch.cuda.is_available():
             for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
@@ -310,7 +320,8 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return value
 
 
-def _rng_state() -> dict[str, Any]:
+def generator_states() -> dict[str, Any]:
+    """Return where this process's random number generators are."""
     is_cuda_used = torch.cuda.is_available() and torch.cuda.is_initialized()
     return {
         "torch": torch.get_rng_state(),

@@ -6,7 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
+from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
 from packlight.errors import UnsupportedModelError
@@ -19,6 +21,8 @@ from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
+from packlight.ranks.reducer import OtherModelError, Reducer
+from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
 from packlight.updates.gradients import GradientFate, fills_storage, update_all
 
@@ -38,6 +42,13 @@ class StepRunner:
         in_backward = ready.gradients is Consumption.UPDATE
         alone = ready.way.num_microbatches > 1 and costs.steps_alone
         self._updates = costs.updates if in_backward or alone else None
+        self._reducer: Reducer | None = None
+        self._accumulated: Accumulated | None = None
+        if request.ranks is not None:
+            self._reducer = Reducer(request.ranks)
+            self._weights = RankWeights(request.ranks, ready)
+            if ready.gradients is Consumption.ACCUMULATE:
+                self._accumulated = Accumulated(self._buckets(), self._reducer)
         self._programs: dict[int | None, _Program] = {}
         for part in ready.parts:
             fate = GradientFate(
@@ -45,8 +56,11 @@ class StepRunner:
                 part.traced.loss.loss_index,
                 request.clipping,
                 self._updates if in_backward else None,
+                reducer=self._reducer,
+                place_of=None if self._accumulated is None else self._accumulated.place_of,
             )
-            program = _Program(part, fate, StreamedBuffers(streamed, _keys(part)), self._make_tier)
+            buffers = StreamedBuffers(streamed, _keys(part))
+            program = _Program(part, fate, buffers, self._make_tier)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
@@ -79,7 +93,20 @@ class StepRunner:
             NonFiniteLossError: nothing is changed.
             LossScaleError: no parameter is changed, nor is optimizer state.
             CapturedAgainError: the model changed since it was captured; nothing is changed.
+            RankError: another rank failed, or is gone.
         """
+        if self._reducer is None:
+            return self._run(batch, num_steps)
+        self._reducer.begin(self._weights.of_this_rank(batch), num_steps)
+        try:
+            return self._run(batch, num_steps)
+        except OtherModelError:  # this rank's is as it was
+            raise CapturedAgainError(next(iter(self._programs.values()))) from None
+        except BaseException as error:
+            self._reducer.leave(error, isinstance(error, CapturedAgainError))
+            raise
+
+    def _run(self, batch: Any, num_steps: int) -> Any:
         request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
         if self._updates is not None:
@@ -111,18 +138,25 @@ class StepRunner:
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
+            if self._accumulated is not None:
+                self._accumulated.clear()
         return returned
 
     def _run_whole(self, batch: Any, num_steps: int) -> Any:
         (program,) = self._programs.values()
-        program.set_up(self._scale, num_steps, None)
-        return self.ready.parts[0].traced.capture(batch, program)
+        program.set_up(self._scale * self._rank_weight, num_steps, None)
+        returned = self.ready.parts[0].traced.capture(batch, program)
+        if self._reducer is None:
+            return returned
+        return with_loss(returned, torch.full_like(loss_of(returned), self._reducer.total_loss()))
 
     def _run_microbatches(self, batch: Any, num_steps: int) -> Any:
         """Run microbatch after microbatch; model buffers are put back if one of them fails."""
         microbatches = split(batch, self.ready.way.num_microbatches)
         assert self.ready.loss_weight is not None
-        weights = loss_weights(self.ready.loss_weight, microbatches)
+        weights = [0.0] * len(microbatches)
+        if self._rank_weight:
+            weights = loss_weights(self.ready.loss_weight, microbatches)
         traced_of = {p.traced.num_rows: p.traced for p in self.ready.parts}
         has_extras = any(part.traced.loss.extras for part in self.ready.parts)
         gathered = Gathered(num_rows(batch), has_extras)
@@ -136,9 +170,13 @@ class StepRunner:
                     continue
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
-                program.set_up(weight * self._scale, num_steps, index, backup)
+                program.set_up(
+                    weight * self._rank_weight * self._scale, num_steps, index, backup
+                )
                 loss = gathered.add(traced_of[rows].capture(microbatch, program), rows).mul_(weight)
                 total = loss if total is None else total.add_(loss)
+            if self._reducer is not None:
+                total = self._added_up(total)
         except BaseException as error:
             for tensor, value in backup.items():
                 tensor.copy_(value)
@@ -151,6 +189,26 @@ class StepRunner:
             raise
         assert total is not None, "loss_weights refuses microbatches of which none counts"
         return gathered.result(total)
+
+    def _added_up(self, loss: torch.Tensor | None) -> torch.Tensor:
+        """Return the loss of all ranks, and have accumulated gradients be those of all."""
+        assert self._reducer is not None and self._accumulated is not None
+        self._reducer.give_loss(0.0 if loss is None else float(loss))
+        total = self._reducer.total_loss()
+        self._accumulated.reduce()
+        like = self._trained[0] if loss is None else loss
+        return torch.full((), total, dtype=like.dtype, device=like.device)
+
+    def _buckets(self) -> list[list[nn.Parameter]]:
+        """Return the parameters whose gradients are reduced together."""
+        assert self.ready.reduction is not None, "gradients of ranks are always reduced"
+        parameter_of = {self._costs.name_of[id(p)]: p for p in self._trained}
+        return [[parameter_of[name] for name in b] for b in self.ready.reduction.buckets]
+
+    @property
+    def _rank_weight(self) -> float:
+        """How much this rank's part of the batch counts."""
+        return 1.0 if self._reducer is None else self._reducer.weight
 
     @property
     def _scale(self) -> float:
@@ -223,10 +281,11 @@ class _Program:
             The loss, and what the forward assigns to attributes, in dynamo's order.
         """
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
-            frame = Frame(
-                self.program, {"events": self.fate, "tier": self.tier, "streamed": self.streamed}
-            )
-            results = [*frame.run([*primals, self.weight])]
+            helpers = {
+                "events": self.fate, "tier": self.tier, "streamed": self.streamed,
+                "reducer": self.fate.reducer,
+            }
+            results = [*Frame(self.program, helpers).run([*primals, self.weight])]
             loss = results[self.captured.loss_index]
             if not fills_storage(loss):  # an elementwise loss's has room for every element
                 results[self.captured.loss_index] = loss.clone()

@@ -21,6 +21,8 @@ from packlight.garbage import old_objects_kept
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
+from packlight.ranks.parallel import refuse_wrapped
+from packlight.run.ranks import agreed_place, agreed_signature
 from packlight.run.signature import Family, Signature, family_of, signature_of
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
@@ -74,13 +76,17 @@ class TrainStep:
         self._trained: Any = None
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
-        self._look_at_parameters()
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
         self._families: dict[Any, Family] = {}
         self._runners: dict[Any, list[StepRunner]] = {}
+        self._key: Any = None
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
+        if request.ranks is not None:  # what is refused on one rank is refused on all
+            request.ranks.gather(self._look_at_parameters)
+        else:
+            self._look_at_parameters()
 
     def _look_at_parameters(self) -> bool:
         """Start over if parameters were frozen, freed or added; return whether they were."""
@@ -93,6 +99,7 @@ class TrainStep:
         ]
         if trained == self._trained:
             return False
+        refuse_wrapped(self.model)
         _check_parameters(self.model, self.optimizer)
         self._preparer = Preparer(self.request, self._given_way)
         self._given_way = None
@@ -114,6 +121,7 @@ class TrainStep:
             InfeasibleBudgetError: the batch has a new shape that does not fit in the budget.
         """
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
+        assert self.request.modelled is None, "ranks that are not there cannot train"
         self.prepare(batch)
         try:
             returned = self._runner.run(fresh(batch), self._num_steps)
@@ -180,26 +188,29 @@ class TrainStep:
 
     def prepare(self, batch: Any) -> Way:
         """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
-        if self._look_at_parameters():
+        key, signature, has_changed = self._look(batch)
+        if has_changed:
             self._runners.clear()
             self._captures.clear()
             self._families.clear()
-        signature = signature_of(batch, self.model.training)
-        if not self._runners.get(signature):
-            self._plan(batch, signature)
-        self._runners[signature] = self._runners.pop(signature)  # the latest comes last
-        self._signature = signature
+        if not self._runners.get(key):
+            self._plan(batch, key, signature)
+        self._runners[key] = self._runners.pop(key)  # the latest comes last
+        self._key, self._signature = key, signature
         return self.way
 
-    def _plan(self, batch: Any, signature: Signature, was_traced: bool = False) -> None:
+    def _plan(
+        self, batch: Any, key: Any, signature: Signature, was_traced: bool = False
+    ) -> None:
         """Plan a batch's step; it may have been traced already, where an old program was asked."""
         family = self._families.setdefault(family_of(signature), Family())
-        changing = family.changing(signature)
-        key = (family_of(signature), changing) if changing else signature
-        captures = self._captures.setdefault(key, {})
+        # Ranks trace numbers: which sizes change may be another question on each of them.
+        changing = family.changing(signature) if self.request.ranks is None else ()
+        traced = (family_of(signature), changing) if changing else key
+        captures = self._captures.setdefault(traced, {})
         if any(capture.is_full for capture in captures.values()):
             captures.clear()
-            self._runners.pop(signature, None)
+            self._runners.pop(key, None)
         num_traced = _num_traced(captures)
         try:
             with old_objects_kept(), generators_kept():
@@ -211,10 +222,10 @@ class TrainStep:
             if not changing:
                 raise
             family.is_static = True  # with numbers it may do, else that says what is wrong
-            self._plan(batch, signature, was_traced)
+            self._plan(batch, key, signature, was_traced)
             return
         self._note_plan(was_traced or _num_traced(captures) > num_traced)
-        self._runners.setdefault(signature, []).insert(0, runner)
+        self._runners.setdefault(key, []).insert(0, runner)
         while len(self._runners) > MOST_SHAPES:
             forgotten = next(iter(self._runners))
             self._captures.pop(forgotten, None)
@@ -223,18 +234,35 @@ class TrainStep:
 
     def _change_runner(self, batch: Any, program: Any) -> None:
         """Put the runner of another traced call first; plan it if it is new."""
-        runners = self._runners[self._signature]
-        known = next((runner for runner in runners if runner.runs(program)), None)
+        runners = self._runners[self._key]
+        known = next((i for i, runner in enumerate(runners) if runner.runs(program)), None)
+        if self.request.ranks is not None:  # each has its own plain values: all run one plan
+            known = agreed_place(self.request.ranks, known)
         if known is None:
-            self._plan(batch, self._signature, was_traced=True)
+            self._plan(batch, self._key, self._signature, was_traced=True)
         else:
-            runners.remove(known)
-            runners.insert(0, known)
+            runners.insert(0, runners.pop(known))
 
     @property
     def _runner(self) -> StepRunner:
         """What runs for the latest batch's shape."""
-        return self._runners[self._signature][0]
+        return self._runners[self._key][0]
+
+    def _look(self, batch: Any) -> tuple[Any, Signature, bool]:
+        """Return what a plan is for, the batch's signature, and whether parameters changed.
+
+        The first and the last are the same on all ranks.
+        """
+
+        def look() -> tuple[Signature, bool]:
+            has_changed = self._look_at_parameters()
+            return signature_of(batch, self.model.training), has_changed
+
+        ranks = self.request.ranks
+        if ranks is None:
+            signature, has_changed = look()
+            return signature, signature, has_changed
+        return agreed_signature(ranks, look)
 
     def _note_plan(self, was_traced: bool) -> None:
         """Warn, once, where planning does not pay because hardly a step is like one before."""

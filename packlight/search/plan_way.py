@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.lower.emit import emit
 from packlight.moves.chunk.move import CHUNK_SHARE
+from packlight.moves.data_parallel import DataParallel
 from packlight.moves.draft import Draft, Traced
 from packlight.moves.microbatch.move import Microbatch
-from packlight.moves.microbatch.split import num_rows, split
+from packlight.moves.microbatch.split import measured, num_rows, split
 from packlight.moves.move import Move, Stage
 from packlight.moves.precision import blaming_precision, chosen_precision, naming_missing_kernels
 from packlight.moves.registry import of_package
@@ -36,10 +38,27 @@ from packlight.search.rehearse import (
     with_estimated_seconds,
 )
 from packlight.search.way import Environment, PartPlan, Way
-from packlight.step import Plan, StepMemory
+from packlight.step import Plan, Schedule, StepMemory
 from packlight.step.digest import structure_digest
 
 Moves = tuple[Move, ...]
+
+
+class Partners(Protocol):
+    """Other ranks that see the same steps."""
+
+    def observe(self, moves: Moves, size: int | None) -> None:
+        """Have the profiler know what calls cost on the slowest rank.
+
+        Args:
+            moves: that shape the step.
+            size: rows of the microbatch; None for the whole batch.
+        """
+
+    def rehearse(
+        self, moves: Moves, size: int | None, step: WholeStep, schedule: Schedule
+    ) -> dict[int, float]:
+        """Return seconds of operations inside a step, on the slowest rank."""
 
 
 class HopelessError(Exception):
@@ -55,6 +74,10 @@ class WayPlanner:
         profiler: observes calls.
         captures: of batches of the same tensors, by rows of the microbatch; filled here.
         changing: the sizes of the batch's tensors that change from batch to batch.
+
+    Attributes:
+        partners: other ranks that look at the same steps, whose costs count, too; None where this
+            process plans alone.
     """
 
     def __init__(
@@ -68,6 +91,7 @@ class WayPlanner:
         self._captures, self._changing = captures, changing
         self.base, self.loss_moves, self.profiler = base, loss_moves, profiler
         self.request, self.costs, self.batch = base.request, base.costs, base.batch
+        self.partners: Partners | None = None
         self._traced: dict[int | None, Traced] = {}
         self._drafts: dict[tuple[int | None, Moves], Draft] = {}
 
@@ -96,6 +120,8 @@ class WayPlanner:
             else:
                 draft = self._batched(moves)
                 draft = draft.with_trace(self._trace(draft, size))
+                if size is not None:
+                    draft = draft.changed(whole=self.draft(()))
             self._drafts[size, moves] = draft
         return self._drafts[size, moves]
 
@@ -195,6 +221,8 @@ class WayPlanner:
         errors: list[InfeasibleBudgetError] = []
         for size in dict.fromkeys(sizes):
             draft = self.draft(moves, size)
+            if self.partners is not None:
+                self.partners.observe(moves, size)
             step = self.completed(draft)
             if memory.peak_bytes(least_peak_bytes(step.joint.graph)) > hopeless_above:
                 raise HopelessError
@@ -216,7 +244,8 @@ class WayPlanner:
         )
         joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)
         return self.costs.completed(
-            joint, draft.loss, draft.gradients, draft.streaming, draft.machine, self.profiler
+            joint, draft.loss, draft.gradients, draft.streaming, draft.machine, self.profiler,
+            draft.reduction,
         )
 
     def part(self, draft: Draft, step: WholeStep, plan: Plan) -> ReadyPart:
@@ -250,7 +279,15 @@ class WayPlanner:
         weight = None
         if isinstance(microbatch, Microbatch):
             weight = microbatch.loss_weight(self.draft(()))
-        return Ready(way, tuple(parts), draft.gradients, draft.streaming, weight)
+        ready = Ready(
+            way, tuple(parts), draft.gradients, draft.streaming, weight, draft.reduction
+        )
+        parallel = way.made(DataParallel)
+        if isinstance(parallel, DataParallel):
+            weight = parallel.loss_weight(self.draft(()))
+            measure = measured(weight, self.batch)
+            ready = replace(ready, rank_weight=weight, rank_measure=measure)
+        return ready
 
     def words(self, moves: Moves) -> tuple[str, ...]:
         """Return what moves do, where that is to be told."""
@@ -263,9 +300,12 @@ class WayPlanner:
 
     def _finish_seconds(self, draft: Draft, part: ReadyPart) -> float:
         """Return how long the update after the last schedule takes."""
+        seconds = 0.0
+        if draft.num_repeats > 1 and draft.reduction is not None:
+            seconds = self.costs.reductions.finish_seconds(draft.reduction, self.profiler)
         if draft.num_repeats == 1 or not self.costs.steps_alone:
-            return 0.0
-        return sum(
+            return seconds
+        return seconds + sum(
             self.costs.update(p, None, self.profiler).seconds + _moved_seconds(p, draft)
             for p in part.parameter_of.values()
         )
@@ -293,21 +333,29 @@ class WayPlanner:
         graph = joint.graph.without_transfers()
         try:
             plan = plan_whole_step(
-                graph, memory, self.request.budget_bytes, num_rows=_rows(draft)
+                graph, memory, self.request.budget_bytes, draft.machine, _rows(draft)
             )
         except InfeasibleBudgetError:
-            if draft.machine is None:
+            if not step.joint.graph.transfers:
                 raise
             return step  # only with transfers, which are not rehearsed
-        device = self.costs.device
-        if not fits(plan.peak_bytes, device):
+        if not fits(plan.peak_bytes, self.costs.device):
             return step
-        tangents = [n.meta["val"] for n in joint.tangents]
-        program = emit(step, plan.schedule)
-        seconds = rehearse(joint, program, draft.loss.arguments, tangents, device)
+        if self.partners is not None:
+            size, moves = next(key for key, known in self._drafts.items() if known is draft)
+            seconds = self.partners.rehearse(moves, size, step, plan.schedule)
+        else:
+            seconds = self.rehearsal(draft, step, plan.schedule)
         for index, value in seconds.items():
             self.profiler.note_in_step(*joint.call(index), value)
         return replace(step, joint=joint.with_seconds(seconds))
+
+    def rehearsal(self, draft: Draft, step: WholeStep, schedule: Schedule) -> dict[int, float]:
+        """Return seconds of operations inside a step that runs a schedule without transfers."""
+        tangents = [n.meta["val"] for n in step.joint.tangents]
+        program = emit(step, schedule)
+        device = self.costs.device
+        return rehearse(step.joint, program, draft.loss.arguments, tangents, device)
 
 
 def _part_plan(part: ReadyPart, count: int) -> PartPlan:
@@ -333,7 +381,7 @@ def _moved_seconds(parameter: nn.Parameter, draft: Draft) -> float:
     if not draft.streaming:
         return 0.0
     assert draft.machine is not None
-    (lane,) = draft.machine.lanes
+    (lane,) = (lane for lane in draft.machine.lanes if lane.memory)
     assert lane.read is not None and lane.write is not None
     sizes = [spec.num_bytes for spec in draft.streaming.of_update(parameter)]
     return sum(lane.read.seconds(size) + lane.write.seconds(size) for size in sizes)

@@ -16,6 +16,8 @@ from packlight.moves.move import Move, Refusal, Room, Stage
 from packlight.moves.registry import of_package, of_stage
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
+from packlight.ranks.link import measure_link
+from packlight.search.agree import agreed
 from packlight.search.plan_way import WayPlanner
 from packlight.search.ready import Ready
 from packlight.search.restore import restored
@@ -79,21 +81,31 @@ class Preparer:
             InfeasibleBudgetError: with the smallest whole-step budget of all ways looked at.
             WayError: the way that was given is not one for this step.
         """
+        ranks = self.request.ranks
+        if self.request.modelled is not None:
+            self.costs.network = self.request.modelled.lane
+        if ranks is not None and self.costs.network is None:
+            self.costs.network = measure_link(ranks, self.device)
         with CallProfiler(self.request.progress) as profiler:
             planner = WayPlanner(
                 self._base.changed(batch=batch), self._loss_moves, profiler, captures, changing
             )
             try:
-                if self._given is not None:
-                    way, self._given = self._given, None
-                    return restored(way, planner)
-                known = self._remembered(planner) or bucket.way_for(planner)
-                if known is not None:
-                    return known
-                bucket.add(ready := self._searched(planner))
-                return ready
+                if ranks is not None:
+                    return agreed(planner, lambda: self._found(planner, bucket))
+                return self._found(planner, bucket)
             finally:
                 planner.forget()
+
+    def _found(self, planner: WayPlanner, bucket: Bucket) -> Ready:
+        if self._given is not None:
+            way, self._given = self._given, None
+            return restored(way, planner)
+        known = self._remembered(planner) or bucket.way_for(planner)
+        if known is not None:
+            return known
+        bucket.add(ready := self._searched(planner))
+        return ready
 
     def _remembered(self, planner: WayPlanner) -> Ready | None:
         """Return the way that this or another process found for such a step before."""

@@ -10,7 +10,9 @@ from torch import nn
 
 from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.moves.draft import Traced
+from packlight.moves.microbatch.denominator import Measure
 from packlight.moves.microbatch.split import LossWeight
+from packlight.moves.reduction import Reduction
 from packlight.moves.stream.streamed import Streaming
 from packlight.search.way import Way
 from packlight.step import Plan
@@ -50,6 +52,9 @@ class Ready:
         gradients: what happens to them.
         streaming: what of parameters and optimizer state lies elsewhere between uses.
         loss_weight: of microbatches; None where the batch runs as a whole.
+        reduction: how gradients are added up over ranks, where there are several.
+        rank_weight: what then weighs their losses.
+        rank_measure: what this rank's example adds to that.
     """
 
     way: Way
@@ -57,6 +62,9 @@ class Ready:
     gradients: Consumption
     streaming: Streaming
     loss_weight: LossWeight | None = None
+    reduction: Reduction | None = None
+    rank_weight: LossWeight | None = None
+    rank_measure: Measure | float = 1.0
 
     @property
     def seconds(self) -> float:

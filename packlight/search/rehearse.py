@@ -26,7 +26,12 @@ from packlight.capture.joint import JointStep
 from packlight.costs.measure import call_signature, real_tensors
 from packlight.costs.profiler import CallProfiler
 from packlight.lower.frame import Frame
-from packlight.lower.program import OPERATION_KEY, IgnoredEvents, Program
+from packlight.lower.program import (
+    OPERATION_KEY,
+    IgnoredEvents,
+    IgnoredReductions,
+    Program,
+)
 
 NUM_REHEARSALS = 3
 # Long steps are rehearsed once: what disturbs them takes a smaller part of them.
@@ -96,7 +101,8 @@ def _run_once(
         results: Sequence[Any] = _TimedRun(module, clock).boxed_run(arguments)
         return results
 
-    frame = Frame(program, {"events": IgnoredEvents()}, timed)
+    helpers = {"events": IgnoredEvents(), "reducer": IgnoredReductions()}
+    frame = Frame(program, helpers, timed)
     for index, section in enumerate(program.sections):
         frame.run([*(primals if index == 0 else ()), *(tangents if section.takes_tangents else ())])
 

@@ -6,8 +6,10 @@ from collections import Counter
 from dataclasses import replace
 
 from packlight.errors import ScheduleError, WayError
+from packlight.moves.data_parallel import DataParallel
 from packlight.moves.move import Effect, Stage
 from packlight.moves.registry import techniques_of
+from packlight.moves.stream.move import Offload
 from packlight.search.plan_way import WayPlanner, environment
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.way import PartPlan, Way
@@ -73,7 +75,11 @@ def _check_moves(way: Way, planner: WayPlanner) -> None:
                 "set of moves", f"it makes {move.name!r}", "among those that may be made",
                 f"moves= has to name {move.name!r}, or " + FIND_ANEW,
             )
-    if any(move.stage is Stage.PLACEMENT for move in way.moves) and planner.base.offered is None:
+    is_parallel = way.made(DataParallel) is not None
+    if is_parallel is not (request.num_ranks is not None):
+        words = ["one rank", "several ranks"]
+        raise WayError("number of ranks", words[is_parallel], words[not is_parallel], FIND_ANEW)
+    if way.made(Offload) is not None and planner.base.offered is None:
         raise WayError(
             "set of moves", "it offloads", "given where to", "pass offload_directory="
         )

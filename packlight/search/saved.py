@@ -120,7 +120,7 @@ def cache_key(whole: Draft) -> str | None:
         whole: the draft of the whole batch, traced.
     """
     request = whole.request
-    if os.environ.get(NO_CACHE_VARIABLE) or callable(request.loss_weight):
+    if os.environ.get(NO_CACHE_VARIABLE) or callable(request.loss_weight) or request.modelled:
         return None  # (what a function of the user's does, no key can tell)
     content = [
         version("packlight"),
@@ -131,6 +131,7 @@ def cache_key(whole: Draft) -> str | None:
         request.scaler is None, str(request.loss_weight), whole.offered is None,
         [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],
         whole.costs.optimizer_bytes,
+        None if request.ranks is None else [request.ranks.size, whole.costs.agreed_buckets],
         graph_digest(whole.graph_module),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

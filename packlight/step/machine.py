@@ -45,10 +45,11 @@ class Lane:
 
     Attributes:
         name: what operations say they run on.
-        memory: which one it reaches.
+        memory: which one it reaches; "" for a network, which reaches other ranks.
         read, write: from there and to there; None where it does not do that.
         compute_share: seconds of computation lost in each second of its work, 0 to 1: on a CPU, the
             cores that compute copy, too.
+        reduce: adding up what all ranks have in a buffer; None where it does not do that.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Lane:
     read: Speed | None
     write: Speed | None
     compute_share: float = 0.0
+    reduce: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +78,12 @@ class Machine:
         if len({*memories}) < len(memories) or len({*names}) < len(names) or "" in memories + names:
             raise ValueError(f"memories {memories} and lanes {names} need a name each")
         for lane in self.lanes:
-            if lane.memory not in memories:
+            if lane.memory and lane.memory not in memories:
                 raise ValueError(f"lane {lane.name!r} reaches {lane.memory!r}, none of {memories}")
+
+    def with_lane(self, lane: Lane) -> Machine:
+        """Return the machine with a further lane."""
+        return Machine(self.memories, (*self.lanes, lane))
 
     @classmethod
     def with_one_lane(cls, lane: Lane) -> Machine:

@@ -36,6 +36,8 @@ def simulate(graph: StepGraph, schedule: Schedule, machine: Machine | None = Non
         what it reads stays: a FREE of it waits, and so does whatever overwrites or updates it
         who reads what it creates waits, and so does a FREE of that
 
+    A reduction works in the same way; its workspace is held where it is issued.
+
     A copy in another memory stays valid when its buffer is freed, and when that is computed again
     (the value is the same). What rests in another memory (`StepGraph.resting`) is there when the
     step starts. An update of it makes that copy stale until it is written again: before, the buffer
@@ -63,7 +65,7 @@ def simulate(graph: StepGraph, schedule: Schedule, machine: Machine | None = Non
             run.free(index, instruction.target)
         else:
             operation = graph.operations[instruction.target]
-            if operation.lane:
+            if operation.kind.is_transfer:
                 run.hand_over(index, operation)
             else:
                 is_forward = index < schedule.num_forward
@@ -120,7 +122,11 @@ class _Run:
             late = sorted(self.mutated.intersection(operation.reads))
             raise ScheduleError(index, f"{operation.name} reads {late} updated before")
         self.ran.add(operation.id)
-        clocks.wait_for(operation.reads)
+        makers = self.graph.makers
+        clocks.wait_for(
+            b for b in operation.reads  # what its own lane makes, it finds there
+            if not operation.lane or all(o.lane != operation.lane for o in makers(b))
+        )
         for buffer in operation.mutates:
             clocks.let_go(buffer)
             self.mutated.add(buffer)
@@ -133,7 +139,12 @@ class _Run:
             clocks.let_go(read)
             self.held -= self.size[created]
             live.discard(read)
-        clocks.now += operation.seconds
+        if operation.lane:
+            clocks.hand_over(operation, index)
+            if instruction.overwrite is not None:
+                clocks.forget(instruction.overwrite[1])
+        else:
+            clocks.now += operation.seconds
         # An operation with no workspace may still hold less at its end than while it runs.
         self._see(index, max(self.held + operation.workspace_bytes, before))
 
@@ -162,7 +173,8 @@ class _Run:
             raise ScheduleError(index, f"output {buffer} of the forward is freed")
         if buffer in self.unwritten:
             raise ScheduleError(index, f"buffer {buffer} is freed, its update not written")
-        self.clocks.let_go(buffer)
+        if self.graph.buffers[buffer].bytes:  # else there is no memory to wait for
+            self.clocks.let_go(buffer)
         self.live.discard(buffer)
         self.held -= self.size[buffer]
         if self.graph.buffers[buffer].memory:
@@ -300,6 +312,10 @@ class _Clocks:
         if self._read_until or self._ready_at:
             self.wait_until(self._read_until.pop(buffer, 0.0))
             self.wait_until(self._ready_at.pop(buffer, 0.0))
+
+    def forget(self, buffer: int) -> None:
+        """Note that a buffer is not there any more, its memory being another one's."""
+        self._read_until.pop(buffer, None)
 
     def wait_for_all(self) -> None:
         """Wait until all lanes are done."""

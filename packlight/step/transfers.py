@@ -30,7 +30,10 @@ def with_transfers(graph: StepGraph, machine: Machine, resting: Iterable[int] = 
     _check_resting(graph, resting)
     build = _Builder(graph, machine)
     build.find_places(resting)
-    made = {b for o in graph.operations for b in o.creates}
+    made = {
+        b for o in graph.operations for b in o.creates
+        if o.kind not in (OperationKind.BUCKET, OperationKind.REDUCE)  # they do not stay for long
+    }
     # What is made last comes first: it is also what a backward needs first.
     for buffer in reversed(graph.buffers):
         if buffer.id in build.place_of:

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from packlight.step.machine import Machine
     from packlight.step.schedule import Schedule
 
 
@@ -41,7 +42,9 @@ class OperationKind(StrEnum):
     optimizer's update, or the addition to a sum. GENERATOR takes the state of a generator before a
     random operation, TANGENT stands for the arrival of what the backward starts from, SNAPSHOT for
     the copy of an input that the caller overwrites after the forward. READ brings a buffer from
-    another memory, WRITE copies one there.
+    another memory, WRITE copies one there. BUCKET copies gradients into one buffer, REDUCE adds up
+    what all ranks have in a buffer: it gives it a new value where it is, on a network's lane, and
+    runs once.
     """
 
     COMPUTE = "compute"
@@ -52,6 +55,8 @@ class OperationKind(StrEnum):
     SNAPSHOT = "snapshot"
     READ = "read"
     WRITE = "write"
+    BUCKET = "bucket"
+    REDUCE = "reduce"
 
     @property
     def is_transfer(self) -> bool:
@@ -187,8 +192,9 @@ class StepGraph:
                 num_transfers += 1
                 self._check_transfer(operation)
                 continue
-            if num_transfers or operation.lane:
+            if num_transfers:
                 raise ValueError(f"{_named(operation)} does not stand before all transfers")
+            self._check_lane(operation)
             missing = [b for b in operation.reads if b not in created]
             if missing:
                 raise ValueError(f"{_named(operation)} reads {missing} too early")
@@ -202,6 +208,13 @@ class StepGraph:
         kept = sorted({*self.resting} & {*self.forward_outputs, *self.outputs})
         if kept:
             raise ValueError(f"buffers {kept} rest elsewhere and cannot stay in memory as outputs")
+
+    def _check_lane(self, operation: Operation) -> None:
+        is_reduce = operation.kind is OperationKind.REDUCE
+        if bool(operation.lane) is not is_reduce:
+            raise ValueError(f"{_named(operation)}: reductions have a lane, computations none")
+        if is_reduce and operation.can_recompute:
+            raise ValueError(f"{_named(operation)} could run again")
 
     def _check_transfer(self, operation: Operation) -> None:
         what, made = _named(operation), (*operation.creates, *operation.mutates)
@@ -298,6 +311,30 @@ class StepGraph:
         num = next((b.id for b in self.buffers if b.memory), len(self.buffers))
         return replace(self, operations=self.computations, buffers=self.buffers[:num])
 
+    @cached_property
+    def reductions(self) -> tuple[Operation, ...]:
+        """The operations that work on a network beside the others."""
+        return tuple(o for o in self.computations if o.lane)
+
+    def with_reductions_in_line(self, machine: Machine | None = None) -> StepGraph:
+        """Return the step in which reductions only take what they take from computation.
+
+        Ids stay what they are, and so does what schedules hold: bytes count from where a reduction
+        is issued. Only when computation waits for it is not told.
+
+        Args:
+            machine: with their lanes; without it they take nothing.
+        """
+        if not self.reductions:
+            return self
+        share = {lane.name: lane.compute_share for lane in machine.lanes} if machine else {}
+        return self.with_computations(
+            replace(
+                o, lane="", kind=OperationKind.COMPUTE, seconds=share.get(o.lane, 0.0) * o.seconds
+            ) if o.lane else o
+            for o in self.computations
+        )
+
     def with_computations(self, computations: Iterable[Operation]) -> StepGraph:
         """Return the step with as many other computations in the place of its own."""
         return replace(self, operations=(*computations, *self.transfers))
@@ -335,8 +372,8 @@ class StepGraph:
 
     @property
     def seconds(self) -> float:
-        """Duration of the plain step: every computation once."""
-        return sum(operation.seconds for operation in self.computations)
+        """Duration of the plain step's computations: each once, beside reductions."""
+        return sum(operation.seconds for operation in self.computations if not operation.lane)
 
 
 def _named(operation: Operation) -> str:

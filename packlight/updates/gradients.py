@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from packlight.errors import NonFiniteLossError
+from packlight.ranks.reducer import Reducer
 from packlight.torch_internals import after_accumulation, has_gradient_hooks, through_hooks
 from packlight.updates.several import SeveralUpdates, parts_of
 from packlight.updates.slices import like_eager
@@ -41,6 +42,8 @@ class GradientFate:
             gradients are collected in `parameter.grad`.
         num_steps: trained so far, for errors.
         microbatch_index: the one that runs, None where the batch runs as a whole.
+        reducer: tells the other ranks, where there are some, and looks at all losses.
+        place_of: where a parameter's gradient is accumulated; None for wherever it is.
     """
 
     parameter_of: Mapping[int, nn.Parameter]
@@ -49,9 +52,15 @@ class GradientFate:
     updates: ParameterUpdates | SeveralUpdates | None = None
     num_steps: int = 0
     microbatch_index: int | None = None
+    reducer: Reducer | None = None
+    place_of: Callable[[nn.Parameter], torch.Tensor] | None = None
 
     def result(self, index: int, value: torch.Tensor) -> None:
         """Refuse a loss that is not finite, before anything is updated."""
+        if self.reducer is not None:
+            if index == self.loss_index and self.microbatch_index is None:
+                self.reducer.give_loss(float(value))
+            return
         if index == self.loss_index and not bool(torch.isfinite(value)):
             raise NonFiniteLossError(self.num_steps, float(value), self.microbatch_index)
 
@@ -64,8 +73,23 @@ class GradientFate:
         if self.updates is None and parameter.grad is not None:
             parameter.grad.add_(gradient)
             return
+        if self.place_of is not None:
+            parameter.grad = self.place_of(parameter).copy_(gradient)
+            return
         # Clipping and the optimizer may overwrite it, as eager's, which nobody else looks at.
-        is_own = is_last_use and fills_storage(gradient)
+        self._consume(parameter, gradient, is_last_use and fills_storage(gradient))
+
+    def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
+        """Do the same with the gradient of all ranks, which nobody else looks at."""
+        parameter = self.parameter_of[primal]
+        if has_gradient_hooks(parameter):
+            self._hooked(parameter, gradient)
+        else:
+            self._consume(parameter, gradient, is_own=True)
+
+    def _consume(
+        self, parameter: nn.Parameter, gradient: torch.Tensor, is_own: bool
+    ) -> None:
         if self.updates is None:
             in_layout = like_eager(gradient, parameter)
             is_copied = in_layout is not gradient
@@ -76,7 +100,6 @@ class GradientFate:
         if self.clipping.value is not None:
             gradient.clamp_(-self.clipping.value, self.clipping.value)
         self.updates.apply(parameter, gradient)
-
 
     def _hooked(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Do what autograd does with the whole gradient of a parameter that has hooks."""

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 Leaves = Sequence[torch.Tensor]
+Sums = Sequence[torch.Tensor]
 Output = fx.Node | tuple[Callable[..., Any], tuple[Any, ...]]
 
 
@@ -41,19 +42,24 @@ class BatchValue:
     description: str
 
     @torch.no_grad()
-    def of_parts(self, parts: Sequence[Leaves]) -> tuple[list[float], float]:
+    def of_parts(self, sums: Sequence[Sums], counts: Sequence[int]) -> tuple[list[float], float]:
         """Return the value of each part, and of all rows of all parts together.
 
         Args:
-            parts: per part the tensors of its batch, in the order of `tensor_leaves`.
+            sums: per part what adds up over its rows, from `sums_of`.
+            counts: per part its number of rows.
         """
-        sums = [self._sums_of(part) for part in parts]
-        counts = [num_rows_of(part) for part in parts]
         values = [self._finish(s, n) for s, n in zip(sums, counts, strict=True)]
         together = [torch.stack(same).sum(0) for same in zip(*sums, strict=True)]
         return values, self._finish(together, sum(counts))
 
-    def _sums_of(self, leaves: Leaves) -> list[torch.Tensor]:
+    @torch.no_grad()
+    def sums_of(self, leaves: Leaves) -> Sums:
+        """Return what adds up over a part's rows.
+
+        Args:
+            leaves: the tensors of its batch, in the order of `tensor_leaves`.
+        """
         num_rows = num_rows_of(leaves)
         total = [torch.tensor(0.0, dtype=torch.float64)] * len(self.is_mean)
         for start in range(0, num_rows, self.num_rows):
@@ -84,7 +90,7 @@ class BatchValue:
             r * self.num_rows if mean else r for r, mean in zip(results, self.is_mean, strict=True)
         ]
 
-    def _finish(self, sums: list[torch.Tensor], num_rows: int) -> float:
+    def _finish(self, sums: Sums, num_rows: int) -> float:
         values = [s / num_rows if m else s for s, m in zip(sums, self.is_mean, strict=True)]
         if self.tail is None:
             return float(values[0])

@@ -16,10 +16,42 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from packlight.errors import MicrobatchError
-from packlight.moves.microbatch.batch_value import BatchValue, Leaves, num_rows_of
+from packlight.moves.microbatch.batch_value import BatchValue, Leaves, Sums, num_rows_of
 
 RELATIVE_TOLERANCE = 1e-6  # of weights that have to be equal
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a part of a batch adds to a denominator: numbers that add up over parts.
+
+    Attributes:
+        num_rows: how many it has.
+        sums: per term and factor, what adds up over rows.
+    """
+
+    num_rows: int
+    sums: Sequence[Sequence[Sums]]
+
+    @property
+    def numbers(self) -> list[float]:
+        """All of it, to be sent."""
+        flat = [s.flatten().tolist() for factors in self.sums for sums in factors for s in sums]
+        return [float(self.num_rows), *(number for numbers in flat for number in numbers)]
+
+    def with_numbers(self, numbers: Sequence[float]) -> Measure:
+        """Return a measure of the same form with other numbers."""
+        left = iter(numbers[1:])
+
+        def like(own: torch.Tensor) -> torch.Tensor:
+            values = [next(left) for _ in range(own.numel())]
+            return torch.tensor(values, dtype=own.dtype).reshape(own.shape)
+
+        sums = [[[like(s) for s in sums] for sums in factors] for factors in self.sums]
+        return Measure(int(numbers[0]), sums)
 
 
 @dataclass(frozen=True)
@@ -36,11 +68,17 @@ class Term:
     factors: tuple[tuple[BatchValue, int], ...]
     is_mean: bool
 
-    def weights(self, parts: Sequence[Leaves]) -> list[float]:
-        """Return the weight of each part's loss, by this term's denominator."""
-        weights = _row_shares(parts) if self.is_mean else [1.0] * len(parts)
-        for value, exponent in self.factors:
-            mine, total = value.of_parts(parts)
+    def weights(self, parts: Sequence[Measure], place: int) -> list[float]:
+        """Return the weight of each part's loss, by this term's denominator.
+
+        Args:
+            parts: what they add to it.
+            place: of this term among those that were measured.
+        """
+        counts = [part.num_rows for part in parts]
+        weights = _shares(counts) if self.is_mean else [1.0] * len(parts)
+        for index, (value, exponent) in enumerate(self.factors):
+            mine, total = value.of_parts([part.sums[place][index] for part in parts], counts)
             if exponent < 0 and 0.0 in mine:
                 raise MicrobatchError(f"{value.description} is 0 in a microbatch", self.operation)
             if total == 0:
@@ -71,20 +109,29 @@ class Denominator:
     constant_operation: str = ""
     alternatives: tuple[Denominator, ...] = ()
 
-    def weights(self, parts: Sequence[Leaves]) -> list[float]:
-        """Return the weights of microbatches; one that is 0 says that the microbatch is left out.
+    def measure(self, leaves: Leaves) -> Measure:
+        """Return what a part of a batch adds to the denominator.
 
         Args:
-            parts: per microbatch its tensors, in the order of `tensor_leaves`.
+            leaves: its tensors, in the order of `tensor_leaves`.
+        """
+        sums = [[value.sums_of(leaves) for value, _ in term.factors] for term in self.terms]
+        return Measure(num_rows_of(leaves), sums)
+
+    def weights(self, parts: Sequence[Measure]) -> list[float]:
+        """Return the weights of parts of a batch; one that is 0 says that the part is left out.
+
+        Args:
+            parts: what each adds to the denominator.
 
         Raises:
-            MicrobatchError: the terms of the loss would weigh these microbatches differently.
+            MicrobatchError: the terms of the loss would weigh these parts differently.
         """
-        found = [(t.operation, t.weights(parts)) for t in self.terms]
+        found = [(t.operation, t.weights(parts, i)) for i, t in enumerate(self.terms)]
         if self.plain == "sum":
             found.append((self.plain_operation, [1.0] * len(parts)))
         elif self.plain == "rows" or not found:
-            found.append((self.plain_operation, _row_shares(parts)))
+            found.append((self.plain_operation, _shares([part.num_rows for part in parts])))
         name, weights = found[0]
         for other, different in found[1:]:
             _check_same(name, weights, other, different)
@@ -102,9 +149,8 @@ class Denominator:
         return ", ".join(dict.fromkeys(values + plain)) or "the number of rows"
 
 
-def _row_shares(parts: Sequence[Leaves]) -> list[float]:
-    rows = [num_rows_of(part) for part in parts]
-    return [r / sum(rows) for r in rows]
+def _shares(counts: Sequence[int]) -> list[float]:
+    return [count / sum(counts) for count in counts]
 
 
 def _check_same(name: str, weights: list[float], other: str, different: list[float]) -> None:

@@ -92,10 +92,10 @@ class Microbatch(Move):
         Args:
             whole: the draft of the whole batch.
         """
-        return alternatives(_open_weight(whole))[self.weight_index]
+        return alternatives(open_weight(whole))[self.weight_index]
 
 
-def _open_weight(draft: Draft) -> LossWeight:
+def open_weight(draft: Draft) -> LossWeight:
     """Return what the user says that weighs microbatches, or what the loss's graph does."""
     if draft.request.loss_weight is not None:
         return draft.request.loss_weight
@@ -147,12 +147,17 @@ def _settled(draft: Draft) -> tuple[int, bool]:
             "other buffers, which every microbatch would do anew",
             hint="change them outside of the loss",
         )
-    weight = _open_weight(draft)
-    return _observed_weight(draft, weight), bool(statistics)
+    weight = open_weight(draft)
+    return observed_weight(draft, weight), bool(statistics)
 
 
-def _observed_weight(draft: Draft, weight: LossWeight) -> int:
+def observed_weight(draft: Draft, weight: LossWeight, *, cuts_extras: bool = True) -> int:
     """Return which alternative of a weight a few rows agree with; of a graph, found out once.
+
+    Args:
+        draft: of the whole batch.
+        weight: with alternatives.
+        cuts_extras: what is returned beside the loss is put together again from microbatches.
 
     Raises:
         MicrobatchError: none.
@@ -162,7 +167,8 @@ def _observed_weight(draft: Draft, weight: LossWeight) -> int:
     def observe() -> int:
         # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
-        check_extras(draft.request.model, draft.loss_fn, rows_looked_at)
+        if cuts_extras:
+            check_extras(draft.request.model, draft.loss_fn, rows_looked_at)
         looks_back = key is None or not draft.loss.is_derivative
         chosen = settle(
             draft.request.model, draft.loss_fn, rows_looked_at, weight, looks_back=looks_back
@@ -173,7 +179,7 @@ def _observed_weight(draft: Draft, weight: LossWeight) -> int:
         return observe()
     cache = Cache("rows", draft.costs.device)
     # A denominator that was found is read from the graph.
-    question = f"{key} {rows} rows, {weight if isinstance(weight, str) else 'found'}"
+    question = f"{key} {rows} rows, {weight if isinstance(weight, str) else 'found'}, {cuts_extras}"
     if question not in cache:
         cache[question] = observe()
         cache.save()

@@ -18,7 +18,7 @@ import torch
 
 from packlight.capture.batch import children, rebuilt
 from packlight.errors import BatchError, MicrobatchError
-from packlight.moves.microbatch.denominator import Denominator
+from packlight.moves.microbatch.denominator import Denominator, Measure
 from packlight.torch_internals import storage_identity
 
 LossWeight = Denominator | Literal["rows", "sum"] | Callable[[Any], Any]
@@ -169,17 +169,38 @@ def loss_weights(denominator: LossWeight, microbatches: Sequence[Any]) -> list[f
     >>> loss_weights("rows", split(torch.zeros(5), 2))
     [0.6, 0.4]
     """
+    return weights_of(denominator, [measured(denominator, m) for m in microbatches])
+
+
+def measured(denominator: LossWeight, part: Any) -> Measure | float:
+    """Return what a part of a batch adds to what the loss divides by.
+
+    Raises:
+        MicrobatchError: the denominator is none.
+    """
     if isinstance(denominator, Denominator):
-        return denominator.weights([tensor_leaves(m) for m in microbatches])
+        return denominator.measure(tensor_leaves(part))
     if denominator == "sum":
-        return [1.0] * len(microbatches)
+        return 1.0
     if denominator == "rows":
-        values = [float(num_rows(m)) for m in microbatches]
-    elif callable(denominator):
-        with torch.no_grad():
-            values = [float(denominator(m)) for m in microbatches]
-    else:
+        return float(num_rows(part))
+    if not callable(denominator):
         raise MicrobatchError(f"loss_weight={denominator!r} is neither a name nor a function")
+    with torch.no_grad():
+        return float(denominator(part))
+
+
+def weights_of(denominator: LossWeight, parts: Sequence[Measure | float]) -> list[float]:
+    """Return the weights with which the losses of measured parts add up to the whole batch's.
+
+    Raises:
+        MicrobatchError: no weights are right for these parts.
+    """
+    if isinstance(denominator, Denominator):
+        return denominator.weights([p for p in parts if isinstance(p, Measure)])
+    values = [p for p in parts if isinstance(p, float)]
+    if denominator == "sum":
+        return values
     total = sum(values)
     if not all(0 <= v < math.inf for v in values) or total == 0:
         raise MicrobatchError(

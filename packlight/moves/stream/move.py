@@ -67,7 +67,11 @@ class Offload(Move):
             all_of_it.states if self.states else {},
             all_of_it.parameters if self.parameters else {},
         )
-        return draft.changed(machine=draft.offered, streaming=streaming)
+        assert draft.offered is not None, "offloading is offered with a machine"
+        machine = draft.offered
+        for lane in draft.machine.lanes if draft.machine is not None else ():  # to other ranks
+            machine = machine.with_lane(lane)
+        return draft.changed(machine=machine, streaming=streaming)
 
     def describe(self, draft: Draft) -> str:
         """Return what rests on the disk; activations are the schedule's to tell."""

@@ -1,0 +1,224 @@
+"""A whole step whose gradients are added up over all ranks before they are consumed.
+
+    gradients of a bucket complete  ->  BUCKET (copied together)  ->  REDUCE (on the network)
+                                                                        ...
+                                    later on, when the sums are there:  UPDATE, one by one
+
+A large gradient is reduced where it is, without a copy. How many buckets may be under way before
+the updates of the first one wait for it is given: so many gradients are in memory at a time.
+
+Buckets are reduced in the same order on every rank, whatever a planner does: each reduction leaves
+a token, a buffer without bytes, that the next one reads.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import fx
+
+from packlight.capture.whole_step import Bucket, WholeStep
+from packlight.step import Buffer, BufferKind, Lane, Operation, OperationKind, Phase
+
+
+@dataclass(frozen=True)
+class Reductions:
+    """How gradients are added up over all ranks.
+
+    Attributes:
+        buckets: primals whose gradients are reduced together, in the order of reduction.
+        num_in_flight: how many buckets may be under way when another one is complete; None for all.
+        lane: the network.
+        copy_seconds: of copying so many bytes together.
+    """
+
+    buckets: tuple[tuple[int, ...], ...]
+    num_in_flight: int | None
+    lane: Lane
+    copy_seconds: Callable[[int], float]
+
+    @property
+    def packed(self) -> frozenset[int]:
+        """The primals whose gradients are copied into a buffer with others."""
+        return frozenset(p for primals in self.buckets if len(primals) > 1 for p in primals)
+
+
+def with_reductions(step: WholeStep, how: Reductions) -> WholeStep:
+    """Return a whole step in which every gradient is reduced before its consumer.
+
+    Args:
+        step: with consumers of gradients (updates, or one for all).
+        how: which buckets; each gradient that is consumed is in one.
+    """
+    return _Builder(step, how).build()
+
+
+def gradient_buffer(step: WholeStep, primal: int) -> int:
+    """Return the buffer of a parameter's gradient on this rank."""
+    return step.joint.buffer_of_node[step.joint.backward_results[primal]]
+
+
+class _Builder:
+    def __init__(self, step: WholeStep, how: Reductions) -> None:
+        self.step, self.how, self.graph = step, how, step.joint.graph
+        self.buffers = list(self.graph.buffers)
+        self.roots = list(step.joint.root_of_buffer)
+        self.maker = {b: o.id for o in self.graph.operations for b in o.creates}
+        counts = Counter(
+            gradient_buffer(step, p) for consumed in step.consumed_by.values() for p in consumed
+        )
+        self.is_alone = {b for b, count in counts.items() if count == 1}
+        # The new order: old operations as they are, new ones with the bucket that they are of.
+        self.order: list[tuple[Operation, fx.Node, Any, int | None]] = []
+        self.reduced: list[int] = []
+        self.token: int | None = None
+
+    def build(self) -> WholeStep:
+        graph, how = self.graph, self.how
+        complete: dict[int, list[int]] = {}
+        place = 0
+        for index, primals in enumerate(how.buckets):  # none before those in front of it
+            place = max(place, self._complete_at(primals))
+            complete.setdefault(place, []).append(index)
+        updates: dict[int | None, list[int]] = {}
+        for operation, consumed in self.step.consumed_by.items():
+            updates.setdefault(self._bucket_of(consumed), []).append(operation)
+        due: list[int] = []  # updates that may run as soon as they stand behind their old place
+        in_flight: list[int] = []
+        last = len(graph.operations) - 1
+        for old in graph.operations:
+            if old.id not in self.step.consumed_by:
+                self._append_old(old)
+            for bucket in complete.get(old.id, ()):
+                most = len(how.buckets) if how.num_in_flight is None else how.num_in_flight
+                while in_flight and len(in_flight) >= max(most, 1):
+                    due += updates.get(in_flight.pop(0), ())
+                due = self._append_updates(due, old.id)
+                self._append_reduction(bucket)
+                in_flight.append(bucket)
+                if most == 0:
+                    due += updates.get(in_flight.pop(0), ())
+            if old.id == last:
+                due += [u for bucket in in_flight for u in updates.get(bucket, ())]
+                due += updates.get(None, [])
+            due = self._append_updates(due, old.id)
+        assert not due, "every update has a place"
+        return self._renumbered()
+
+    def _bucket_of(self, consumed: Sequence[int]) -> int | None:
+        """Return the bucket that a consumer waits for; None for one that waits for several."""
+        if len(consumed) > 1:
+            return None
+        return next(i for i, primals in enumerate(self.how.buckets) if consumed[0] in primals)
+
+    def _complete_at(self, primals: Sequence[int]) -> int:
+        """Return the operation behind which a bucket can be reduced: in the backward."""
+        made = [self.maker.get(gradient_buffer(self.step, p), -1) for p in primals]
+        return max([*made, self.graph.num_forward - 1, *self.step.kept_by])
+
+    # -- the new order
+
+    def _append_old(self, old: Operation) -> None:
+        joint = self.step.joint
+        self.order.append((old, joint.node_of_operation[old.id], joint.facts[old.id], None))
+
+    def _append_updates(self, due: list[int], place: int) -> list[int]:
+        """Append the updates that may stand here; return the others."""
+        for index in (index for index in due if index <= place):
+            old = self.graph.operations[index]
+            reads = list(old.reads)
+            for primal in self.step.consumed_by[index]:
+                reduced = self.reduced[self._bucket_of((primal,)) or 0]
+                own = gradient_buffer(self.step, primal)
+                reads = [reduced if b == own else b for b in reads]
+                if reduced not in reads:  # two parameters with one gradient, in two buckets
+                    reads.append(reduced)
+            self._append_old(replace(old, reads=tuple(dict.fromkeys(reads))))
+        return [index for index in due if index > place]
+
+    def _append_reduction(self, index: int) -> None:
+        primals = self.how.buckets[index]
+        joint, node = self.step.joint, self.step.joint.backward_results[primals[0]]
+        layer = f"bucket {index}"
+        sources = tuple(dict.fromkeys(gradient_buffer(self.step, p) for p in primals))
+        if self._is_reduced_in_place(primals):
+            (source,) = sources
+        else:
+            num_bytes = sum(_num_bytes(joint.backward_results[p]) for p in primals)
+            source = self._new_buffer(num_bytes, BufferKind.GRADIENT, layer)
+            packing = Operation(
+                0, "packlight.bucket", sources, (source,), self.how.copy_seconds(num_bytes),
+                phase=Phase.UPDATE, can_recompute=False, layer=layer, kind=OperationKind.BUCKET,
+            )
+            self.order.append((packing, node, None, index))
+        num_bytes = self.buffers[source].bytes
+        reduced = self._new_buffer(num_bytes, BufferKind.GRADIENT, layer)
+        token = self._new_buffer(0, BufferKind.GRADIENT, f"order of {layer}")
+        assert self.how.lane.reduce is not None, "the lane of a network reduces"
+        reduction = Operation(
+            0, "packlight.reduce", (source, *(() if self.token is None else (self.token,))),
+            (reduced, token), self.how.lane.reduce.seconds(num_bytes), phase=Phase.UPDATE,
+            can_recompute=False, overwrites=((reduced, source),), layer=layer,
+            kind=OperationKind.REDUCE, lane=self.how.lane.name,
+        )
+        self.order.append((reduction, node, None, index))
+        self.reduced.append(reduced)
+        self.token = token
+
+    def _is_reduced_in_place(self, primals: Sequence[int]) -> bool:
+        if len(primals) > 1:
+            return False
+        buffer = self.graph.buffers[gradient_buffer(self.step, primals[0])]
+        fills = buffer.bytes == _num_bytes(self.step.joint.backward_results[primals[0]])
+        is_own = buffer.id in self.is_alone and buffer.id in self.maker
+        return fills and is_own and buffer.id not in self.graph.outputs
+
+    def _new_buffer(self, num_bytes: int, kind: BufferKind, name: str) -> int:
+        self.buffers.append(Buffer(len(self.buffers), num_bytes, kind, name))
+        self.roots.append(None)
+        return len(self.buffers) - 1
+
+    def _renumbered(self) -> WholeStep:
+        step, joint = self.step, self.step.joint
+        new_id: dict[int, int] = {}
+        packing: dict[int, int] = {}
+        reduction: dict[int, int] = {}
+        operations = []
+        for place, (operation, _, _, bucket) in enumerate(self.order):
+            if bucket is None:
+                new_id[operation.id] = place
+            elif operation.kind is OperationKind.BUCKET:
+                packing[bucket] = place
+            else:
+                reduction[bucket] = place
+            operations.append(replace(operation, id=place))
+        graph = replace(self.graph, operations=tuple(operations), buffers=tuple(self.buffers))
+        joint = replace(
+            joint,
+            graph=graph,
+            node_of_operation=[node for _, node, _, _ in self.order],
+            root_of_buffer=self.roots,
+            overwritten_argument={
+                (new_id[o], b): a for (o, b), a in joint.overwritten_argument.items()
+            },
+            rng_state_of={new_id[o]: b for o, b in joint.rng_state_of.items()},
+            facts=[facts for _, _, facts, _ in self.order],
+        )
+        return replace(
+            step,
+            joint=joint,
+            consumed_by={new_id[o]: primals for o, primals in step.consumed_by.items()},
+            kept_by={new_id[o]: results for o, results in step.kept_by.items()},
+            buckets=tuple(
+                Bucket(primals, packing.get(i), reduction[i], self.reduced[i])
+                for i, primals in enumerate(self.how.buckets)
+            ),
+        )
+
+
+def _num_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.itemsize)

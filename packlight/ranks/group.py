@@ -1,0 +1,229 @@
+"""The ranks of one training step: what they tell one another, and how they fail together.
+
+All that is said here is said by all ranks, in the same order. Where something can go wrong on one
+of them alone, it goes through `gather`: then the same error is raised on all. While a rank waits
+for others it looks whether one of them has said that it failed: nobody waits for a rank that has
+left its step.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from packlight.errors import PacklightError, RankError
+from packlight.torch_internals import default_store
+
+Value = TypeVar("Value")
+
+# While something is under way: how long a rank sleeps between two looks at it, and how long until
+# it looks whether another one has failed.
+SHORT_SLEEP_SECONDS, LONG_SLEEP_SECONDS, LOOK_SECONDS = 2e-5, 1e-3, 0.2
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception of one rank, as the others are told of it."""
+
+    pickled: bytes
+    text: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        text = f"{type(error).__name__}: {error}"
+        if not isinstance(error, PacklightError):
+            return cls(b"", text)
+        try:
+            return cls(pickle.dumps((type(error), error.args, error.__dict__)), text)
+        except Exception:  # what it carries cannot be sent: its words can
+            return cls(b"", text)
+
+    def error(self, rank: int) -> PacklightError:
+        if not self.pickled:
+            return RankError(f"rank {rank} failed\n  {self.text}", rank)
+        kind, args, attributes = pickle.loads(self.pickled)
+        error: PacklightError = kind.__new__(kind, *args)
+        error.args = args
+        error.__dict__.update(attributes)
+        return error
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Something under way.
+
+    Attributes:
+        work: torch's handle.
+        is_on_host: whether it is in the host's memory.
+    """
+
+    work: dist.Work
+    is_on_host: bool
+
+
+class Ranks:
+    """The processes that train one model together, each on its part of the batch.
+
+    Args:
+        members: their ranks in the default process group.
+        device: of the model.
+        timeout_seconds: how long a rank waits for the others at most.
+
+    Attributes:
+        size: how many there are.
+        rank: which of them this process is, from 0.
+        timeout_seconds: as given.
+        has_failed: whether one of them left the others alone: nothing more can be said.
+    """
+
+    def __init__(
+        self, members: Sequence[int], device: torch.device, timeout_seconds: float
+    ) -> None:
+        self.size, self.rank = len(members), list(members).index(dist.get_rank())
+        self.timeout_seconds = timeout_seconds
+        timeout = timedelta(seconds=timeout_seconds)
+        # Of their own: what the user sends meanwhile on theirs does not get in between.
+        self._group = dist.new_group(list(members), timeout, "gloo")
+        self._data_group = self._group
+        if device.type != "cpu":
+            self._data_group = dist.new_group(list(members), timeout)
+        self._failures = f"packlight/failed/{self._group.group_name}"
+        self._words = torch.zeros(self.size, dtype=torch.int64)
+        self.has_failed = False
+
+    # -- anything, seldom
+
+    def gather(self, make: Callable[[], Value]) -> list[Value]:
+        """Return what a function returns on each rank.
+
+        Raises:
+            Exception: what it raises on the first rank where it raises, on all of them.
+        """
+        mine: Any = None
+        error: Exception | None = None
+        try:
+            mine = make()
+        except Exception as raised:
+            error, mine = raised, _Failure.of(raised)
+        everybody: list[Any] = [None] * self.size
+        with self._naming_losses():
+            dist.all_gather_object(everybody, mine, group=self._group)
+        failed = [rank for rank, value in enumerate(everybody) if isinstance(value, _Failure)]
+        if failed:
+            if failed[0] == self.rank:
+                assert error is not None
+                raise error
+            told = everybody[failed[0]].error(failed[0])
+            # (its own error, where there is one, is of no interest: it has the same cause)
+            raise told from None
+        return everybody
+
+    def broadcast(self, value: Value | None, source: int) -> Value:
+        """Return the value that one rank has."""
+        values = [value]
+        with self._naming_losses():
+            dist.broadcast_object_list(values, group=self._group, group_src=source)
+        return values[0]  # type: ignore[return-value]
+
+    # -- numbers, every step
+
+    def exchange(self, word: int) -> tuple[int, ...]:
+        """Return a 64-bit number of every rank: quick, and without memory of its own."""
+        self._words.zero_()
+        self._words[self.rank] = word
+        self.wait(self.start(self._words))
+        return tuple(self._words.tolist())
+
+    def exchange_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return as many floats of every rank, to the last bit."""
+        table = torch.zeros(self.size, len(numbers), dtype=torch.float64)
+        table[self.rank] = torch.tensor(numbers, dtype=torch.float64)
+        self.wait(self.start(table))
+        found: list[list[float]] = table.tolist()
+        return found
+
+    def start(self, tensor: torch.Tensor) -> Sent:
+        """Start adding up, in place, what all ranks have in a contiguous tensor."""
+        if self.has_failed:
+            raise RankError("this rank left an earlier step alone: the ranks have parted")
+        is_on_host = tensor.device.type == "cpu"
+        group = self._group if is_on_host else self._data_group
+        return Sent(dist.all_reduce(tensor, group=group, async_op=True), is_on_host)
+
+    def wait(self, sent: Sent) -> None:
+        """Wait until that is done.
+
+        Raises:
+            RankError: another rank failed meanwhile, or is gone.
+        """
+        work = sent.work
+        if not sent.is_on_host:  # its device waits
+            work.wait()
+            return
+        pause = SHORT_SLEEP_SECONDS
+        looked = time.monotonic()
+        while not work.is_completed():
+            time.sleep(pause)
+            pause = min(2 * pause, LONG_SLEEP_SECONDS)
+            if time.monotonic() - looked > LOOK_SECONDS:
+                self._raise_failure()
+                looked = time.monotonic()
+        with self._naming_losses():
+            work.wait()
+
+    # -- failing together
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others that this rank leaves a step in which they count on it."""
+        if self.has_failed:
+            return
+        self.has_failed = True
+        try:
+            default_store().set(self._failures, f"{self.rank} {type(error).__name__}: {error}")
+        except Exception:  # whoever holds the store is gone, and so is this training
+            pass
+
+    def _raise_failure(self) -> None:
+        store = default_store()
+        if store.check([self._failures]):
+            self.has_failed = True
+            rank, _, text = store.get(self._failures).decode().partition(" ")
+            raise RankError(f"rank {rank} failed in the middle of a step\n  {text}", int(rank))
+
+    def _naming_losses(self) -> _NamingLosses:
+        return _NamingLosses(self)
+
+
+class _NamingLosses:
+    """Has the network's errors raised as what they mean: a rank is gone, or is stuck."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        if self.ranks.has_failed:
+            raise RankError("this rank left an earlier step alone: the ranks have parted")
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, PacklightError):
+            return
+        ranks = self.ranks
+        try:
+            ranks._raise_failure()
+        except RankError as told:
+            raise told from error
+        except Exception:  # the store is gone, too
+            pass
+        ranks.has_failed = True
+        first_line = str(error).partition("\n")[0]
+        raise RankError(
+            f"another rank is gone, or has not answered for {ranks.timeout_seconds:g} s\n"
+            f"  {first_line}\nhint: its own output says why; checkpoints are whole"
+        ) from error

@@ -1,0 +1,131 @@
+"""What `fit` is told about several ranks, and which of them train together."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from packlight.errors import OptionError, UnsupportedModelError
+from packlight.ranks.group import Ranks
+
+_known: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """How ranks share the work of a step.
+
+    Attributes:
+        data: name of the mesh's dimension along which each rank has its part of the batch, and all
+            of them the same model. With a mesh of one dimension it can be left out.
+        timeout_seconds: how long a rank waits for another one, in planning too.
+
+    >>> Parallel(data="data").timeout_seconds
+    1800.0
+    """
+
+    data: str | None = None
+    timeout_seconds: float = 1800.0
+
+
+def ranks_of(
+    mesh: DeviceMesh | None, parallel: Parallel | None, device: torch.device
+) -> Ranks | None:
+    """Return the ranks that train with this one; None where it trains alone.
+
+    Args:
+        mesh: of the ranks, None for this process alone.
+        parallel: what its dimensions are for.
+        device: of the model.
+
+    Raises:
+        OptionError: the one does not fit the other.
+    """
+    if mesh is None:
+        if parallel is not None:
+            raise OptionError(
+                "parallel= needs the mesh of the ranks\nhint: pass mesh=torch.distributed."
+                "device_mesh.init_device_mesh('cpu', (world_size,), mesh_dim_names=('data',)), in "
+                "a process that torchrun started"
+            )
+        return None
+    if not isinstance(mesh, DeviceMesh):
+        raise OptionError(f"mesh is a {type(mesh).__name__}, and no DeviceMesh")
+    parallel = parallel or Parallel()
+    if not isinstance(parallel, Parallel):
+        raise OptionError(
+            f"parallel is a {type(parallel).__name__}\nhint: packlight.Parallel(data=...)"
+        )
+    if not dist.is_initialized():
+        raise OptionError(
+            "the mesh has no process group any more\nhint: torch.distributed.init_process_group()"
+        )
+    if mesh.device_type != device.type:
+        raise OptionError(f"the mesh is of {mesh.device_type}, the model is on {device.type}")
+    group = mesh.get_group(_data_dimension(mesh, parallel))
+    known = _known.get(group)
+    if known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds:
+        members = dist.get_process_group_ranks(group)
+        known = _known[group] = Ranks(members, device, parallel.timeout_seconds)
+    return known
+
+
+def _data_dimension(mesh: DeviceMesh, parallel: Parallel) -> int:
+    names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    shape = ", ".join(f"{name or '(no name)'}={mesh.size(i)}" for i, name in enumerate(names))
+    if parallel.data is None and mesh.ndim == 1:
+        return 0
+    if parallel.data not in names:
+        raise OptionError(
+            f"data={parallel.data!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
+            "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
+        )
+    place = names.index(parallel.data)
+    others = [n for i, n in enumerate(names) if i != place and mesh.size(i) > 1]
+    if others:
+        raise OptionError(
+            f"nothing says what the mesh's dimension {others[0]!r} is for ({shape})\nhint: pass "
+            f"mesh[{parallel.data!r}]: ranks along the others then train models of their own"
+        )
+    return place
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raise if a model talks to other ranks by itself: its calls would be in nobody's plan.
+
+    Raises:
+        UnsupportedModelError: it does; says what to pass.
+    """
+    if isinstance(model, (DistributedDataParallel, DataParallel)):
+        raise UnsupportedModelError(
+            f"the model is wrapped in {type(model).__name__}, which reduces gradients by itself\n"
+            "hint: fit the model inside, model.module, with mesh=: its gradients are reduced as "
+            "operations of the planned step"
+        )
+    for name, module in model.named_modules():
+        if _is_a(module, "torch.distributed.fsdp", "FSDPModule", "FullyShardedDataParallel"):
+            raise UnsupportedModelError(
+                f"{name or 'the model'} is sharded by FSDP, whose hooks gather parameters by "
+                "themselves\nhint: fit the model before it is wrapped; with mesh= its gradients "
+                "are reduced as operations of the planned step"
+            )
+    for name, parameter in model.named_parameters():
+        if _is_a(parameter, "torch.distributed.tensor", "DTensor"):
+            raise UnsupportedModelError(
+                f"parameter {name!r} is a DTensor: tensor parallel models cannot be fitted yet\n"
+                "hint: fit the model before it is parallelised"
+            )
+
+
+def _is_a(thing: Any, module: str, *names: str) -> bool:
+    """Whether something is of a class whose module takes long to import, and is perhaps not."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(thing, tuple(getattr(loaded, name) for name in names))
