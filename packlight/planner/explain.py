@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from packlight.errors import InfeasibleBudgetError
+from packlight.planner.facts import Facts
 from packlight.planner.smallest import smallest_schedules
 from packlight.step import (
     Action,
@@ -103,9 +104,10 @@ def batch_hint(
     for share in SHARES:
         if need(share) <= budget_bytes:
             return f"{named}1/{share} of the batch would need about {format_bytes(need(share))}"
-    # Where hardly anything but gradients is left, another schedule is the smallest.
     least = shrunk(SHARES[-1]).without_transfers()
-    tiny = outside(simulate(least, smallest_schedules(least)[0]).peak_bytes, SHARES[-1])
+    tiny = outside(Facts(least).least_peak_bytes, SHARES[-1])
+    if tiny <= budget_bytes:  # another schedule is then the smallest
+        tiny = outside(simulate(least, smallest_schedules(least)[0]).peak_bytes, SHARES[-1])
     if tiny <= budget_bytes:
         return f"{named}a tiny batch would need about {format_bytes(tiny)}"
     what = "parameters, optimizer state and gradients" if memory else "parameter gradients"

@@ -93,6 +93,7 @@ class StepRunner:
             NonFiniteLossError: nothing is changed.
             LossScaleError: no parameter is changed, nor is optimizer state.
             CapturedAgainError: the model changed since it was captured; nothing is changed.
+            UnsupportedModelError: parameters hold gradients already; nothing is changed.
             RankError: another rank failed, or is gone.
         """
         if self._reducer is None:
@@ -109,6 +110,14 @@ class StepRunner:
     def _run(self, batch: Any, num_steps: int) -> Any:
         request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
+        held = [p for p in self._trained if p.grad is not None]
+        if held:
+            raise UnsupportedModelError(
+                f"{len(held)} parameters hold gradients already, the first of them "
+                f"{self._costs.name_of.get(id(held[0]), 'one')!r}: a step makes its own, and would "
+                "drop them\nhint: optimizer.zero_grad() before it; gradients of several batches "
+                "are one larger batch's"
+            )
         if self._updates is not None:
             self._updates.begin_step()
         optimizer.zero_grad(set_to_none=True)

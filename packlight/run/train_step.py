@@ -103,7 +103,7 @@ class TrainStep:
         _check_parameters(self.model, self.optimizer)
         self._preparer = Preparer(self.request, self._given_way)
         self._given_way = None
-        self._trained = trained
+        self._trained, self._has_named_left = trained, False
         return True
 
     # -- training
@@ -197,6 +197,9 @@ class TrainStep:
             self._plan(batch, key, signature)
         self._runners[key] = self._runners.pop(key)  # the latest comes last
         self._key, self._signature = key, signature
+        if not self._has_named_left:
+            self._has_named_left = True
+            _name_parameters_left(self.model, self.optimizer)
         return self.way
 
     def _plan(
@@ -338,6 +341,22 @@ def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None)
         )
     for part in parts_of(optimizer):
         _refuse_forwarding(part)
+
+
+def _name_parameters_left(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Warn of parameters that need gradients which nobody gets."""
+    if optimizer is None:
+        return
+    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
+    held = {id(p) for group in groups for p in group["params"]}
+    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if left:
+        warnings.warn(
+            f"{len(left)} parameters need gradients that the optimizer does not hold, the first of "
+            f"them {left[0]!r}: a planned step does not keep their gradients\n"
+            "hint: requires_grad_(False), or give them to the optimizer",
+            stacklevel=5,
+        )
 
 
 def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -94,6 +95,7 @@ class WayPlanner:
         self.partners: Partners | None = None
         self._traced: dict[int | None, Traced] = {}
         self._drafts: dict[tuple[int | None, Moves], Draft] = {}
+        self._is_rehearsing = True
 
     def forget(self) -> None:
         """Let go of the example batch; what was traced can still run."""
@@ -101,6 +103,13 @@ class WayPlanner:
             traced.loss.arguments.clear()
         self._traced.clear()
         self._drafts.clear()
+
+    def asking(self, budget_bytes: int) -> WayPlanner:
+        """Return a planner for the same batch and another budget, which rehearses nothing."""
+        other = copy.copy(self)
+        other.request = replace(self.request, budget_bytes=budget_bytes)
+        other._is_rehearsing = False
+        return other
 
     # -- drafts
 
@@ -318,7 +327,7 @@ class WayPlanner:
         """Return a step with the best times that can be had, and its plan."""
         request = self.request
         if not all(f is None or f.in_step_seconds is not None for f in step.joint.facts):
-            if rehearses or not self.profiler.has_seen_steps:
+            if self._is_rehearsing and (rehearses or not self.profiler.has_seen_steps):
                 step = self._rehearsed(step, memory, draft)
             else:
                 step = replace(step, joint=with_estimated_seconds(step.joint, self.profiler))

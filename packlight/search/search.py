@@ -19,19 +19,23 @@ from packlight.moves.registry import of_package, of_stage, techniques_of
 from packlight.search.plan_way import HopelessError, Moves, WayPlanner
 from packlight.search.ready import Ready
 
+# Budgets named in turn, each because the one before it was not met.
+MOST_CONFIRMATIONS = 4
+
 
 class Search:
     """Looks through the ways to run one batch's step.
 
     Args:
         planner: plans them.
+        any_will_do: end with the first way found that fits.
 
     Attributes:
         not_made: what was not possible -> why.
     """
 
-    def __init__(self, planner: WayPlanner) -> None:
-        self.planner = planner
+    def __init__(self, planner: WayPlanner, any_will_do: bool = False) -> None:
+        self.planner, self.any_will_do = planner, any_will_do
         self.not_made: dict[str, str] = {}
         self.found: dict[Moves, Ready] = {}
         self.errors: list[InfeasibleBudgetError] = []
@@ -61,6 +65,8 @@ class Search:
             if self.found and not ways and self._is_full_at_once(start):
                 break
             self.found.update(ways)
+            if self.found and self.any_will_do:
+                return next(iter(self.found.values()))
             if not self.found:
                 too_little = start
             if ways and self._is_enough(ways.values()):
@@ -68,7 +74,8 @@ class Search:
         self._look_between(too_little)
         if not self.found:
             self._explain_hopeless()
-            raise self._with_reasons(min(self.errors, key=lambda error: error.smallest_bytes))
+            smallest = min(self.errors, key=lambda error: error.smallest_bytes)
+            raise smallest if self.any_will_do else self._with_reasons(self._confirmed(smallest))
         rehearsed: set[Moves] = set()
         while True:
             # A rehearsal takes several steps: only ways that may win are worth it. The others stay
@@ -222,6 +229,24 @@ class Search:
                     pass
                 except InfeasibleBudgetError as error:
                     self.errors.append(error)
+
+    def _confirmed(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
+        """Return an error that names a budget for which a search finds a way.
+
+        What is tried depends on the budget (how many chunks, how many layers): what fits in the one
+        that was named may not be looked at when it is asked for.
+        """
+        named = error
+        for _ in range(MOST_CONFIRMATIONS):
+            try:
+                Search(self.planner.asking(named.smallest_bytes), any_will_do=True).fastest()
+                break
+            except InfeasibleBudgetError as larger:
+                named = larger
+        return InfeasibleBudgetError(
+            error.budget_bytes, named.smallest_bytes, named.peak_operation, named.peak_buffers,
+            error.hint,
+        )
 
     def _with_reasons(self, error: InfeasibleBudgetError) -> InfeasibleBudgetError:
         hints = [f"without {name}: {why}" for name, why in self.not_made.items()]
