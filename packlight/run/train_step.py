@@ -16,11 +16,12 @@ from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.capture.undisturbed import generators_kept
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
-from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError, UnsupportedModelError
 from packlight.garbage import old_objects_kept
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
+from packlight.run.piece_step import PieceStepRunner
 from packlight.run.signature import Family, Signature, family_of, signature_of
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
@@ -78,7 +79,7 @@ class TrainStep:
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
         self._families: dict[Any, Family] = {}
-        self._runners: dict[Any, list[StepRunner]] = {}
+        self._runners: dict[Any, list[StepRunner | PieceStepRunner]] = {}
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
 
@@ -143,7 +144,8 @@ class TrainStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
         assert self.optimizer is not None
         self.prepare(batch)
-        runner, memory = self._runner, self.way.memory
+        runner = self._runner
+        memory = runner.memory
         runner.arrange()
         before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
@@ -178,8 +180,11 @@ class TrainStep:
 
     # -- planning
 
-    def prepare(self, batch: Any) -> Way:
-        """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
+    def prepare(self, batch: Any) -> None:
+        """Capture and plan the step for a batch's shapes, if that is not done; train nothing.
+
+        A loss that breaks into pieces is captured while it trains.
+        """
         if self._look_at_parameters():
             self._runners.clear()
             self._captures.clear()
@@ -189,7 +194,6 @@ class TrainStep:
             self._plan(batch, signature)
         self._runners[signature] = self._runners.pop(signature)  # the latest comes last
         self._signature = signature
-        return self.way
 
     def _plan(self, batch: Any, signature: Signature, was_traced: bool = False) -> None:
         """Plan a batch's step; it may have been traced already, where an old program was asked."""
@@ -201,18 +205,22 @@ class TrainStep:
             captures.clear()
             self._runners.pop(signature, None)
         num_traced = _num_traced(captures)
+        runner: StepRunner | PieceStepRunner
         try:
             with old_objects_kept(), generators_kept():
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
                 runner = StepRunner(self._preparer.costs, self._streamed, ready)
         except InfeasibleBudgetError:
             raise
-        except Exception:
-            if not changing:
+        except Exception as error:
+            if changing:
+                family.is_static = True  # with numbers it may do, else that says what is wrong
+                self._plan(batch, signature, was_traced)
+                return
+            if not isinstance(error, GraphBreakError):
                 raise
-            family.is_static = True  # with numbers it may do, else that says what is wrong
-            self._plan(batch, signature, was_traced)
-            return
+            preparer = self._preparer
+            runner = PieceStepRunner(preparer.costs, preparer.loss_fn, batch, error)
         self._note_plan(was_traced or _num_traced(captures) > num_traced)
         self._runners.setdefault(signature, []).insert(0, runner)
         while len(self._runners) > MOST_SHAPES:
@@ -232,7 +240,7 @@ class TrainStep:
             runners.insert(0, known)
 
     @property
-    def _runner(self) -> StepRunner:
+    def _runner(self) -> StepRunner | PieceStepRunner:
         """What runs for the latest batch's shape."""
         return self._runners[self._signature][0]
 
@@ -255,7 +263,10 @@ class TrainStep:
     @property
     def ready(self) -> Ready:
         """... with the captured graphs and the tensors that it runs on."""
-        return self._runner.ready
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            raise runner.no_graph("it has no way to be saved, and no graph of all of it")
+        return runner.ready
 
     def save_way(self, path: str | os.PathLike[str]) -> None:
         """Write how the latest batch's shape runs to a file, for `fit(..., way=path)`."""
@@ -264,7 +275,7 @@ class TrainStep:
     @property
     def plan(self) -> Plan:
         """The schedule that runs for the latest captured shape (per microbatch, the largest)."""
-        return self.way.parts[0].plan
+        return self._runner.plan
 
     @property
     def profile(self) -> StepProfile:
@@ -278,19 +289,25 @@ class TrainStep:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of the whole step, everything resident included."""
-        return self.way.peak_bytes
+        return self._runner.peak_bytes
 
     def describe(self) -> str:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
         from packlight.search.words import describe
 
-        return describe(self.ready, self.request)
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            return runner.describe()
+        return describe(runner.ready, self.request)
 
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): the precision, the moves made, and why others were not."""
         from packlight.search.words import how_it_runs
 
-        return how_it_runs(self.way, self.request)
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            return runner.how_it_runs()
+        return how_it_runs(runner.ready.way, self.request)
 
 
 def _num_traced(captures: dict[int | None, StepCapture]) -> int:
