@@ -9,6 +9,7 @@ above what was there before: saved activations, outputs, gradients, workspace. W
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,14 +25,17 @@ from packlight.capture.dynamo import (
     native_upsampling,
     prepare_dynamo,
     refuse_graph_break,
+    refuse_values,
     specialize,
 )
 from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.joint import JointStep
+from packlight.capture.pieces import compile_piece
 from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
+from packlight.dynamo_internals import break_anywhere, compiled_for, is_resumed, options_of
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
@@ -39,12 +43,14 @@ from packlight.memory.far import FarMemory, far_memory
 from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
+from packlight.run.piece_loop import PieceLoop
 from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
 from packlight.step import Limit, Machine, Plan, StepGraph, Termination, simulate, with_transfers
 from packlight.torch_internals import (
     aot_compiler,
     box_arguments,
     boxed,
+    graph_break,
     has_boxed_arguments,
     is_fake,
     is_graph_retained,
@@ -76,9 +82,11 @@ class Compilation:
     tiers: TierPool | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class PacklightBackend:
     """A torch.compile backend with its options.
+
+    A function that breaks into several graphs is run in pieces (run/pieces.py), planned together.
 
     Attributes:
         budget_bytes: peak of a step above what was there before it; None for no limit.
@@ -89,6 +97,7 @@ class PacklightBackend:
         choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
         is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
+        loop: what a function that breaks is run by.
     """
 
     budget_bytes: int | None = None
@@ -103,10 +112,18 @@ class PacklightBackend:
 
     def __post_init__(self) -> None:
         prepare_dynamo()
+        self.loop = PieceLoop(self.budget_bytes)
+        this = weakref.ref(self)
+        break_anywhere(self, lambda _: None if (backend := this()) is None else backend.loop)
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
-        refuse_graph_break()
+        if self.loop.pieces is not None or is_resumed() or graph_break() is not None:
+            if self.choose_budget is not None or self.offload_directory or self.is_dry_run:
+                refuse_graph_break()
+            with CallProfiler(self.progress) as profiler:
+                return compile_piece(module, example_inputs, self.loop, profiler)
+        refuse_values(module)
         specialize(example_inputs)
         guard_what_dynamo_trusts(module)
         self._example_inputs = example_inputs
@@ -191,7 +208,24 @@ def packlight_backend(
         OptionError, BudgetFormatError, InfeasibleBudgetError, GraphBreakError,
             UnsupportedModelError, OffloadError.
     """
-    return backend_from_options({**(options or {}), **unknown})(module, example_inputs)
+    given = compiled_for()
+    if given is None:
+        backend = backend_from_options({**(options or {}), **unknown})
+    else:
+        backend = _backend_of(given)
+    return backend(module, example_inputs)
+
+
+# By the wrapper that one call of `torch.compile` makes: all graphs of it share a budget.
+_backends: dict[int, PacklightBackend] = {}
+
+
+def _backend_of(given: Any) -> PacklightBackend:
+    """Return the backend of one call of `torch.compile`."""
+    if id(given) not in _backends:
+        _backends[id(given)] = backend_from_options(options_of(given))
+        weakref.finalize(given, _backends.pop, id(given), None).atexit = False
+    return _backends[id(given)]
 
 
 def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
@@ -296,3 +330,6 @@ def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
 
 
 prepare_dynamo()
+
+
+break_anywhere(packlight_backend, lambda given: _backend_of(given).loop)

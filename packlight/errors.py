@@ -71,12 +71,14 @@ class GraphBreakError(PacklightError, ValueError):
     Attributes:
         file, line: where the graph breaks, in the user's code.
         cause: why.
+        hint: what could be done.
     """
 
     def __init__(self, file: str, line: int, cause: str, hint: str) -> None:
         self.file = file
         self.line = line
         self.cause = cause
+        self.hint = hint
         super().__init__(
             f"the model breaks into several graphs at {file}:{line}\n  {cause}\nhint: {hint}"
         )

@@ -94,7 +94,7 @@ def test_a_model_that_fails_only_when_it_is_traced_is_named(
 def test_a_branch_that_depends_on_values_is_shown() -> None:
     model = AsksForValues(4, 4)
     with pytest.raises(GraphBreakError, match="`if is_any:` depends on the values") as caught:
-        packlight.fit(model, classify, sgd(model), batch_of(), progress=False)
+        packlight.plan(model, classify, sgd(model), batch_of(), progress=False)
     assert caught.value.file == __file__
 
 
@@ -111,7 +111,7 @@ def test_torchs_decoder_trains_when_told_that_its_mask_is_causal() -> None:
         )
 
     with pytest.raises(GraphBreakError, match="multi_head_attention_forward.*\n.*tgt_is_causal="):
-        packlight.fit(model, loss_fn(None), sgd(model), batch, progress=False)
+        packlight.plan(model, loss_fn(None), sgd(model), batch, progress=False)
     expected = loss_fn(True)(model, batch).detach()
     step = packlight.fit(model, loss_fn(True), sgd(model), batch, progress=False)
     assert torch.equal(step(batch), expected)

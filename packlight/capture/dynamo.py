@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from packlight.errors import GraphBreakError, UnsupportedModelError
 from packlight.torch_internals import (
@@ -190,6 +191,32 @@ def _failed_trace(failure: str, stack: Any) -> UnsupportedModelError:
         "(torch.compiler.is_compiling()); passing what it makes up there, such as an attention "
         "mask, often helps"
     )
+
+
+def refuse_values(module: fx.GraphModule) -> None:
+    """Raise if sizes or numbers of a traced graph depend on the values of tensors.
+
+    Where a function must be one graph, dynamo makes symbols of what `nonzero` or `item()` return:
+    no schedule is known to fit for all their values.
+
+    Raises:
+        GraphBreakError: with file, line and operation.
+    """
+    for node in module.graph.nodes:
+        value = node.meta.get("example_value")
+        if value is None or not free_unbacked_symbols(value):
+            continue
+        places = re.findall(r'File "([^"]+)", line (\d+)', node.stack_trace or "")
+        file, line = places[-1] if places else ("<unknown>", "0")
+        name = getattr(node.target, "__name__", node.target)
+        cause = f"what {name} returns has a size or is a number that depends on a tensor's values"
+        raise GraphBreakError(file, int(line), cause, VALUES_HINT)
+
+
+def described_break(message: str, stack: Any) -> tuple[str, str]:
+    """Return in a line why a graph breaks, and where: "file:line"."""
+    error = _graph_break(message, stack)
+    return error.cause, f"{error.file}:{error.line}"
 
 
 def _graph_break(message: str, stack: Any) -> GraphBreakError:

@@ -30,6 +30,7 @@ from packlight.capture.dynamo import (
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
+    refuse_values,
     returned_places,
     specialize,
 )
@@ -292,6 +293,7 @@ class StepCapture:
 
     def _backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         refuse_graph_break()
+        refuse_values(module)
         if not self.changing:
             specialize(inputs)
         guard_what_dynamo_trusts(module)

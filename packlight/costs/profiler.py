@@ -76,6 +76,11 @@ class CallProfiler:
             self._count_in_steps(target, facts)
         return self._known[signature]
 
+    def is_known(self, target: torch._ops.OpOverload, args: Any, kwargs: Any) -> bool:
+        """Whether a call need not be run for `measure`."""
+        signature = call_signature(target, args, kwargs)
+        return signature in self._known or self._cache(args, kwargs).get(signature) is not None
+
     @property
     def has_seen_steps(self) -> bool:
         """Whether times of any call inside a step are known."""

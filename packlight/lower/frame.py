@@ -57,3 +57,16 @@ class Frame:
         returned = self._call(section.module, everything)
         self.values.update(zip(section.leaves, returned[section.num_results :], strict=True))
         return returned[: section.num_results]
+
+    def copy(self) -> Frame:
+        """Return a frame that goes on from here, its overwritten values copied: this one stays."""
+        copied = Frame(self.program, {}, self._call)
+        copied._helpers = self._helpers
+        done = len(self.program.sections) - len(list(self._sections))
+        self._sections = iter(self.program.sections[done:])
+        copied._sections = iter(self.program.sections[done:])
+        overwritten = self.program.sections[done].overwrites
+        copied.values = {
+            b: value.clone() if b in overwritten else value for b, value in self.values.items()
+        }
+        return copied

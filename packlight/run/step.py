@@ -24,6 +24,7 @@ from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensor
 from packlight.ranks.reducer import OtherModelError, Reducer
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
+from packlight.step import Plan, StepMemory
 from packlight.updates.gradients import GradientFate, fills_storage, update_all
 
 
@@ -72,6 +73,21 @@ class StepRunner:
         """Let go of the programs: the traced calls that they stand for are to be planned anew."""
         for part in self.ready.parts:
             part.traced.capture.remove(self._programs[part.traced.num_rows])
+
+    @property
+    def memory(self) -> StepMemory:
+        """Bytes of the step outside of its schedule."""
+        return self.ready.way.memory
+
+    @property
+    def plan(self) -> Plan:
+        """The schedule that runs (per microbatch, the largest)."""
+        return self.ready.way.parts[0].plan
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted peak of the whole step, everything resident included."""
+        return self.ready.way.peak_bytes
 
     def _make_tier(self, slots: Sequence[SlotSpec]) -> Tier:
         far = far_memory(self._costs.device, self._request.offload_directory)

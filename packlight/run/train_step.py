@@ -16,12 +16,13 @@ from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.capture.undisturbed import generators_kept
 from packlight.costs.cache import device_name
 from packlight.costs.peak import measure_peak
-from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError, UnsupportedModelError
 from packlight.garbage import old_objects_kept
 from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
+from packlight.run.piece_step import PieceStepRunner
 from packlight.run.ranks import agreed_place, agreed_signature
 from packlight.run.signature import Family, Signature, family_of, signature_of
 from packlight.run.step import StepRunner
@@ -79,7 +80,7 @@ class TrainStep:
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
         self._families: dict[Any, Family] = {}
-        self._runners: dict[Any, list[StepRunner]] = {}
+        self._runners: dict[Any, list[StepRunner | PieceStepRunner]] = {}
         self._key: Any = None
         self._signature: Any = None
         self._num_steps = self._num_plans = 0
@@ -151,7 +152,8 @@ class TrainStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
         assert self.optimizer is not None
         self.prepare(batch)
-        runner, memory = self._runner, self.way.memory
+        runner = self._runner
+        memory = runner.memory
         runner.arrange()
         before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
@@ -186,8 +188,11 @@ class TrainStep:
 
     # -- planning
 
-    def prepare(self, batch: Any) -> Way:
-        """Capture and plan the step for a batch's shapes, if that is not done; train nothing."""
+    def prepare(self, batch: Any) -> None:
+        """Capture and plan the step for a batch's shapes, if that is not done; train nothing.
+
+        A loss that breaks into pieces is captured while it trains.
+        """
         key, signature, has_changed = self._look(batch)
         if has_changed:
             self._runners.clear()
@@ -200,7 +205,6 @@ class TrainStep:
         if not self._has_named_left:
             self._has_named_left = True
             _name_parameters_left(self.model, self.optimizer)
-        return self.way
 
     def _plan(
         self, batch: Any, key: Any, signature: Signature, was_traced: bool = False
@@ -215,18 +219,23 @@ class TrainStep:
             captures.clear()
             self._runners.pop(key, None)
         num_traced = _num_traced(captures)
+        runner: StepRunner | PieceStepRunner
         try:
             with old_objects_kept(), generators_kept():
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
                 runner = StepRunner(self._preparer.costs, self._streamed, ready)
         except InfeasibleBudgetError:
             raise
-        except Exception:
-            if not changing:
+        except Exception as error:
+            if changing:
+                family.is_static = True  # with numbers it may do, else that says what is wrong
+                self._plan(batch, key, signature, was_traced)
+                return
+            # Ranks agree on plans of one graph only.
+            if not isinstance(error, GraphBreakError) or self.request.ranks is not None:
                 raise
-            family.is_static = True  # with numbers it may do, else that says what is wrong
-            self._plan(batch, key, signature, was_traced)
-            return
+            preparer = self._preparer
+            runner = PieceStepRunner(preparer.costs, preparer.loss_fn, batch, error)
         self._note_plan(was_traced or _num_traced(captures) > num_traced)
         self._runners.setdefault(key, []).insert(0, runner)
         while len(self._runners) > MOST_SHAPES:
@@ -247,7 +256,7 @@ class TrainStep:
             runners.insert(0, runners.pop(known))
 
     @property
-    def _runner(self) -> StepRunner:
+    def _runner(self) -> StepRunner | PieceStepRunner:
         """What runs for the latest batch's shape."""
         return self._runners[self._key][0]
 
@@ -286,7 +295,10 @@ class TrainStep:
     @property
     def ready(self) -> Ready:
         """... with the captured graphs and the tensors that it runs on."""
-        return self._runner.ready
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            raise runner.no_graph("it has no way to be saved, and no graph of all of it")
+        return runner.ready
 
     def save_way(self, path: str | os.PathLike[str]) -> None:
         """Write how the latest batch's shape runs to a file, for `fit(..., way=path)`."""
@@ -295,7 +307,7 @@ class TrainStep:
     @property
     def plan(self) -> Plan:
         """The schedule that runs for the latest captured shape (per microbatch, the largest)."""
-        return self.way.parts[0].plan
+        return self._runner.plan
 
     @property
     def profile(self) -> StepProfile:
@@ -309,19 +321,25 @@ class TrainStep:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of the whole step, everything resident included."""
-        return self.way.peak_bytes
+        return self._runner.peak_bytes
 
     def describe(self) -> str:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
         from packlight.search.words import describe
 
-        return describe(self.ready, self.request)
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            return runner.describe()
+        return describe(runner.ready, self.request)
 
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): the precision, the moves made, and why others were not."""
         from packlight.search.words import how_it_runs
 
-        return how_it_runs(self.way, self.request)
+        runner = self._runner
+        if isinstance(runner, PieceStepRunner):
+            return runner.how_it_runs()
+        return how_it_runs(runner.ready.way, self.request)
 
 
 def _num_traced(captures: dict[int | None, StepCapture]) -> int:

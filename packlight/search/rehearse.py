@@ -16,7 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -80,7 +80,7 @@ def rehearse(
         device: where the step runs.
     """
     calls = _Calls(step)
-    clock = _Clock(device, calls)
+    clock = Clock(device, calls)
     with real_tensors():
         ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in tangents]
         _run_once(program, primals, ones, clock)  # makes room: the heap is as large as it will be
@@ -95,10 +95,10 @@ def rehearse(
 
 
 def _run_once(
-    program: Program, primals: list[Any], tangents: list[torch.Tensor], clock: _Clock
+    program: Program, primals: list[Any], tangents: list[torch.Tensor], clock: Clock
 ) -> None:
     def timed(module: fx.GraphModule, arguments: list[Any]) -> Sequence[Any]:
-        results: Sequence[Any] = _TimedRun(module, clock).boxed_run(arguments)
+        results: Sequence[Any] = TimedRun(module, clock).boxed_run(arguments)
         return results
 
     helpers = {"events": IgnoredEvents(), "reducer": IgnoredReductions()}
@@ -181,14 +181,31 @@ class _Calls:
         return found
 
 
-class _Clock:
+class TimedCalls(Protocol):
+    """Says of the calls of a step what to do with each, and hears how long it took."""
+
+    def is_timed(self, operation: int) -> bool:
+        """Whether the duration of a call is of interest."""
+
+    def is_left_out(self, operation: int) -> bool:
+        """Whether tensors like its results stand in for a call."""
+
+    def stand_in(self, operation: int) -> Any:
+        """Return tensors like those that a call returns."""
+
+    def note(self, operation: int, seconds: float) -> None:
+        """Remember how long a call took."""
+
+
+class Clock:
     """Collects the duration of each call; reads device clocks only at the end."""
 
-    def __init__(self, device: torch.device, calls: _Calls) -> None:
+    def __init__(self, device: torch.device, calls: TimedCalls) -> None:
         self.device, self.calls = device, calls
         self.marks: list[tuple[int, Any, Any]] = []
 
     def now(self) -> Any:
+        """Return the time, or an event that will tell it."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -205,14 +222,15 @@ class _Clock:
         self.marks.clear()
 
 
-class _TimedRun(fx.Interpreter):
+class TimedRun(fx.Interpreter):
     """Runs a graph call by call, each value dropped after its last use, with a clock."""
 
-    def __init__(self, module: fx.GraphModule, clock: _Clock) -> None:
+    def __init__(self, module: fx.GraphModule, clock: Clock) -> None:
         super().__init__(module, garbage_collect_values=True)
         self.clock, self.calls = clock, clock.calls
 
     def run_node(self, n: fx.Node) -> Any:
+        """Run one call, with the clock where that is of interest."""
         operation: int | None = n.meta.get(OPERATION_KEY)
         target = n.target
         # A random operation that runs again is no plain call: it puts a generator back before.

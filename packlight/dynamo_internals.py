@@ -1,0 +1,248 @@
+"""What Packlight takes from torch to break a traced function anywhere, each thing under a name.
+
+Like torch_internals.py: what is relied upon stands at each function, and tests/test_pieces.py says
+what has moved. Dynamo by itself leaves a whole function to eager PyTorch where it would have to go
+on in the middle of a loop; here it goes on, for the backends that ask for it, and says what it
+leaves out.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import CodeType
+from typing import Any, Protocol
+from unittest import mock
+
+import torch
+
+from packlight.torch_internals import dynamo_errors
+
+# Every turn of an unrolled loop is another entry in a cache that dynamo wants small.
+MANY_ENTRIES = 1_000_000
+
+
+class BreaksAnywhere(Protocol):
+    """Who has pieces of functions compiled."""
+
+    def left_to_eager(self, code: CodeType, reason: str) -> None:
+        """Take note that a function will run uncompiled; an error raised here comes out."""
+
+
+# What was passed to `torch.compile` as its backend, as dynamo has it -> who has pieces compiled.
+Find = Callable[[Any], BreaksAnywhere | None]
+_finders: weakref.WeakKeyDictionary[Any, Find] = weakref.WeakKeyDictionary()
+
+
+def break_anywhere(backend: Callable[..., Any], find: Find) -> None:
+    """Have dynamo break functions compiled for a backend wherever it has to.
+
+    Relied upon: `convert_frame._compile` is found among its module's names, takes the backend and
+    whether it must not break as `compiler_fn` and `one_graph` (positions 5 and 6), returns
+    something with `skip_reason` or raises; `innermost_backend` takes wrappers off, except that of
+    `torch.compile`, which has the backend as `compiler_fn`.
+    """
+    from torch._dynamo import convert_frame
+    from torch._dynamo.eval_frame import innermost_backend
+
+    _finders[backend] = find
+    original: Any = convert_frame._compile
+    if hasattr(original, "breaks_anywhere"):
+        return
+
+    @functools.wraps(original)
+    def compile_pieces(code: CodeType, *args: Any, **kwargs: Any) -> Any:
+        compiler_fn, one_graph = args[4], args[5]
+        asker = None if one_graph else _asker(innermost_backend(compiler_fn))
+        if asker is None:
+            return original(code, *args, **kwargs)
+        try:
+            with _cut_everywhere():
+                result = original(code, *args, **kwargs)
+        except dynamo_errors()[1] as error:  # dynamo goes on without this function
+            asker.left_to_eager(code, str(error))
+            raise
+        if result.skip_reason is not None:
+            asker.left_to_eager(code, result.skip_reason)
+        return result
+
+    compile_pieces.breaks_anywhere = True  # type: ignore[attr-defined]
+    convert_frame._compile = compile_pieces
+
+
+def _asker(given: Any) -> BreaksAnywhere | None:
+    try:
+        find = _finders.get(getattr(given, "compiler_fn", given))
+    except TypeError:  # no weak reference can be had of it
+        return None
+    return None if find is None else find(given)
+
+
+@contextmanager
+def _cut_everywhere() -> Iterator[None]:
+    """Let dynamo go on after breaks in loops and in functions that are called.
+
+    Relied upon: `config.nested_graph_breaks`, `allow_empty_graphs` (a function of which nothing is
+    left to compile is not skipped for good), `recompile_limit`, `accumulated_recompile_limit`;
+    `maybe_has_backedge` says whether a break would be in a loop. None of the user's code runs
+    meanwhile, so what is warned of (gradients of values between pieces, functions that break) is
+    none of the user's business: breaks are told by `describe`.
+    """
+    from torch._dynamo import config, symbolic_convert
+    from torch._dynamo.variables import iter as iterators
+
+    translator = symbolic_convert.InstructionTranslatorBase
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(
+            config.patch(
+                nested_graph_breaks=True,
+                allow_empty_graphs=True,
+                recompile_limit=MANY_ENTRIES,
+                accumulated_recompile_limit=MANY_ENTRIES,
+            )
+        )
+        stack.enter_context(mock.patch.object(translator, "maybe_has_backedge", _never))
+        for iterator in (iterators.DictViewIterator, iterators.ZipVariable):
+            made = _made_again(iterator.reconstruct)
+            stack.enter_context(mock.patch.object(iterator, "reconstruct", made))
+        yield
+
+
+def _never(_: Any) -> bool:
+    return False
+
+
+def _made_again(reconstruct: Callable[..., None]) -> Callable[..., None]:
+    """Return how an iterator is made again behind a break: over a tuple of what it has left.
+
+    Dynamo cannot make those of dictionaries again, nor take up those of `zip`.
+    """
+
+    def over_what_is_left(self: Any, codegen: Any) -> None:
+        from torch._dynamo.variables.lists import ListIteratorVariable
+
+        left = _left(self)
+        if left is None:
+            reconstruct(self, codegen)
+        else:
+            ListIteratorVariable(left).reconstruct(codegen)
+
+    return over_what_is_left
+
+
+def _left(iterator: Any) -> list[Any] | None:
+    """Return what a traced iterator has left; None where that is not known.
+
+    Relied upon: `items`, `index`, `is_exhausted` of lists' iterators; `_iter`, an iterator of
+    Python's, and `view_type` of dictionaries'; `start`, `step`, `len` of ranges'; `iterable.items`
+    of `zip`'s.
+    """
+    from torch._dynamo.variables import ConstantVariable, TupleVariable, lists
+    from torch._dynamo.variables import iter as iterators
+
+    if isinstance(iterator, lists.ListIteratorVariable):
+        return [] if iterator.is_exhausted else iterator.items[iterator.index :]
+    if isinstance(iterator, iterators.DictViewIterator):
+        rest: Any = iterator._iter.__reduce__()
+        left: list[Any] = rest[1][0]
+        if iterator.view_type == "keys":
+            return [key.vt for key in left]
+        if iterator.view_type == "values":
+            return left
+        return [TupleVariable([key.vt, value]) for key, value in left]
+    if isinstance(iterator, lists.RangeIteratorVariable):
+        numbers = (iterator.start + i * iterator.step for i in range(iterator.len))
+        return [ConstantVariable.create(number) for number in numbers]
+    if isinstance(iterator, iterators.ZipVariable):
+        columns = [_left(one) for one in iterator.iterable.items]
+        known = [column for column in columns if column is not None]
+        if len(known) < len(columns):
+            return None
+        return [TupleVariable(list(row)) for row in zip(*known, strict=False)]
+    return None
+
+
+def compiled_for() -> Any:
+    """Return the backend that dynamo is compiling for, as it was passed; None outside.
+
+    Relied upon: the translator at work, whose output has `compiler_fn`.
+    """
+    from torch._dynamo.eval_frame import innermost_backend
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return None
+    compiler_fn: Any = translator.output.compiler_fn
+    return innermost_backend(compiler_fn)
+
+
+def options_of(given: Any) -> dict[str, Any]:
+    """Return the options that `torch.compile` was given for a named backend.
+
+    Relied upon: its wrapper of the backend has them in `kwargs`.
+    """
+    kwargs: dict[str, Any] = dict(getattr(given, "kwargs", {}))
+    return {**(kwargs.pop("options", None) or {}), **kwargs}
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Have something called when the backward that is running has done everything.
+
+    Relied upon: `queue_callback` of autograd's engine.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def is_resumed() -> bool:
+    """Whether the function being compiled goes on after a break.
+
+    Relied upon: its name says so.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        translator = InstructionTranslator.current_tx()
+    except AttributeError:
+        return False
+    return translator.f_code.co_name.startswith("torch_dynamo_resume_in")
+
+
+# -- who holds a storage
+
+
+class StorageWatch:
+    """Sees whether anybody holds a tensor's memory, and holds nothing itself.
+
+    Relied upon: a weak reference to a storage keeps its count of references readable; a storage
+    that was looked at from Python counts one reference of its own; every tensor counts one.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        self.num_bytes = storage.nbytes()
+        self._reference: Any = storage._weak_ref()
+        weakref.finalize(self, torch.UntypedStorage._free_weak_ref, self._reference).atexit = False
+
+    @property
+    def num_tensors(self) -> int:
+        """How many tensors look at the memory, 0 if it is gone."""
+        return max(0, torch._C._storage_Use_Count(self._reference) - 1)
+
+
+def version(tensor: torch.Tensor) -> int:
+    """Return a number that changes with every change of a tensor in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_profiled() -> bool:
+    """Whether a profiler runs: a second one cannot."""
+    from torch._C import _autograd
+
+    return bool(_autograd._profiler_enabled())

@@ -1,0 +1,136 @@
+"""Pieces in a loop of the user's own: steps begin and end where autograd says so.
+
+A step begins with the first forward behind a backward: several forwards before a backward are one
+step. It is over when the backward ends; a path that is new is planned outside of it, before an
+optimizer steps or the next forward begins. Gradients that are there when a step begins, since
+backwards before it have left them, are the budget's, too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from packlight.capture.pieces import Piece
+from packlight.dynamo_internals import when_backward_ends
+from packlight.errors import GraphBreakError
+from packlight.run.pieces import Pieces
+
+
+class PieceLoop:
+    """A host of pieces (capture/pieces.py) that nobody tells where steps begin.
+
+    Args:
+        budget_bytes: for what a step allocates, from its first forward to its last backward; None
+            for no limit.
+
+    Attributes:
+        pieces: runs them; None until a piece is captured.
+    """
+
+    def __init__(self, budget_bytes: int | None) -> None:
+        self._budget_bytes = budget_bytes
+        self.pieces: Pieces | None = None
+        self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
+        self._gradient_bytes = 0
+        # Whose forward began the step; None outside of steps.
+        self._first: Piece | None = None
+        self._goes_back = self._is_over = self._is_end_awaited = False
+        self._step_hook: Any = None
+
+    def _left_bytes(self) -> int | None:
+        return None if self._budget_bytes is None else self._budget_bytes - self._gradient_bytes
+
+    # -- what capture tells
+
+    def observing(self) -> None:
+        """Record no levels in this step: a call is about to be observed alone."""
+        if self.pieces is not None:
+            self.pieces.observing()
+
+    def captured(self, piece: Piece) -> None:
+        """Take note of a new piece."""
+        if self.pieces is None:
+            self.pieces = Pieces(piece.step.device, self._left_bytes)
+        self.pieces.captured(piece)
+
+    def left_to_eager(self, code: CodeType, reason: str) -> None:
+        """Refuse what would run without a plan from its beginning on; take note of the rest.
+
+        Raises:
+            GraphBreakError: nothing of the function is captured, and there is a budget.
+        """
+        if self.pieces is not None:
+            self.pieces.left_to_eager(code, reason)
+        elif self._budget_bytes is not None:
+            raise GraphBreakError(
+                code.co_filename, code.co_firstlineno,
+                f"{code.co_name} is left to eager PyTorch, without a plan: "
+                + reason.strip().partition("\n")[0],
+                "packlight.fit counts what runs in eager PyTorch; else take what cannot be traced "
+                "(a try block, a generator that prints) out of this function",
+            )
+
+    # -- sections
+
+    def forward(self, piece: Piece, primals: list[Any]) -> tuple[list[Any], torch.Tensor | None]:
+        """Run a piece's forward, in a new step where one begins."""
+        pieces = self.pieces
+        assert pieces is not None, "it was captured"
+        is_evaluated_again = not self._goes_back and self._first is piece
+        if self._first is None or self._is_over or is_evaluated_again:
+            self._finish()
+            self._begin(pieces, piece)
+        self._parameters.update(
+            (id(p), weakref.ref(p)) for p in primals if isinstance(p, nn.Parameter)
+        )
+        results = pieces.forward(piece, primals)
+        self._goes_back = self._goes_back or results[1] is not None
+        return results
+
+    def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
+        """Run the backward of a run."""
+        pieces = self.pieces
+        assert pieces is not None, "it was captured"
+        gradients = pieces.backward(piece, token, tangents)
+        if not self._is_end_awaited:
+            self._is_end_awaited = True
+            when_backward_ends(self._backward_ended)
+        return gradients
+
+    # -- steps
+
+    def _begin(self, pieces: Pieces, first: Piece) -> None:
+        alive = [p for known in self._parameters.values() if (p := known()) is not None]
+        gradients = [p.grad for p in alive if p.grad is not None]
+        self._gradient_bytes = sum(gradient.nbytes for gradient in gradients)
+        self._first, self._goes_back, self._is_over = first, False, False
+        self._is_end_awaited = False  # the backward that it waited for may have failed
+        pieces.begin_step(bool(gradients))
+
+    def _backward_ended(self) -> None:
+        self._is_end_awaited = False
+        if self.pieces is not None and self._first is not None and not self._is_over:
+            self._is_over = True
+            self.pieces.end_sections()
+            if self.pieces.is_recording:
+                # A profiler is stopped outside of the backward, and soon: there can be only one.
+                self._step_hook = register_optimizer_step_pre_hook(lambda *_: self._finish())
+
+    def _finish(self) -> None:
+        """End the step that is over, outside of its backward; plan its path, if it is new."""
+        hook, self._step_hook = self._step_hook, None
+        if hook is not None:
+            hook.remove()
+        pieces, was_over = self.pieces, self._is_over
+        first, self._first, self._is_over = self._first, None, False
+        if pieces is not None and first is not None:
+            if was_over:
+                pieces.end_step()
+            else:
+                pieces.give_up_step()

@@ -1,0 +1,360 @@
+"""Runs the pieces of a step that breaks, each as planned, and sees what Python does between them.
+
+A step's *path* is the sections that run in it, in order: forwards and backwards of pieces. As long
+as a step takes a path that is planned, each piece runs as planned for its place on it. On a new
+path each piece runs under a small plan of its own, one that keeps little; what Python between them
+holds and allocates is recorded, and then all pieces of the path are planned together
+(planner/pieces.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from packlight.capture.pieces import Piece
+from packlight.costs.profiler import CallProfiler
+from packlight.dynamo_internals import version
+from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
+from packlight.lower.emit import emit
+from packlight.lower.frame import Frame
+from packlight.planner.pieces import (
+    Order,
+    Path,
+    PathPlan,
+    Section,
+    keeping_little,
+    order_of,
+    piece_schedule,
+    plan_path,
+)
+from packlight.planner.plain import plain_schedule
+from packlight.planner.smallest import smallest_schedules
+from packlight.run.piece_record import ReadyPiece, Run, StepRecord
+from packlight.search.piece_times import PieceTimes
+from packlight.step import simulate
+from packlight.torch_internals import is_graph_retained
+
+# After so many planned paths, one is planned only if it was taken before.
+MANY_PATHS = 6
+
+# Whether gradients were there already; the sections, each with its piece's digest.
+Taken = tuple[bool, tuple[tuple[Section, str], ...]]
+
+
+@dataclass(frozen=True)
+class PlannedPath:
+    """A path and how its pieces run.
+
+    Attributes:
+        path: as it was recorded.
+        plan: of all of it.
+        pieces: which piece each run is of.
+    """
+
+    path: Path
+    plan: PathPlan
+    pieces: tuple[Piece, ...]
+
+
+class Pieces:
+    """The pieces of one user's function; a `Host` (capture/pieces.py).
+
+    Args:
+        device: where they run.
+        budget_bytes: for what a step allocates, everything between pieces included, asked for when
+            it begins; None for no limit.
+        end_bytes: what is needed for a moment behind the last section.
+
+    Attributes:
+        num_captured: how many pieces there were so far.
+        latest: the path of the latest step, if it is planned.
+        left_out: functions that dynamo left to eager PyTorch: "file:line name" -> why.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        budget_bytes: Callable[[], int | None],
+        end_bytes: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self.device, self._budget_bytes, self._end_bytes = device, budget_bytes, end_bytes
+        self.num_captured = 0
+        self.latest: PlannedPath | None = None
+        self._latest_of_kind: dict[bool, PlannedPath | None] = {}
+        self.left_out: dict[str, str] = {}
+        self._planned: dict[Taken, PlannedPath] = {}
+        self._seen: dict[Taken, int] = {}
+        self._small_orders: dict[tuple[str, bool], Order] = {}
+        # Changes in finalizers, that is at any moment: by one operation at a time.
+        self._in_flight: dict[int, Run] = {}
+        self._tokens = itertools.count()
+        self._step_number = self._num_runs = 0
+        self._accumulates = False
+        self._record: StepRecord | None = None
+        self._times: PieceTimes | None = None
+        self._taken: list[tuple[Section, str]] = []
+        self._expected: PlannedPath | None = None
+
+    # -- what capture tells
+
+    def observing(self) -> None:
+        """Record no levels in this step: a call is about to be observed alone."""
+        if self._record is not None:
+            self._record.stop()
+
+    def captured(self, piece: Piece) -> None:
+        """Take note of a new piece."""
+        self.num_captured += 1
+
+    def left_to_eager(self, code: CodeType, reason: str) -> None:
+        """Take note of a function that runs uncompiled."""
+        place = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+        self.left_out.setdefault(place, reason.strip().partition("\n")[0])
+
+    # -- steps
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether a profiler watches the step."""
+        return self._record is not None and self._record.has_levels
+
+    def begin_step(self, accumulates: bool = False) -> None:
+        """Expect a step; record it unless the path of the one before is planned.
+
+        Args:
+            accumulates: gradients are there already, which makes it a step of another kind.
+        """
+        self._step_number += 1
+        self._accumulates = accumulates
+        self._taken, self._num_runs = [], 0
+        self._expected = self._latest_of_kind.get(accumulates)
+        self._record = self._times = None
+        if self._expected is None:
+            self._record = StepRecord(self.device)
+            if self._step_number == 1:
+                self._record.stop()  # pieces are about to be captured
+
+    def end_sections(self) -> None:
+        """Note that the step's last backward has ended."""
+        if self._record is not None:
+            self._record.end()
+
+    def end_step(self) -> None:
+        """Plan the path that was taken, if that is new; not within a backward.
+
+        Raises:
+            InfeasibleBudgetError: it does not fit.
+        """
+        record, self._record = self._record, None
+        taken = (self._accumulates, tuple(self._taken))
+        self._note_latest(self._planned.get(taken))
+        if record is None:
+            return
+        record.end()
+        levels = record.stop()
+        self._seen[taken] = self._seen.get(taken, 0) + 1
+        is_worth_it = len(self._planned) < MANY_PATHS or self._seen[taken] > 1
+        if self.latest is not None or levels is None or not is_worth_it:
+            return
+        self._keep_times(record)
+        path = record.path([section for section, _ in self._taken], levels, self._end_bytes())
+        plan = plan_path(path, self._budget_bytes(), [run.ready.order for run in record.runs])
+        pieces = tuple(run.piece for run in record.runs)
+        self._planned[taken] = PlannedPath(path, plan, pieces)
+        self._note_latest(self._planned[taken])
+
+    def _note_latest(self, planned: PlannedPath | None) -> None:
+        self.latest = self._latest_of_kind[self._accumulates] = planned
+
+    def give_up_step(self) -> None:
+        """Forget a step that failed."""
+        record, self._record = self._record, None
+        self._note_latest(None)
+        if record is not None:
+            record.stop()
+        self._in_flight.clear()
+
+    def _call(self, piece: Piece) -> dict[str, Any]:
+        """Return how a piece's code is called: with a clock where times are not known yet."""
+        if self._record is None or not self._record.has_levels:
+            return {}
+        if all(f is None or f.in_step_seconds is not None for f in piece.step.facts):
+            return {}
+        if self._times is None:
+            self._times = PieceTimes(self.device, CallProfiler(progress=False))
+        return {"call": self._times.caller(piece.step)}
+
+    def _keep_times(self, record: StepRecord) -> None:
+        """Give the pieces the times that were seen in a recorded step."""
+        times, self._times = self._times, None
+        if times is not None:
+            with times.profiler:
+                for piece in {run.piece for run in record.runs}:
+                    piece.step = times.timed(piece.step)
+
+    # -- sections
+
+    def forward(self, piece: Piece, primals: list[Any]) -> tuple[list[Any], torch.Tensor | None]:
+        """Run a piece's forward as planned for its place."""
+        record, step = self._record, piece.step
+        index, self._num_runs = self._num_runs, self._num_runs + 1
+        run = Run(piece, self._enter(piece, index, True), index, self._step_number)
+        if record is not None:
+            record.section_begins()
+            record.runs.append(run)
+            record.note_given(run, step.primals, primals)
+            if self._expected is None:
+                self._check(record, run)
+        frame = Frame(run.ready.program, {}, **self._call(piece))
+        results = list(frame.run(primals))
+        if record is not None:
+            record.note_made(run, step.forward_results, results)
+        token = None
+        if piece.has_backward:
+            self._hold(run, frame, primals)
+            token = self._token(run)
+        if record is not None:
+            record.section_ends()
+        return results, token
+
+    def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
+        """Run the backward of a run."""
+        run, step = self._in_flight.get(int(token)), piece.step
+        if run is None or run.frame is None:
+            raise UnsupportedModelError(
+                "what the forward has kept is gone before the backward: hooks that copy what "
+                "autograd saves (save_on_cpu) cannot be used in a step that is planned in pieces"
+            )
+        if any(version(tensor) != seen for tensor, seen in run.versions):
+            raise RuntimeError(
+                "a tensor needed for the backward was changed in place since the forward"
+            )
+        record = self._record if run.step_number == self._step_number else None
+        if record is not None and record.is_over:
+            record = None
+        if run.step_number == self._step_number:
+            self._enter(piece, run.index, False)
+        if record is not None:
+            record.section_begins()
+            record.note_given(run, step.tangents, tangents)
+        frame = run.frame
+        if is_graph_retained():
+            frame = frame.copy()
+        else:
+            run.frame = None
+            run.versions.clear()
+        gradients = list(frame.run(tangents))
+        if record is not None:
+            record.note_made(run, step.backward_results, gradients)
+            record.section_ends()
+        return gradients
+
+    def _enter(self, piece: Piece, index: int, is_forward: bool) -> ReadyPiece:
+        """Note the next section; return how it runs."""
+        section, place = Section(index, is_forward), len(self._taken)
+        self._taken.append((section, piece.digest))
+        expected = self._expected
+        if expected is not None:
+            sections = expected.path.sections
+            is_there = place < len(sections) and sections[place] == section
+            if not is_there or expected.pieces[index].digest != piece.digest:
+                self._expected = expected = self._other_path()
+        if expected is not None:
+            return self._ready_of(piece, expected.plan.orders[index])
+        return self._ready_of(piece, self._small_order(piece))
+
+    def _small_order(self, piece: Piece, smallest: bool = False) -> Order:
+        """Return an order that keeps little, or that with the smallest peak."""
+        graph, key = piece.step.graph, (piece.form, smallest)
+        if key not in self._small_orders:  # the pieces of equal layers are equal
+            if self._budget_bytes() is None or not piece.has_backward:
+                order = order_of(graph, plain_schedule(graph))
+            elif smallest:
+                order = order_of(graph, smallest_schedules(graph)[0])
+            else:
+                order = keeping_little(graph)
+            self._small_orders[key] = order
+        return self._small_orders[key]
+
+    def _other_path(self) -> PlannedPath | None:
+        """Return a planned path that begins like this step."""
+        taken = tuple(self._taken)
+        for (accumulates, sections), planned in self._planned.items():
+            if accumulates is self._accumulates and sections[: len(taken)] == taken:
+                return planned
+        return None
+
+    def _ready_of(self, piece: Piece, order: Order) -> ReadyPiece:
+        if order not in piece.ready:
+            schedule = piece_schedule(piece.step.graph, order)
+            cuts = (schedule.num_forward,) if piece.has_backward else ()
+            piece.ready[order] = ReadyPiece(order, schedule, emit(piece.step, schedule, cuts))
+        ready: ReadyPiece = piece.ready[order]
+        return ready
+
+    # -- what the backward needs
+
+    def _token(self, run: Run) -> torch.Tensor:
+        number = next(self._tokens)
+        self._in_flight[number] = run
+        memory = np.array([number])
+        weakref.finalize(memory, self._forget, number).atexit = False
+        return torch.from_numpy(memory)
+
+    def _forget(self, number: int) -> None:
+        run = self._in_flight.pop(number, None)
+        if run is not None:
+            run.frame = None
+
+    def _hold(self, run: Run, frame: Frame, primals: Sequence[Any]) -> None:
+        """Keep what the backward needs, results as tensors of their own.
+
+        A result knows its gradient's function, and that the token: kept as it is, it would keep
+        itself alive.
+        """
+        step = run.piece.step
+        nodes = (r for r in step.forward_results if isinstance(r, torch.fx.Node))
+        results = {step.buffer_of_node.get(node) for node in nodes}
+        for buffer, value in frame.values.items():
+            if buffer in results or buffer in run.shared:
+                frame.values[buffer] = value.detach()
+        shared = run.shared
+        if self._record is None and self._expected is not None:
+            shared = dict(self._expected.path.runs[run.index].shared)
+        for node, primal in zip(step.primals, primals, strict=False):
+            if not isinstance(primal, torch.Tensor):
+                continue
+            place = step.buffer_of_node.get(node)
+            if place in frame.values:
+                run.versions.append((frame.values[place], version(primal)))
+            if place not in shared and not isinstance(primal, nn.Parameter):
+                run.held.append(primal.detach())
+        run.frame = frame
+
+    def _check(self, record: StepRecord, run: Run) -> None:
+        """Refuse a section that is known not to fit, before it runs."""
+        budget_bytes, border = self._budget_bytes(), record.borders[-1]
+        if budget_bytes is None:
+            return
+        before_bytes = border.there_bytes + border.kept_bytes
+        for smallest in (False, True):
+            run.ready = self._ready_of(run.piece, self._small_order(run.piece, smallest))
+            inside_bytes = simulate(run.piece.step.graph, run.ready.schedule).peak_bytes
+            if before_bytes + inside_bytes <= budget_bytes:
+                return
+        raise InfeasibleBudgetError(
+            budget_bytes, before_bytes + inside_bytes, f"piece {run.index + 1} of the step",
+            [("kept by pieces before", border.kept_bytes),
+             ("results of pieces before", border.there_bytes),
+             ("this piece", inside_bytes)],
+            "the step is not over there: it may need more",
+        )
