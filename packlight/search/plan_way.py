@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from packlight.capture.step_capture import LossFunction, StepCapture
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.cache import device_name
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import InfeasibleBudgetError, PacklightError, UnsupportedModelError
 from packlight.lower.emit import emit
 from packlight.moves.chunk.move import CHUNK_SHARE
 from packlight.moves.data_parallel import DataParallel
@@ -167,7 +168,8 @@ class WayPlanner:
                     capture = self._captures[size]
                 return Traced(capture, capture.capture(fresh(piece)), size)
 
-            self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
+            with _naming_failures():
+                self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
             self.costs.refuse_unread(self._traced[size].loss)
         return self._traced[size]
 
@@ -365,6 +367,21 @@ class WayPlanner:
         program = emit(step, schedule)
         device = self.costs.device
         return rehearse(step.joint, program, draft.loss.arguments, tangents, device)
+
+
+@contextmanager
+def _naming_failures() -> Iterator[None]:
+    """Raise what fails while forward and backward are traced as an error of ours."""
+    try:
+        yield
+    except (PacklightError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"the loss or its backward fails when it is traced\n  {type(error).__name__}: "
+            f"{first_line}\nhint: a step in eager PyTorch shows whether it fails there, too"
+        ) from error
 
 
 def _part_plan(part: ReadyPart, count: int) -> PartPlan:
