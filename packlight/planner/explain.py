@@ -11,6 +11,7 @@ from packlight.step import (
     Action,
     Machine,
     Operation,
+    OperationKind,
     Phase,
     Schedule,
     StepGraph,
@@ -119,6 +120,8 @@ def _of_any_batch(graph: StepGraph) -> set[int]:
     """Return the buffers that are as large with any other batch."""
     constant = {*graph.outputs, *graph.resting}
     constant.update(b for o in graph.computations if o.mutates for b in o.reads)
+    buckets = [o for o in graph.computations if o.kind is OperationKind.BUCKET]
+    constant.update(b for o in buckets for b in (*o.reads, *o.creates))
     pairs = [pair for o in graph.computations for pair in o.overwrites]
     for created, read in (*pairs, *reversed(pairs)):  # they share a storage
         if created in constant or read in constant:
