@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,7 @@ class EagerStep:
     budget_bytes: int | None
     num_steps: int = 0
     scaler: torch.amp.GradScaler | None = None
+    request = SimpleNamespace(ranks=None)
 
     def __call__(self, batch: Any) -> torch.Tensor:
         loss = self.loss_fn(self.model, batch)

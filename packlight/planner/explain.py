@@ -122,10 +122,15 @@ def _of_any_batch(graph: StepGraph) -> set[int]:
     constant.update(b for o in graph.computations if o.mutates for b in o.reads)
     buckets = [o for o in graph.computations if o.kind is OperationKind.BUCKET]
     constant.update(b for o in buckets for b in (*o.reads, *o.creates))
-    pairs = [pair for o in graph.computations for pair in o.overwrites]
-    for created, read in (*pairs, *reversed(pairs)):  # they share a storage
-        if created in constant or read in constant:
-            constant.update((created, read))
+    # They share a storage, or one is the other's copy in another memory.
+    pairs: list[tuple[int, ...]] = [p for o in graph.computations for p in o.overwrites]
+    pairs += [(*o.reads, *o.creates, *o.mutates) for o in graph.transfers]
+    num_before = -1
+    while len(constant) > num_before:
+        num_before = len(constant)
+        for pair in pairs:
+            if not constant.isdisjoint(pair):
+                constant.update(pair)
     return constant
 
 
