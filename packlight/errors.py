@@ -72,13 +72,17 @@ class GraphBreakError(PacklightError, ValueError):
         file, line: where the graph breaks, in the user's code.
         cause: why.
         hint: what could be done.
+        can_be_cut: whether `fit` can run the pieces on either side of it.
     """
 
-    def __init__(self, file: str, line: int, cause: str, hint: str) -> None:
+    def __init__(
+        self, file: str, line: int, cause: str, hint: str, *, can_be_cut: bool = True
+    ) -> None:
         self.file = file
         self.line = line
         self.cause = cause
         self.hint = hint
+        self.can_be_cut = can_be_cut
         super().__init__(
             f"the model breaks into several graphs at {file}:{line}\n  {cause}\nhint: {hint}"
         )

@@ -85,7 +85,6 @@ FAMILIES: dict[str, tuple[Callable[[], models.Case], MakeOptimizer]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*parameters need gradients that the optimizer does not hold")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_is_eagers_to_the_bit_within_any_budget(family: str) -> None:
     make_case, make_optimizer = FAMILIES[family]

@@ -172,6 +172,25 @@ def test_a_loss_that_calls_backward_is_told_whose_that_is() -> None:
     assert_no_gradients(model)
 
 
+def test_behind_a_break_a_loss_that_calls_backward_is_told_too_and_nothing_is_updated() -> None:
+    def loss_fn(model: nn.Module, batch: Batch) -> torch.Tensor:
+        loss = classify(model, batch)
+        print(end="")
+        loss.backward(retain_graph=True)
+        return loss
+
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    step = packlight.fit(model, loss_fn, sgd(model), batch_of(), progress=False)
+    with pytest.raises(PacklightError, match="loss calls backward"):
+        step(batch_of())
+    assert_no_gradients(model)
+    assert all(map(torch.equal, model.parameters(), before))
+    classify(model, batch_of()).backward()
+    with pytest.raises(PacklightError, match="hold gradients already"):
+        step(batch_of())
+
+
 # -- hooks of parameters
 
 

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import packlight
 from benchmarks.zoo.outcome import traced
+from packlight.errors import UnsupportedModelError
 from packlight.search.prepare import Preparer
 from tests.oracles.eager_loop import (
     Training,
@@ -378,16 +379,21 @@ def test_batches_of_any_container_are_planned_once_and_counted(
         assert 0 <= held.input_bytes - num_bytes <= 512
 
 
-def test_gradients_of_the_user_are_gone_and_never_added_to() -> None:
+def test_gradients_of_the_user_are_refused_until_they_are_gone_and_never_added_to() -> None:
     mine, eager = twins(net(), loss_of, two_groups)
 
-    def leave_gradients(index: int, training: Training) -> None:
+    def make_gradients(index: int, training: Training) -> None:
         loss_of(training.model, BATCHES[0]).backward()
-        if index % 2:
-            training.optimizer.zero_grad(set_to_none=index == 1)
+        training.optimizer.zero_grad()
         training.model.outside.grad = None
 
-    compare(mine, eager, BATCHES, leave_gradients)
+    compare(mine, eager, BATCHES, make_gradients)
+    step = packlight.fit(mine.model, loss_of, mine.optimizer, BATCHES[0], progress=False)
+    loss_of(mine.model, BATCHES[0]).backward()
+    before = copy.deepcopy(mine.model.state_dict())
+    with pytest.raises(UnsupportedModelError, match="hold gradients already"):
+        step(BATCHES[0])
+    assert all(torch.equal(before[n], t) for n, t in mine.model.state_dict().items())
 
 
 def test_mixed_precision_inside_the_loss() -> None:

@@ -301,9 +301,9 @@ def test_rows_are_compared_once_for_a_graph_and_always_for_a_weight_of_the_users
     looked_at = []
     settle = microbatch_move.settle
 
-    def noted(*arguments: Any) -> Any:
+    def noted(*arguments: Any, **options: Any) -> Any:
         looked_at.append(arguments)
-        return settle(*arguments)
+        return settle(*arguments, **options)
 
     monkeypatch.setattr(microbatch_move, "settle", noted)
 

@@ -234,11 +234,12 @@ def _graph_break(message: str, stack: Any) -> GraphBreakError:
         cause = f"`{branch[1]}` depends on the values of a tensor"
         is_attention = "multi_head_attention_forward" in branch[1]
         hint = CAUSAL_HINT if is_attention else VALUES_HINT
-    if "Tensor.backward()" in message:
+    can_be_cut = "Tensor.backward()" not in message  # gradients would count twice
+    if not can_be_cut:
         cause, hint = "backward() is called, which is the step's to do", BACKWARD_HINT
     if "(Generator)" in message:
         cause, hint = "a generator is passed by hand, which no trace can hold", GENERATOR_HINT
     if "use_numpy_random_stream" in message:
         cause, hint = "it draws random numbers from numpy", NOISE_HINT
     file, line = _innermost(stack)
-    return GraphBreakError(file, line, cause, hint)
+    return GraphBreakError(file, line, cause, hint, can_be_cut=can_be_cut)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from packlight.capture.dynamo import BACKWARD_HINT
 from packlight.capture.pieces import PiecewiseCall
 from packlight.capture.returned import detached, loss_of, with_loss
 from packlight.capture.step_capture import LossFunction
@@ -25,7 +26,7 @@ from packlight.run.pieces import Pieces, PlannedPath
 from packlight.step import Plan, StepMemory
 from packlight.units import format_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
-from packlight.updates.gradients import update_all
+from packlight.updates.gradients import refuse_held_gradients, update_all
 
 
 class PieceStepRunner:
@@ -96,12 +97,15 @@ class PieceStepRunner:
 
         Raises:
             InfeasibleBudgetError: pieces and Python do not fit; nothing is updated.
+            UnsupportedModelError: parameters hold gradients already, or the loss calls backward();
+                nothing is updated.
             NonFiniteLossError: nothing is updated.
             LossScaleError: no parameter is changed, nor is optimizer state.
         """
         request = self._request
         optimizer, scaler = request.optimizer, request.scaler
         assert optimizer is not None
+        refuse_held_gradients(self._trained, self._costs.name_of)
         optimizer.zero_grad(set_to_none=True)
         if self._updates is not None:
             self._updates.begin_step()
@@ -134,6 +138,10 @@ class PieceStepRunner:
     def _forward(self, batch: Any, num_steps: int) -> tuple[torch.Tensor, Any]:
         """Return the loss, and what the loss function returns, detached."""
         returned = self._call(self._loss_fn, self._request.model, batch)
+        if any(p.grad is not None for p in self._trained):
+            raise UnsupportedModelError(
+                f"the loss calls backward(), which is the step's to do\nhint: {BACKWARD_HINT}"
+            )
         is_made_up = isinstance(returned, (tuple, list)) and len(returned) > 0
         loss = loss_of(returned) if is_made_up else returned
         if not isinstance(loss, torch.Tensor) or loss.shape != ():

@@ -25,7 +25,12 @@ from packlight.ranks.reducer import OtherModelError, Reducer
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
 from packlight.step import Plan, StepMemory
-from packlight.updates.gradients import GradientFate, fills_storage, update_all
+from packlight.updates.gradients import (
+    GradientFate,
+    fills_storage,
+    refuse_held_gradients,
+    update_all,
+)
 
 
 class StepRunner:
@@ -126,14 +131,7 @@ class StepRunner:
     def _run(self, batch: Any, num_steps: int) -> Any:
         request, optimizer = self._request, self._request.optimizer
         assert optimizer is not None
-        held = [p for p in self._trained if p.grad is not None]
-        if held:
-            raise UnsupportedModelError(
-                f"{len(held)} parameters hold gradients already, the first of them "
-                f"{self._costs.name_of.get(id(held[0]), 'one')!r}: a step makes its own, and would "
-                "drop them\nhint: optimizer.zero_grad() before it; gradients of several batches "
-                "are one larger batch's"
-            )
+        refuse_held_gradients(self._trained, self._costs.name_of)
         if self._updates is not None:
             self._updates.begin_step()
         optimizer.zero_grad(set_to_none=True)

@@ -231,8 +231,9 @@ class TrainStep:
                 family.is_static = True  # with numbers it may do, else that says what is wrong
                 self._plan(batch, key, signature, was_traced)
                 return
-            # Ranks agree on plans of one graph only.
-            if not isinstance(error, GraphBreakError) or self.request.ranks is not None:
+            if not isinstance(error, GraphBreakError) or not error.can_be_cut:
+                raise
+            if self.request.ranks is not None:  # they agree on plans of one graph only
                 raise
             preparer = self._preparer
             runner = PieceStepRunner(preparer.costs, preparer.loss_fn, batch, error)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from packlight.errors import NonFiniteLossError
+from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.ranks.reducer import Reducer
 from packlight.torch_internals import after_accumulation, has_gradient_hooks, through_hooks
 from packlight.updates.several import SeveralUpdates, parts_of
@@ -164,3 +164,25 @@ def update_all(
         optimizer.step()
 
 
+
+
+def refuse_held_gradients(
+    parameters: Iterable[nn.Parameter], name_of: Mapping[int, str]
+) -> None:
+    """Raise if parameters hold gradients before a step, which it would drop.
+
+    Args:
+        parameters: those that the step trains.
+        name_of: their names by id.
+
+    Raises:
+        UnsupportedModelError: some do; says which.
+    """
+    held = [p for p in parameters if p.grad is not None]
+    if held:
+        raise UnsupportedModelError(
+            f"{len(held)} parameters hold gradients already, the first of them "
+            f"{name_of.get(id(held[0]), 'one')!r}: a step makes its own, and would drop them\n"
+            "hint: optimizer.zero_grad() before it; gradients of several batches are one larger "
+            "batch's"
+        )
