@@ -1,7 +1,7 @@
 """Plans captured steps with an older checkout and with this one, and writes both beside each other.
 
     python -m benchmarks.house --old ../base
-    python -m benchmarks.house --old ../base --steps gpt2-fit lstm-32-fit --corpus /tmp/corpus
+    python -m benchmarks.house --old ../base --steps gpt2-fit lstm-32-fit --corpus ../corpus
 
 Steps are captured once, by the older checkout, into a folder that is not committed: times are then
 the same for both. What the older planner made of a step is kept there, too.
