@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
+.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -25,6 +25,10 @@ demo: $(READY) ## train a small GPT in 40% of its memory, losses identical to th
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## lint, types, import rules, tests and doctests
+	$(MAKE) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --show-capture=stdout -m 'not slow'
+
+test-all: $(READY) ## ... and the tests that take long
 	$(MAKE) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --show-capture=stdout
 
