@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
@@ -23,6 +23,7 @@ from packlight.errors import UnsupportedModelError
 from packlight.moves.microbatch.split import num_rows
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
+from packlight.moves.sharding import Sharding
 from packlight.moves.stream.parameters import (
     ParameterSlots,
     parameter_slots,
@@ -193,10 +194,14 @@ class StepCosts:
         reductions = None
         if reduction is not None and how is not Consumption.ACCUMULATE:
             reductions = self.reductions.of(reduction, trained, profiler)
+        sharding = Sharding() if reduction is None else reduction.sharding
         packed = set() if reductions is None else reductions.packed
         copied_bytes = _copied_bytes(joint, trained, is_reduced=reductions is not None)
         for primal, parameter in trained.items():
-            consumer = self._consumer(joint, primal, parameter, how, profiler, primal in packed)
+            num_rows = sharding.pieces[parameter].most_rows if parameter in sharding else None
+            consumer = self._consumer(
+                joint, primal, parameter, how, profiler, primal in packed, num_rows
+            )
             if streaming:  # only what is streamed has a buffer of its own
                 streamed = streaming.states.get(parameter, {}).values()
                 consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
@@ -214,16 +219,22 @@ class StepCosts:
         if machine is None:
             assert not streaming, "nothing can lie on the disk where there is none"
             return step
-        moved = streamed_primals(loss, streaming)
-        buffers = {primal: joint.buffer_of_node[joint.primals[primal]] for primal in moved}
-        resting = (*step.state_buffer_of.values(), *buffers.values()) if streaming else ()
+        moved = _primals_among(loss, streaming.parameters)
+        gathered = _primals_among(loss, sharding.pieces)
+        buffers = {
+            primal: joint.buffer_of_node[joint.primals[primal]] for primal in (*moved, *gathered)
+        }
+        on_disk = [buffers[primal] for primal in moved]
+        resting = (*step.state_buffer_of.values(), *on_disk) if streaming else ()
+        moved = {**moved, **gathered}
         # What was captured are values without gradients; reports tell parameters from states.
         named = list(step.joint.graph.buffers)
         for primal, b in buffers.items():
             name = self.name_of.get(id(moved[primal]), named[b].name)
             named[b] = replace(named[b], kind=BufferKind.PARAMETER, name=name)
         graph = replace(step.joint.graph, buffers=tuple(named))
-        joint = replace(step.joint, graph=with_transfers(graph, machine, resting))
+        in_pieces = [buffers[primal] for primal in gathered]
+        joint = replace(step.joint, graph=with_transfers(graph, machine, resting, in_pieces))
         return replace(step, joint=joint, parameter_buffer_of=buffers)
 
     def _consumer(
@@ -234,6 +245,7 @@ class StepCosts:
         how: Consumption,
         profiler: CallProfiler,
         is_packed: bool,
+        num_rows: int | None,
     ) -> Consumer:
         name = self.name_of[id(parameter)]
         node = joint.backward_results[primal]
@@ -244,21 +256,33 @@ class StepCosts:
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
         # In a bucket it lies as the parameter does.
-        key = (name, None if is_packed else tuple(node.meta["val"].stride()))
+        key = (name, None if is_packed else tuple(node.meta["val"].stride()), num_rows)
         if key not in self._consumers:  # later on, its state may lie elsewhere
-            cost = self.update(parameter, key[1], profiler)
+            cost = self.update(parameter, key[1], profiler, num_rows)
             workspace = cost.workspace_bytes
             self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
         return self._consumers[key]
 
     def update(
-        self, parameter: nn.Parameter, stride: tuple[int, ...] | None, profiler: CallProfiler
+        self,
+        parameter: nn.Parameter,
+        stride: tuple[int, ...] | None,
+        profiler: CallProfiler,
+        num_rows: int | None = None,
     ) -> UpdateCost:
-        """Return what an update costs, seconds as they were first seen on this device."""
+        """Return what an update costs, seconds as they were first seen on this device.
+
+        Args:
+            parameter: it.
+            stride: of its gradients; None for its own.
+            profiler: remembers seconds.
+            num_rows: of a piece of it that is updated in its place.
+        """
         assert self.updates is not None
-        cost = self.updates.cost(parameter, stride)
+        cost = self.updates.cost(parameter, stride, num_rows)
+        shape = (parameter.shape[0] if num_rows is None else num_rows, *parameter.shape[1:])
         name = (
-            f"update {self.updates.kind(parameter)} {tuple(parameter.shape)} "
+            f"update {self.updates.kind(parameter)} {shape} "
             f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
         )
         return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
@@ -279,6 +303,36 @@ class StepCosts:
             self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
         return self._additions[key]
 
+    def moved_primals(
+        self, loss: CapturedLoss, streaming: Streaming, reduction: Reduction | None
+    ) -> dict[int, torch.Tensor]:
+        """Return the streamed or gathered tensors among a captured call's inputs, by position."""
+        in_pieces = {} if reduction is None else reduction.sharding.pieces
+        return {
+            **_primals_among(loss, streaming.parameters), **_primals_among(loss, in_pieces)
+        }
+
+    def _whole_state_bytes(self, sharding: Sharding) -> int:
+        """Return what the states of parameters in pieces would be if they were whole."""
+        mine = [p for p in sharding.pieces if id(p) in self.trained]
+        if not mine:
+            return 0
+        assert self.updates is not None, "what is in pieces is updated one by one"
+        return sum(self.updates.cost(p).state_bytes for p in mine)
+
+    def shardable(self, loss: CapturedLoss) -> list[nn.Parameter]:
+        """Return the parameters that can lie in pieces with all ranks, in the model's order.
+
+        Left out are small ones, those that share their memory, and those with hooks, which look at
+        whole gradients.
+        """
+        slots = without_results(parameter_slots(self.request.model), loss)
+        return [
+            p for p in self.request.model.parameters()
+            if p in slots and p.ndim > 0 and not has_gradient_hooks(p)
+            and (id(p) in self.trained or not p.requires_grad)
+        ]
+
     def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
         """Return the trained parameters among a captured call's inputs, by position."""
         return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
@@ -289,6 +343,7 @@ class StepCosts:
         loss: CapturedLoss,
         num_microbatches: int,
         streaming: Streaming | None = None,
+        sharding: Sharding | None = None,
     ) -> StepMemory:
         """Return the bytes of a step outside of its schedule.
 
@@ -297,8 +352,10 @@ class StepCosts:
             loss: as captured.
             num_microbatches: with more than one, gradients are accumulated.
             streaming: what lies on the disk between uses.
+            sharding: what lies in pieces with all ranks.
         """
         model, streaming = self.request.model, streaming or Streaming()
+        sharding = sharding or Sharding()
         trained = self.parameters(loss.arguments)
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
@@ -323,19 +380,30 @@ class StepCosts:
         others = [t for t in (*model.buffers(), *arguments) if t not in streaming.parameters]
         return StepMemory(
             parameter_bytes=tensors_bytes(
-                p for p in model.parameters() if p not in streaming.parameters
-            ),
+                p for p in model.parameters()
+                if p not in streaming.parameters and p not in sharding
+            ) + sharding.parameter_bytes,
             # What attributes (and whoever called the step) hold since the step before is let go of
             # when it is assigned anew.
             state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
             + sum(value.untyped_storage().nbytes() for value in loss.assigned)
             + kept_extras_bytes,
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
+            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes
+            - self._whole_state_bytes(sharding) + sharding.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
+
+
+def _primals_among(loss: CapturedLoss, tensors: Container[Any]) -> dict[int, torch.Tensor]:
+    """Return those of some tensors that are a captured call's inputs, by position."""
+    return {
+        primal: argument
+        for primal, argument in enumerate(loss.arguments)
+        if isinstance(argument, torch.Tensor) and argument in tensors
+    }
 
 
 def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
@@ -344,15 +412,6 @@ def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
         return sum(value.untyped_storage().nbytes() for value in loss.extra_values)
     rows = num_rows(batch)
     return sum(value[:1].nbytes * rows for value in loss.extra_values if value.ndim)
-
-
-def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:
-    """Return the streamed parameters and buffers among a captured call's inputs, by position."""
-    return {
-        primal: argument
-        for primal, argument in enumerate(loss.arguments)
-        if isinstance(argument, torch.Tensor) and argument in streaming.parameters
-    }
 
 
 def _copied_bytes(

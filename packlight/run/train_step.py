@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
+from packlight.ranks.sharded import ShardedParameters
 from packlight.run.piece_step import PieceStepRunner
 from packlight.run.ranks import agreed_place, agreed_signature
 from packlight.run.signature import Family, Signature, family_of, signature_of
@@ -77,6 +80,8 @@ class TrainStep:
         self._trained: Any = None
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
+        ranks = request.ranks
+        self._sharded = None if ranks is None else ShardedParameters(ranks)
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
         self._families: dict[Any, Family] = {}
@@ -141,6 +146,20 @@ class TrainStep:
         """Have on the disk what the latest batch's shape streams, and all else in memory."""
         self._runner.arrange()
 
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Have parameters that lie in pieces with all ranks (`Parallel(shard=...)`) whole.
+
+        Between steps such a parameter is this rank's piece of it. All ranks enter and leave this
+        together; it takes the memory of the whole model. What is written meanwhile, the same on all
+        ranks, stays.
+        """
+        if self._sharded is None:
+            yield
+            return
+        with self._sharded.whole():
+            yield
+
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
 
@@ -170,12 +189,13 @@ class TrainStep:
     def evaluate(self, batch: Any) -> Any:
         """Return what `loss_fn` does for a batch in eval mode, without gradients.
 
+        Where parameters lie in pieces, all ranks do this at once, with the whole model in memory.
         Modes are restored. It is computed in the precision of the training step, by eager PyTorch.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.whole_parameters():
                 # Eager PyTorch may call kernels that a traced step does not.
                 copied = fresh(batch)
                 returned = blaming_precision(
@@ -222,8 +242,10 @@ class TrainStep:
         runner: StepRunner | PieceStepRunner
         try:
             with old_objects_kept(), generators_kept():
+                if self._sharded is not None:  # what is traced and measured, are whole parameters
+                    self._sharded.arrange({})
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
-                runner = StepRunner(self._preparer.costs, self._streamed, ready)
+                runner = StepRunner(self._preparer.costs, self._streamed, self._sharded, ready)
         except InfeasibleBudgetError:
             raise
         except Exception as error:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import Known
-from packlight.errors import RankMismatchError
+from packlight.errors import BatchError, RankMismatchError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
@@ -62,6 +62,12 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
         for digest in dict.fromkeys(identity.digest for identity in identities)
     }
     _compare_graphs(ranks, planner, identities)
+    if planner.request.shards and len(leader_of) > 1:
+        raise BatchError(
+            f"ranks have parts of {[identity.num_rows for identity in identities]} rows: parameters "
+            "in pieces are gathered by all ranks in one order, that of one schedule\nhint: give "
+            "every rank as many rows (drop_last=True), or leave shard= out"
+        )
     mine: Ready | None = None
     for digest, leader in leader_of.items():
         team = _Team(ranks, planner, identities[ranks.rank].digest == digest, leader)
@@ -131,6 +137,7 @@ def _asked(request: Request) -> dict[str, str]:
         "clipping": str(request.clipping),
         "the loss scaler": str(None if request.scaler is None else request.scaler.state_dict()),
         "loss_weight=": "a function" if callable(request.loss_weight) else str(request.loss_weight),
+        "shard=": "yes" if request.shards else "no",
         "offloading": "yes" if request.offload_directory is not None else "no",
         "the optimizer": type(optimizer).__name__,
         **settings,

@@ -14,6 +14,7 @@ from packlight.moves.microbatch.denominator import Measure
 from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.reduction import Reduction
 from packlight.moves.stream.streamed import Streaming
+from packlight.ranks.pieces import Pieces
 from packlight.search.way import Way
 from packlight.step import Plan
 
@@ -27,7 +28,7 @@ class ReadyPart:
         step: the whole step behind it.
         plan: its schedule.
         parameter_of: primal -> trained parameter.
-        streamed_of: primal -> parameter or buffer of the model that is streamed.
+        streamed_of: primal -> parameter or buffer of the model that is streamed, or gathered.
     """
 
     traced: Traced
@@ -65,6 +66,11 @@ class Ready:
     reduction: Reduction | None = None
     rank_weight: LossWeight | None = None
     rank_measure: Measure | float = 1.0
+
+    @property
+    def in_pieces(self) -> Mapping[nn.Parameter, Pieces]:
+        """The parameters that lie in pieces with all ranks, and who has which rows."""
+        return {} if self.reduction is None else self.reduction.sharding.pieces
 
     @property
     def seconds(self) -> float:
