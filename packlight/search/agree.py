@@ -64,9 +64,9 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
     _compare_graphs(ranks, planner, identities)
     if planner.request.shards and len(leader_of) > 1:
         raise BatchError(
-            f"ranks have parts of {[identity.num_rows for identity in identities]} rows: parameters "
-            "in pieces are gathered by all ranks in one order, that of one schedule\nhint: give "
-            "every rank as many rows (drop_last=True), or leave shard= out"
+            f"ranks have parts of {[identity.num_rows for identity in identities]} rows: all ranks "
+            "gather parameters in one order, that of one schedule\n"
+            "hint: give every rank as many rows (drop_last=True), or leave shard= out"
         )
     mine: Ready | None = None
     for digest, leader in leader_of.items():
