@@ -1,4 +1,4 @@
-"""Parameters that rest in pieces with all ranks: gathered as operations, updated where they rest."""
+"""Parameters in pieces with all ranks: gathered as operations, updated where they rest."""
 
 from __future__ import annotations
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from packlight.capture.batch import tensors_of
 from packlight.capture.joint import JointStep
@@ -20,7 +19,7 @@ from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
-from packlight.moves.microbatch.split import num_rows
+from packlight.moves.counted import copied_bytes, extras_bytes, primals_among
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
 from packlight.moves.sharding import Sharding
@@ -40,15 +39,11 @@ from packlight.updates.accounting import (
     refuse_closure,
     tensors_bytes,
 )
-from packlight.updates.gradients import fills_storage
 from packlight.updates.several import SeveralUpdates, parts_of, updates_of
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
-# What hooks of a parameter hold of its gradient's size: the copy that they are given, what they
-# return, and something in between.
-HOOKED_GRADIENTS = 3
 # To find out how long a cold gradient takes to be added to: enough to fill caches.
 MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
 
@@ -196,7 +191,7 @@ class StepCosts:
             reductions = self.reductions.of(reduction, trained, profiler)
         sharding = Sharding() if reduction is None else reduction.sharding
         packed = set() if reductions is None else reductions.packed
-        copied_bytes = _copied_bytes(joint, trained, is_reduced=reductions is not None)
+        copies = copied_bytes(joint, trained, is_reduced=reductions is not None)
         for primal, parameter in trained.items():
             num_rows = sharding.pieces[parameter].most_rows if parameter in sharding else None
             consumer = self._consumer(
@@ -205,13 +200,13 @@ class StepCosts:
             if streaming:  # only what is streamed has a buffer of its own
                 streamed = streaming.states.get(parameter, {}).values()
                 consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
-            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
+            workspace = consumer.workspace_bytes + copies.get(primal, 0)
             consumers[primal] = replace(consumer, workspace_bytes=workspace)
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
+            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copies.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
         if reductions is not None:
@@ -219,8 +214,8 @@ class StepCosts:
         if machine is None:
             assert not streaming, "nothing can lie on the disk where there is none"
             return step
-        moved = _primals_among(loss, streaming.parameters)
-        gathered = _primals_among(loss, sharding.pieces)
+        moved = primals_among(loss, streaming.parameters)
+        gathered = primals_among(loss, sharding.pieces)
         buffers = {
             primal: joint.buffer_of_node[joint.primals[primal]] for primal in (*moved, *gathered)
         }
@@ -309,7 +304,7 @@ class StepCosts:
         """Return the streamed or gathered tensors among a captured call's inputs, by position."""
         in_pieces = {} if reduction is None else reduction.sharding.pieces
         return {
-            **_primals_among(loss, streaming.parameters), **_primals_among(loss, in_pieces)
+            **primals_among(loss, streaming.parameters), **primals_among(loss, in_pieces)
         }
 
     def _whole_state_bytes(self, sharding: Sharding) -> int:
@@ -361,7 +356,7 @@ class StepCosts:
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
         accumulated_bytes = workspace_bytes = 0
-        kept_extras_bytes = _extras_bytes(loss, batch, num_microbatches)
+        kept_extras_bytes = extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
             accumulated_bytes = gradient_bytes + tensors_bytes(written) + kept_extras_bytes
@@ -395,42 +390,3 @@ class StepCosts:
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
-
-
-def _primals_among(loss: CapturedLoss, tensors: Container[Any]) -> dict[int, torch.Tensor]:
-    """Return those of some tensors that are a captured call's inputs, by position."""
-    return {
-        primal: argument
-        for primal, argument in enumerate(loss.arguments)
-        if isinstance(argument, torch.Tensor) and argument in tensors
-    }
-
-
-def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
-    """Return the size of what a step returns beside the loss; in microbatches it has rows."""
-    if num_microbatches == 1:
-        return sum(value.untyped_storage().nbytes() for value in loss.extra_values)
-    rows = num_rows(batch)
-    return sum(value[:1].nbytes * rows for value in loss.extra_values if value.ndim)
-
-
-def _copied_bytes(
-    joint: JointStep, trained: Mapping[int, nn.Parameter], *, is_reduced: bool
-) -> dict[int, int]:
-    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
-
-    Two parameters that are only ever added have one gradient, those that are concatenated have
-    slices of one, and that of a sum is one number: in buckets each has a place. Hooks are given a
-    copy, and may return another gradient.
-    """
-    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
-    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
-    copied: dict[int, int] = {}
-    for primal, node in nodes.items():
-        if has_gradient_hooks(trained[primal]):
-            copied[primal] = HOOKED_GRADIENTS * trained[primal].nbytes
-        elif is_reduced:
-            continue
-        elif num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"]):
-            copied[primal] = trained[primal].nbytes
-    return copied

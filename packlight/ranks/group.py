@@ -99,6 +99,12 @@ class Ranks:
         self._words = torch.zeros(self.size, dtype=torch.int64)
         self.has_failed = False
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Through which they talk, on the host; nobody else does."""
+        group: dist.ProcessGroup = self._group
+        return group
+
     # -- anything, seldom
 
     def gather(self, make: Callable[[], Value]) -> list[Value]:

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import Known
-from packlight.errors import BatchError, RankMismatchError
+from packlight.errors import RankMismatchError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
@@ -63,10 +63,12 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
     }
     _compare_graphs(ranks, planner, identities)
     if planner.request.shards and len(leader_of) > 1:
-        raise BatchError(
-            f"ranks have parts of {[identity.num_rows for identity in identities]} rows: all ranks "
-            "gather parameters in one order, that of one schedule\n"
-            "hint: give every rank as many rows (drop_last=True), or leave shard= out"
+        # All of them gather parameters in one order, that of one schedule.
+        other = next(rank for rank in leader_of.values() if rank)
+        raise RankMismatchError(
+            "the number of rows of its part of the batch", other, identities[0].num_rows,
+            identities[other].num_rows,
+            "with parameters in pieces every rank needs as many rows (drop_last=True)",
         )
     mine: Ready | None = None
     for digest, leader in leader_of.items():
