@@ -40,7 +40,7 @@ class Reducer:
         # Per rank: its weighted loss, and how it fares.
         self._losses = torch.zeros(ranks.size, 2, dtype=torch.float64)
         self._sent: Sent | None = None
-        self._are_known = False
+        self._are_known = self._has_entered = False
         self._under_way: dict[int, tuple[list[Sent], torch.Tensor, int]] = {}
 
     def begin(self, weight: float, num_steps: int) -> None:
@@ -51,8 +51,22 @@ class Reducer:
             num_steps: trained so far.
         """
         self.weight, self.num_steps = weight, num_steps
-        self._sent, self._are_known = None, False
+        self._sent, self._are_known, self._has_entered = None, False, False
         self._under_way.clear()
+
+    def enter(self) -> None:
+        """Wait until all ranks run the step: before anything is gathered from them.
+
+        Raises:
+            RankError: another rank failed before.
+            OtherModelError: it has to be captured again.
+        """
+        self._send(0.0, OK)
+        assert self._sent is not None
+        self.ranks.wait(self._sent)
+        self._are_known = True  # how all of them fare
+        self._refuse_failures()
+        self._sent, self._are_known, self._has_entered = None, False, True
 
     # -- losses
 
@@ -78,7 +92,14 @@ class Reducer:
             assert self._sent is not None, "a step's loss is known before its gradients"
             self.ranks.wait(self._sent)
             self._are_known = True
-        for rank, (loss, status) in enumerate(self._losses.tolist()):
+        self._refuse_failures()
+        for rank, (loss, _) in enumerate(self._losses.tolist()):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self.num_steps, loss, rank=rank)
+        return math.fsum(loss for loss, _ in self._losses.tolist())
+
+    def _refuse_failures(self) -> None:
+        for rank, (_, status) in enumerate(self._losses.tolist()):
             if status == CAPTURED_AGAIN:
                 raise OtherModelError
             if status == FAILED:
@@ -86,13 +107,10 @@ class Reducer:
                     f"rank {rank} failed in step {self.num_steps + 1}; parameters and optimizer "
                     "are untouched\nhint: its own error says why", rank,
                 )
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(self.num_steps, loss, rank=rank)
-        return math.fsum(loss for loss, _ in self._losses.tolist())
 
     def leave(self, error: BaseException, is_captured_again: bool = False) -> None:
         """Leave a step that began: the others are told in place of the loss, or at once."""
-        if self._are_known or self._sent is not None:
+        if self._are_known or self._sent is not None or self._has_entered:
             if not self._are_known or not self._is_everybodys(error):
                 self.ranks.fail(error)
             return

@@ -75,7 +75,8 @@ class StepRunner:
                 place_of=None if self._accumulated is None else self._accumulated.place_of,
             )
             buffers = StreamedBuffers(self._held(part))
-            program = _Program(part, fate, buffers, self._make_tier)
+            gathers = bool(ready.in_pieces)
+            program = _Program(part, fate, buffers, self._make_tier, gathers)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
@@ -283,6 +284,7 @@ class _Program:
         fate: GradientFate,
         streamed: StreamedBuffers,
         make_tier: Callable[[Sequence[SlotSpec]], Tier],
+        gathers: bool,
     ) -> None:
         self.program = emit(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
@@ -293,6 +295,7 @@ class _Program:
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)
         self.backup: dict[torch.Tensor, torch.Tensor] | None = None
+        self.gathers = gathers
 
     def reset(self) -> None:
         """Forget transfers under way, after a failed step."""
@@ -325,6 +328,9 @@ class _Program:
         Returns:
             The loss, and what the forward assigns to attributes, in dynamo's order.
         """
+        if self.gathers:
+            assert self.fate.reducer is not None, "parameters are gathered from other ranks"
+            self.fate.reducer.enter()
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
             helpers = {
                 "events": self.fate, "tier": self.tier, "streamed": self.streamed,
