@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import packlight
 from packlight.optim import AdamW8bit
+from packlight.ranks.link import faster
 from packlight.run.distributed import load_distributed
 from tests.rank_pool import Raised, RankPool, mesh, part
 from tests.test_ranks import (
@@ -222,3 +223,13 @@ def test_saved_by_one_process_and_loaded_by_ranks(pool: RankPool, tmp_path: Path
     for result in pool.run(resumed, "adamw", str(tmp_path / "checkpoint")):
         for one, other in zip(result["parameters"], model.parameters(), strict=True):
             assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+# -- the network's speed
+
+
+def test_what_was_measured_beside_other_work_is_not_kept() -> None:
+    quiet, loaded = [1e-4, 1e-9, 2e-4, 2e-9, 3e-4, 3e-9, 0.3], [1e-3, 5e-9] * 3 + [0.9]
+    assert faster(loaded, quiet) == faster(quiet, loaded) == quiet
+    one, other = [1e-4, 1e-9] * 3 + [0.2], [2e-4, 5e-10] * 3 + [0.4]
+    assert faster(one, other) == [1e-4, 5e-10] * 3 + [0.4]

@@ -24,7 +24,7 @@ from packlight.moves.microbatch.move import observed_weight, open_weight
 from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
 from packlight.moves.reduction import Reduction
-from packlight.moves.sharding import Sharding, cut
+from packlight.moves.sharding import Sharding
 from packlight.step import Machine, Speed
 from packlight.units import format_bytes
 
@@ -86,7 +86,7 @@ class DataParallel(Move):
         """Return the draft whose gradients are reduced before they are consumed."""
         lane = draft.costs.network
         assert lane is not None, "the network is measured before anything is planned"
-        sharding = sharding_of(draft) if self.in_pieces else Sharding()
+        sharding = sharding_of(draft)
         found = tuple(draft.costs.name_of[id(p)] for p in sharding.pieces)
         if found != self.in_pieces:
             raise WayError(
@@ -163,7 +163,7 @@ def sharding_of(draft: Draft) -> Sharding:
                 "hint: leave shard= out, or clip by value, which every rank can do alone"
             )
         assert request.num_ranks is not None
-        return cut(costs.shardable(whole.loss), costs.updates, request.num_ranks)
+        return costs.sharding(whole.loss, request.num_ranks)
 
     return whole.once("sharding", found)
 

@@ -8,13 +8,16 @@ theirs (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
+from packlight.capture.step_capture import CapturedLoss
+from packlight.moves.stream.parameters import parameter_slots, without_results
 from packlight.ranks.pieces import Pieces
+from packlight.torch_internals.autograd import has_gradient_hooks
 from packlight.updates.several import SeveralUpdates
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
@@ -44,6 +47,27 @@ class Sharding:
     def whole_bytes(self) -> int:
         """Size of all of them, whole."""
         return sum(parameter.nbytes for parameter in self.pieces)
+
+
+def shardable(
+    model: nn.Module, loss: CapturedLoss, trained: Container[int]
+) -> list[nn.Parameter]:
+    """Return the parameters that can lie in pieces with all ranks, in the model's order.
+
+    Left out are small ones, those that share their memory, and those with hooks, which look at
+    whole gradients.
+
+    Args:
+        model: with whole parameters.
+        loss: as captured.
+        trained: ids of those that are updated; frozen ones are gathered, too.
+    """
+    slots = without_results(parameter_slots(model), loss)
+    return [
+        p for p in model.parameters()
+        if p in slots and p.ndim > 0 and not has_gradient_hooks(p)
+        and (id(p) in trained or not p.requires_grad)
+    ]
 
 
 def cut(parameters: Iterable[nn.Parameter], updates: Updates | None, num_ranks: int) -> Sharding:

@@ -22,7 +22,7 @@ from packlight.errors import UnsupportedModelError
 from packlight.moves.counted import copied_bytes, extras_bytes, primals_among
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
-from packlight.moves.sharding import Sharding
+from packlight.moves.sharding import Sharding, cut, shardable
 from packlight.moves.stream.parameters import (
     ParameterSlots,
     parameter_slots,
@@ -31,7 +31,6 @@ from packlight.moves.stream.parameters import (
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
-from packlight.torch_internals.autograd import has_gradient_hooks
 from packlight.updates.accounting import (
     OptimizerMemory,
     batch_bytes,
@@ -82,6 +81,7 @@ class StepCosts:
         self.are_compared = False
         self._additions: dict[Any, float] = {}
         self._consumers: dict[Any, Consumer] = {}
+        self._shardings: dict[Any, Sharding] = {}
         self._slots: Slots | None = None
         self._parameter_slots: ParameterSlots | None = None
 
@@ -307,26 +307,21 @@ class StepCosts:
             **primals_among(loss, streaming.parameters), **primals_among(loss, in_pieces)
         }
 
-    def _whole_state_bytes(self, sharding: Sharding) -> int:
-        """Return what the states of parameters in pieces would be if they were whole."""
-        mine = [p for p in sharding.pieces if id(p) in self.trained]
-        if not mine:
-            return 0
+    def sharding(self, loss: CapturedLoss, num_ranks: int) -> Sharding:
+        """Return which parameters can lie in pieces with so many ranks, and who has which rows."""
+        parameters = shardable(self.request.model, loss, self.trained)
+        key = (*map(id, parameters), num_ranks)
+        if key not in self._shardings:
+            self._shardings[key] = cut(parameters, self.updates, num_ranks)
+        return self._shardings[key]
+
+    def _optimizer_bytes(self, sharding: Sharding) -> int:
+        """Return the optimizer's state where that of some parameters lies in pieces."""
+        if not sharding:
+            return self.optimizer_bytes
         assert self.updates is not None, "what is in pieces is updated one by one"
-        return sum(self.updates.cost(p).state_bytes for p in mine)
-
-    def shardable(self, loss: CapturedLoss) -> list[nn.Parameter]:
-        """Return the parameters that can lie in pieces with all ranks, in the model's order.
-
-        Left out are small ones, those that share their memory, and those with hooks, which look at
-        whole gradients.
-        """
-        slots = without_results(parameter_slots(self.request.model), loss)
-        return [
-            p for p in self.request.model.parameters()
-            if p in slots and p.ndim > 0 and not has_gradient_hooks(p)
-            and (id(p) in self.trained or not p.requires_grad)
-        ]
+        whole = [p for p in self.trained.values() if p not in sharding]
+        return sharding.state_bytes + sum(self.updates.cost(p).state_bytes for p in whole)
 
     def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
         """Return the trained parameters among a captured call's inputs, by position."""
@@ -384,8 +379,7 @@ class StepCosts:
             + sum(value.untyped_storage().nbytes() for value in loss.assigned)
             + kept_extras_bytes,
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes
-            - self._whole_state_bytes(sharding) + sharding.state_bytes,
+            optimizer_bytes=self._optimizer_bytes(sharding) - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
