@@ -134,6 +134,29 @@ def test_between_steps_a_parameter_is_its_rank_s_rows(pool: RankPool) -> None:
     assert shapes[0] != whole
 
 
+def cut_after_two_steps() -> dict[str, Any]:
+    """Train two steps with DDP, and the third one in pieces."""
+    model, optimizer = made("mlp", "adamw")
+    wrapped = DistributedDataParallel(model)
+    batches = [part(batch) for batch in whole_batches("mlp", 8, 3)]
+    for batch in batches[:2]:
+        optimizer.zero_grad()
+        loss_of(wrapped, batch).backward()
+        optimizer.step()
+    optimizer.zero_grad()
+    del wrapped
+    step = packlight.fit(model, loss_of, optimizer, batches[2], mesh=mesh(), parallel=SHARDED)
+    step(batches[2])
+    with step.whole_parameters():
+        return {"parameters": [p.detach().clone() for p in model.parameters()]}
+
+
+def test_states_that_were_whole_are_cut(pool: RankPool) -> None:
+    theirs = pool.run(trained_by_ddp, "mlp", "adamw")
+    for rank, mine in enumerate(pool.run(cut_after_two_steps)):
+        assert_same_bits(mine, theirs[rank])
+
+
 # -- what cannot be
 
 

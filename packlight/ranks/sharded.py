@@ -8,13 +8,14 @@ it where it is needed and drops it behind that, and gives the optimizer the piec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from packlight.errors import UnsupportedModelError
 from packlight.ranks.group import Ranks, Sent
 from packlight.ranks.pieces import Pieces
 from packlight.torch_internals.storages import num_storage_references
@@ -58,6 +59,7 @@ class ShardedParameters:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._places: dict[Key, _Place] = {}
+        self._first: Sharding = {}
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
         return key_of(parameter) in self._places
@@ -67,15 +69,39 @@ class ShardedParameters:
         """Those that are in pieces, and how."""
         return {place.parameter: place.pieces for place in self._places.values()}
 
-    def arrange(self, wanted: Sharding) -> None:
-        """Between steps: have what is wanted in pieces, and the rest whole."""
-        for key, place in [*self._places.items()]:
-            if wanted.get(place.parameter) != place.pieces:
-                place.parameter.data = self._gathered(place)
-                del self._places[key]
+    def arrange(
+        self, wanted: Sharding, cut_states: Callable[[Sharding, int], None] = lambda *_: None
+    ) -> None:
+        """Between steps: have what is wanted in pieces.
+
+        Args:
+            wanted: the same in all steps.
+            cut_states: has the optimizer's states, which may be there already, be those of a rank's
+                pieces; called at the first time.
+
+        Raises:
+            UnsupportedModelError: other parameters were in pieces before, with their optimizer
+                states.
+        """
+        if self._first and wanted != self._first:
+            raise UnsupportedModelError(
+                f"{len(self._first)} parameters lie in pieces, with their optimizer states, and "
+                f"another {len(wanted)} could now: hooks were added, or memory is looked at\n"
+                "hint: save what was trained (step.save), and fit anew"
+            )
+        if wanted and not self._first:
+            cut_states(wanted, self._ranks.rank)
+            self._first = wanted
         for parameter, pieces in wanted.items():
             if parameter not in self:
                 self._cut(parameter, pieces)
+
+    def gather_all(self) -> None:
+        """Between steps: have all parameters whole, until the next `arrange`."""
+        for place in self._places.values():
+            self._note_own(place)
+            place.parameter.data = self._gathered(place)
+        self._places.clear()
 
     def _cut(self, parameter: nn.Parameter, pieces: Pieces) -> None:
         first, end = pieces.rows[self._ranks.rank]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from packlight.ranks.sharded import ShardedParameters, key_of
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
 from packlight.step import Plan, StepMemory
+from packlight.updates.cut import cut_states
 from packlight.updates.gradients import (
     GradientFate,
     fills_storage,
@@ -135,7 +137,8 @@ class StepRunner:
         """
         self._streamed.arrange(self._on_disk)
         if self._sharded is not None:
-            self._sharded.arrange(self.ready.in_pieces)
+            cut = partial(cut_states, self._request.optimizer)
+            self._sharded.arrange(self.ready.in_pieces, cut)
 
     def run(self, batch: Any, num_steps: int) -> Any:
         """Train one step and return what the loss function does, detached.

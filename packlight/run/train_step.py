@@ -275,7 +275,7 @@ class TrainStep:
         try:
             with old_objects_kept(), generators_kept():
                 if self._sharded is not None:  # what is traced and measured, are whole parameters
-                    self._sharded.arrange({})
+                    self._sharded.gather_all()
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
                 runner = StepRunner(self._preparer.costs, self._streamed, self._sharded, ready)
         except InfeasibleBudgetError:
