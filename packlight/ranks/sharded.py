@@ -69,6 +69,11 @@ class ShardedParameters:
         """Those that are in pieces, and how."""
         return {place.parameter: place.pieces for place in self._places.values()}
 
+    @property
+    def own_bytes(self) -> int:
+        """Size of this rank's pieces."""
+        return sum(place.own.nbytes for place in self._places.values())
+
     def arrange(
         self, wanted: Sharding, cut_states: Callable[[Sharding, int], None] = lambda *_: None
     ) -> None:

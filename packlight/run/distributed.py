@@ -14,7 +14,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +128,8 @@ def save_distributed(
         shutil.rmtree(temporary, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
     _wait(ranks)
-    save(content, checkpoint_id=temporary, **_among(ranks))
+    with _quiet(ranks):
+        save(content, checkpoint_id=temporary, **_among(ranks))
     _wait(ranks)
     if rank == 0:
         old = directory.with_name(f".{directory.name}.old")
@@ -167,6 +170,8 @@ def load_distributed(
         saved = FileSystemReader(directory).read_metadata().state_dict_metadata
     except (OSError, CheckpointException) as error:
         raise FormatError(f"{directory} is no checkpoint of ranks: {error}") from error
+    if "extra" not in saved:
+        raise FormatError(f"{directory} is no checkpoint that step.save wrote")
     content = _targets(model, optimizer, sharding, rank, saved)
     settings = [name for name in saved if name.startswith("optimizer.param_groups.")]
     mine = f"generators.{rank}"
@@ -174,7 +179,8 @@ def load_distributed(
     for name in ("extra", *settings, *generators):
         content[name] = _like(saved[name])
     states = {n: v for n, v in content.items() if n.startswith("optimizer.state.")}
-    load(content, checkpoint_id=directory, **_among(ranks))
+    with _quiet(ranks):
+        load(content, checkpoint_id=directory, **_among(ranks))
     names = _names(model)
     for part in parts_of(optimizer):
         for group in part.param_groups:
@@ -225,9 +231,12 @@ def _targets(
     for group in _groups(optimizer):
         for parameter in group["params"]:
             prefix = f"optimizer.state.{names[id(parameter)]}."
+            pieces = sharding.get(parameter)
+            if pieces is not None and not pieces.num_rows(rank):
+                continue  # all of it is another rank's
             for name in (name for name in saved if name.startswith(prefix)):
-                content[name] = _state_like(saved[name], parameter, sharding.get(parameter), rank)
-    return {name: value for name, value in content.items() if value is not None}
+                content[name] = _state_like(saved[name], parameter, pieces, rank)
+    return content
 
 
 def _state(
@@ -294,11 +303,9 @@ def _elements_of_each(pieces: Pieces, rank: int, count: int) -> int:
 def _state_like(
     saved: Any, parameter: nn.Parameter, pieces: Pieces | None, rank: int
 ) -> Any:
-    """Return what a saved state is read into; None where this rank has nothing of it."""
+    """Return what a saved state is read into."""
     if pieces is None or not isinstance(saved, TensorStorageMetadata) or not saved.size:
         return _like(saved)
-    if not pieces.num_rows(rank):
-        return None
     shape, dtype = tuple(saved.size), saved.properties.dtype
     if shape == pieces.shape:
         own = parameter.new_empty((pieces.num_rows(rank), *shape[1:]), dtype=dtype)
@@ -339,6 +346,15 @@ def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
 
 def _among(ranks: Ranks | None) -> dict[str, Any]:
     return {"no_dist": True} if ranks is None else {"process_group": ranks.group}
+
+
+@contextmanager
+def _quiet(ranks: Ranks | None) -> Iterator[None]:
+    """Have nobody warned that a process is alone which is."""
+    with warnings.catch_warnings():
+        if ranks is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _wait(ranks: Ranks | None) -> None:

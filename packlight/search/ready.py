@@ -13,6 +13,7 @@ from packlight.moves.draft import Traced
 from packlight.moves.microbatch.denominator import Measure
 from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.reduction import Reduction
+from packlight.moves.sharding import Sharding
 from packlight.moves.stream.streamed import Streaming
 from packlight.ranks.pieces import Pieces
 from packlight.search.way import Way
@@ -70,7 +71,12 @@ class Ready:
     @property
     def in_pieces(self) -> Mapping[nn.Parameter, Pieces]:
         """The parameters that lie in pieces with all ranks, and who has which rows."""
-        return {} if self.reduction is None else self.reduction.sharding.pieces
+        return self.sharding.pieces
+
+    @property
+    def sharding(self) -> Sharding:
+        """... and what that holds."""
+        return Sharding() if self.reduction is None else self.reduction.sharding
 
     @property
     def seconds(self) -> float:
