@@ -111,9 +111,10 @@ def test_a_product_one_wave_larger_takes_one_wave_longer() -> None:
     assert matmul_seconds(A100_80GB, m - 255, n - 127, k) == full
     # Smaller tiles, which the library would take, do not make up for a second wave.
     assert 1.3 * full < matmul_seconds(A100_80GB, m + 1, n, k) < 2 * full
-    # A short inner dimension is bound by memory.
-    thin = matmul_seconds(A100_80GB, 8192, 8192, 16)
-    assert thin == pytest.approx(stream_seconds(A100_80GB, 2 * (2 * 8192 * 16 + 8192**2)))
+    # A product with few columns reads more than it computes.
+    m, n = 256 * 108, 128
+    thin = stream_seconds(A100_80GB, 2 * (m * k + k * n + m * n))
+    assert matmul_seconds(A100_80GB, m, n, k) == thin
 
 
 def test_exchanges_take_what_rings_take() -> None:
