@@ -80,6 +80,20 @@ class PipelineError(PacklightError, ValueError):
         super().__init__(f"{where}: {message}")
 
 
+class ClusterPlanError(PacklightError, ValueError):
+    """No layout of a model fits on a cluster.
+
+    Attributes:
+        least_bytes: what the first stage of the layout that comes closest takes on each GPU.
+        budget_bytes: what there is.
+    """
+
+    def __init__(self, message: str, *, least_bytes: int, budget_bytes: int) -> None:
+        self.least_bytes = least_bytes
+        self.budget_bytes = budget_bytes
+        super().__init__(message)
+
+
 class GraphBreakError(PacklightError, ValueError):
     """The model does not trace into one graph, so its step cannot be planned as a whole.
 

@@ -8,7 +8,7 @@ runs at the speed of as many adapters as it has members in a node.
 
 from __future__ import annotations
 
-from packlight.cluster.devices import Cluster
+from packlight.cluster.devices import Cluster, Link
 
 
 def all_gather_seconds(cluster: Cluster, num_bytes: float, size: int, distance: int = 1) -> float:
@@ -43,5 +43,9 @@ def all_reduce_seconds(cluster: Cluster, num_bytes: float, size: int, distance: 
 
 def send_seconds(cluster: Cluster, num_bytes: float, distance: int) -> float:
     """Return the seconds of a message to the GPU that is so far away."""
-    link = cluster.link(distance)
+    return send_over(cluster.link(distance), num_bytes)
+
+
+def send_over(link: Link, num_bytes: float) -> float:
+    """Return the seconds of a message over a link."""
     return link.latency_seconds + num_bytes / link.rate

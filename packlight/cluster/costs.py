@@ -108,71 +108,88 @@ def pareto(choices: Iterable[Choice]) -> tuple[Choice, ...]:
     return tuple(reversed(front))
 
 
-def cheapest_within(
-    layers: Sequence[Layer], num_bytes: float
-) -> tuple[float, int, tuple[str, ...]] | None:
-    """Return the seconds, bytes and names of the fastest choices that keep at most `num_bytes`.
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What `cheapest_within` found.
 
-    The steps of all layers' convex fronts are taken in the order of bytes saved per second. That
-    is the optimum of the relaxation in which a layer may be part one, part the other; the last
-    step taken is then improved upon by the cheapest single step that suffices. Equal layers with
-    convex fronts, as in a transformer, are solved exactly (tests compare with all combinations).
+    Attributes:
+        extra_seconds: what the choices add to one microbatch.
+        kept_bytes: of each microbatch.
+        counts: for each group, how many of its layers take each choice of its convex front.
+        bound_seconds: no choices that fit add less.
+    """
+
+    extra_seconds: float
+    kept_bytes: int
+    counts: tuple[tuple[int, ...], ...]
+    bound_seconds: float
+
+
+def cheapest_within(
+    groups: Sequence[tuple[tuple[Choice, ...], int]], num_bytes: float
+) -> Kept | None:
+    """Return the fastest choices for all layers that keep at most `num_bytes` of a microbatch.
+
+    The steps down the layers' convex fronts are taken in the order of seconds per byte saved. Up to
+    the last step that is the optimum of the relaxation in which a layer may be part one choice,
+    part another, which is the bound; in the last step's place stands whatever step saves enough at
+    the least price.
+
+    Args:
+        groups: (convex front, number of layers that have it), see `convex`.
+        num_bytes: what all of them may keep together.
 
     Returns:
         None if even the smallest choices keep more.
     """
-    fronts = [_convex(layer.choices) for layer in layers]
-    kept = sum(front[0].kept_bytes for front in fronts)
-    at = [0] * len(layers)
+    counts = [[count, *[0] * (len(front) - 1)] for front, count in groups]
+    kept = sum(front[0].kept_bytes * count for front, count in groups)
+    extra = sum(front[0].extra_seconds * count for front, count in groups)
     steps = sorted(
-        (
-            (later.extra_seconds - front[i].extra_seconds)
-            / max(front[i].kept_bytes - later.kept_bytes, 1),
-            index,
-            i,
-        )
-        for index, front in enumerate(fronts)
-        for i, later in enumerate(front[1:])
+        ((after.extra_seconds - before.extra_seconds) / (before.kept_bytes - after.kept_bytes),
+         group, i)
+        for group, (front, _) in enumerate(groups)
+        for i, (before, after) in enumerate(zip(front, front[1:], strict=False))
     )
-    for place, (_, index, i) in enumerate(steps):
-        if kept <= num_bytes:
-            break
+    bound = extra
+    for price, group, i in steps:
         needed = kept - num_bytes
-        front = fronts[index]
-        step = front[i].kept_bytes - front[i + 1].kept_bytes
-        if step >= needed:
-            index, i = _cheapest_last(fronts, at, steps[place:], needed)
-            step = fronts[index][i].kept_bytes - fronts[index][i + 1].kept_bytes
-        at[index] = i + 1
-        kept -= step
+        if needed <= 0:
+            break
+        front = groups[group][0]
+        saved = front[i].kept_bytes - front[i + 1].kept_bytes
+        taken = min(counts[group][i], int(needed // saved))
+        bound = extra + price * min(needed, saved * counts[group][i])
+        counts[group][i] -= taken
+        counts[group][i + 1] += taken
+        kept -= saved * taken
+        extra += price * saved * taken
+        if counts[group][i] and kept > num_bytes:
+            seconds, group, i = min(_last_steps(groups, counts, kept - num_bytes))
+            counts[group][i] -= 1
+            counts[group][i + 1] += 1
+            front = groups[group][0]
+            kept -= front[i].kept_bytes - front[i + 1].kept_bytes
+            extra += seconds
     if kept > num_bytes:
         return None
-    taken = [front[i] for front, i in zip(fronts, at, strict=True)]
-    return sum(c.extra_seconds for c in taken), kept, tuple(c.name for c in taken)
+    return Kept(extra, kept, tuple(tuple(each) for each in counts), min(bound, extra))
 
 
-def _cheapest_last(
-    fronts: Sequence[tuple[Choice, ...]],
-    at: Sequence[int],
-    steps: Sequence[tuple[float, int, int]],
+def _last_steps(
+    groups: Sequence[tuple[tuple[Choice, ...], int]],
+    counts: Sequence[Sequence[int]],
     needed: float,
-) -> tuple[int, int]:
-    """Return the open step that saves what is needed and takes the fewest seconds."""
-    def seconds(index: int, i: int) -> float:
-        return fronts[index][i + 1].extra_seconds - fronts[index][i].extra_seconds
-
-    enough = [
-        (seconds(index, i), index, i)
-        for _, index, i in steps
-        if at[index] == i
-        and fronts[index][i].kept_bytes - fronts[index][i + 1].kept_bytes >= needed
-    ]
-    _, index, i = min(enough)
-    return index, i
+) -> Iterable[tuple[float, int, int]]:
+    """Yield (seconds, group, choice) of single steps that save what is still needed."""
+    for group, (front, _) in enumerate(groups):
+        for i, (before, after) in enumerate(zip(front, front[1:], strict=False)):
+            if counts[group][i] and before.kept_bytes - after.kept_bytes >= needed:
+                yield after.extra_seconds - before.extra_seconds, group, i
 
 
-def _convex(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
-    """Return the choices on the lower convex hull of bytes and seconds."""
+def convex(choices: Sequence[Choice]) -> tuple[Choice, ...]:
+    """Return the choices of a Pareto front that lie on its lower convex hull."""
     hull: list[Choice] = []
     for c in choices:
         while len(hull) >= 2:

@@ -80,6 +80,7 @@ class Cluster:
         per_node: how many of them share a node.
         node_link, network: within a node and between nodes.
         nodes_per_rack, rack_link: between racks; 0 and None where all nodes are equally near.
+        host_link: a GPU's share of the way to its node's memory; None where nothing is offloaded.
     """
 
     gpu: Gpu
@@ -89,6 +90,7 @@ class Cluster:
     network: Link
     nodes_per_rack: int = 0
     rack_link: Link | None = None
+    host_link: Link | None = None
 
     def __post_init__(self) -> None:
         if self.num_gpus < 1 or self.per_node < 1:
@@ -126,6 +128,8 @@ _GB = 1e9
 _GIB = 2**30
 NVLINK3 = Link(300 * _GB, 0.77, 3.5e-6)
 NVLINK4 = Link(450 * _GB, 0.82, 3.5e-6)
+# Two GPUs share a switch's 16 lanes.
+PCIE4_SHARED = Link(16 * _GB, 0.8, 1e-5, compute_share=0.0)
 HDR_INFINIBAND = Link(25 * _GB, 0.88, 8e-6, compute_share=0.02)
 NDR_INFINIBAND = Link(50 * _GB, 0.88, 8e-6, compute_share=0.02)
 
@@ -181,4 +185,4 @@ def cluster_of(name: str, num_gpus: int, per_node: int = 8) -> Cluster:
             "--peak-tflops, --memory, --memory-speed, --node-link, --network"
         )
     gpu, node_link, network = _MACHINES[name]
-    return Cluster(gpu, num_gpus, per_node, node_link, network)
+    return Cluster(gpu, num_gpus, per_node, node_link, network, host_link=PCIE4_SHARED)

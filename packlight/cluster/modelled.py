@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from packlight.cluster.collectives import all_gather_seconds, all_reduce_seconds
+from packlight.cluster.collectives import all_gather_seconds, all_reduce_seconds, send_over
 from packlight.cluster.costs import Choice, Layer, pareto
 from packlight.cluster.devices import Cluster, Gpu
 from packlight.cluster.kernels import matmul_seconds, stream_seconds
@@ -33,14 +33,14 @@ class Ways:
         microbatch: samples at a time.
         sequence_parallel: norms and dropouts are shared, too, along the sequence.
         overlap_tensor: exchanges of the backward run beside the gradients of weights.
-        recompute: the kinds of recomputation to choose from.
+        offload: whether layers may also lie in the host's memory between forward and backward.
     """
 
     tensor: int
     microbatch: int
     sequence_parallel: bool = False
     overlap_tensor: bool = False
-    recompute: tuple[Recompute, ...] = tuple(Recompute)
+    offload: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -81,18 +81,22 @@ def transformer_layer(model: Transformer, cluster: Cluster, ways: Ways) -> Layer
         + _exposed(cluster, exchanges, weight if ways.overlap_tensor else 0.0)
     )
     again = {Recompute.NONE: 0.0, Recompute.SELECTIVE: attention, Recompute.FULL: forward}
-    none = model.kept_bytes(b, t, Recompute.NONE, sequence_parallel=ways.sequence_parallel)
-    choices = pareto(
-        Choice(
-            model.kept_bytes(b, t, kind, sequence_parallel=ways.sequence_parallel),
-            again[kind],
-            kind.value,
-        )
-        for kind in ways.recompute
-    )
+    kept = {
+        kind: model.kept_bytes(b, t, kind, sequence_parallel=ways.sequence_parallel)
+        for kind in Recompute
+    }
+    choices = [Choice(kept[kind], again[kind], kind.value) for kind in Recompute]
+    if ways.offload and cluster.host_link is not None:
+        backward = input_ + weight
+        for kind in Recompute:
+            away = send_over(cluster.host_link, kept[kind])
+            waits = max(0.0, away - forward) + max(0.0, away - backward - again[kind])
+            choices.append(Choice(0, again[kind] + waits, f"{kind.value}+offload"))
     return Layer(
-        "layer", model.layer_parameters // t, forward, input_, weight, 2 * rows, choices,
-        workspace_bytes=none,
+        "layer", model.layer_parameters // t, forward, input_, weight, 2 * rows,
+        pareto(choices),
+        # What is computed again; with transfers the layer that comes or goes beside it, too.
+        workspace_bytes=kept[Recompute.NONE] * (2 if ways.offload else 1),
         # Of the four linears: what they read, and the gradients of what they make.
         held_bytes=int(8 * whole + 24 * shared),
     )

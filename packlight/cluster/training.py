@@ -7,7 +7,7 @@ parallel ranks are neighbours, then come data parallel ones, then pipeline stage
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from packlight.cluster.collectives import (
     all_gather_seconds,
@@ -43,6 +43,7 @@ class Layout:
             weights, too.
         overlap_tensor: exchanges of tensor parallelism beside gradients of weights.
         overlap_data: sums over data parallel ranks beside the last backward.
+        offload: activations may lie in the host's memory.
     """
 
     tensor: int = 1
@@ -56,6 +57,7 @@ class Layout:
     zero: int = 0
     overlap_tensor: bool = True
     overlap_data: bool = True
+    offload: bool = False
 
     @property
     def num_gpus(self) -> int:
@@ -83,6 +85,7 @@ class Layout:
         """How its layers run on the ranks that share them."""
         return Ways(
             self.tensor, self.microbatch, self.sequence_parallel, self.overlap_tensor,
+            self.offload,
         )
 
 
@@ -125,7 +128,7 @@ def predict(model: Transformer, cluster: Cluster, layout: Layout, batch: int) ->
         OptionError: the layout is none for this model, cluster and batch.
     """
     check_layout(model, cluster, layout, batch)
-    layers = layers_of(model, cluster, layout.ways)
+    layers = sharded_layers(model, cluster, layout)
     per_stage = model.layers // (layout.pipeline * layout.chunks)
     counts = [per_stage] * (layout.pipeline * layout.chunks)
     counts[0] += 1
@@ -184,23 +187,25 @@ def predict_stages(
     )
 
 
+def sharded_layers(model: Transformer, cluster: Cluster, layout: Layout) -> list[Layer]:
+    """Return a model's layers as a layout runs them."""
+    layers = layers_of(model, cluster, layout.ways)
+    if layout.zero < 2 or layout.data == 1:
+        return layers
+    own = {layer: _with_sharding(cluster, layout, layer) for layer in set(layers)}
+    return [own[layer] for layer in layers]
+
+
 def stage_costs(
     cluster: Cluster, layout: Layout, layers: Sequence[Layer], choices: Sequence[Choice]
 ) -> StageCosts:
     """Return what layers cost as one stage, with a choice for each."""
     parameters = sum(layer.parameters for layer in layers)
-    forward = sum(layer.forward_seconds for layer in layers)
-    input_ = sum(layer.input_seconds for layer in layers)
-    weight = sum(layer.weight_seconds for layer in layers)
-    if layout.zero >= 2:
-        forward, input_, weight = _with_sharding(
-            cluster, layout, parameters, (forward, input_, weight)
-        )
     sent = layers[-1].output_bytes
     return StageCosts(
-        forward,
-        input_,
-        weight,
+        sum(layer.forward_seconds for layer in layers),
+        sum(layer.input_seconds for layer in layers),
+        sum(layer.weight_seconds for layer in layers),
         recompute_seconds=sum(choice.extra_seconds for choice in choices),
         kept_bytes=sum(choice.kept_bytes for choice in choices),
         static_bytes=static_bytes(layout, parameters),
@@ -283,15 +288,11 @@ def _chosen(layer: Layer, recompute: Recompute) -> Choice:
     return named[0] if named else layer.choices[0]
 
 
-def _with_sharding(
-    cluster: Cluster, layout: Layout, parameters: int, seconds: tuple[float, float, float]
-) -> tuple[float, float, float]:
-    """Return a microbatch's seconds where gradients (and weights) are exchanged in each of them."""
-    forward, input_, weight = seconds
-    sums = reduce_scatter_seconds(
-        cluster, GRADIENT_BYTES * parameters, layout.data, layout.tensor
-    )
-    gathers = all_gather_seconds(cluster, WEIGHT_BYTES * parameters, layout.data, layout.tensor)
+def _with_sharding(cluster: Cluster, layout: Layout, layer: Layer) -> Layer:
+    """Return a layer whose gradients (and weights) are exchanged in each microbatch."""
+    ranks, distance = layout.data, layout.tensor
+    sums = reduce_scatter_seconds(cluster, GRADIENT_BYTES * layer.parameters, ranks, distance)
+    gathers = all_gather_seconds(cluster, WEIGHT_BYTES * layer.parameters, ranks, distance)
     gathers *= layout.zero >= 3
     share = cluster.network.compute_share
 
@@ -299,4 +300,9 @@ def _with_sharding(
         hidden = min(compute, exchange)
         return compute + exchange - hidden + share * hidden
 
-    return beside(forward, gathers), beside(input_, gathers), beside(weight, sums)
+    return replace(
+        layer,
+        forward_seconds=beside(layer.forward_seconds, gathers),
+        input_seconds=beside(layer.input_seconds, gathers),
+        weight_seconds=beside(layer.weight_seconds, sums),
+    )
