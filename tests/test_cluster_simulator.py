@@ -9,7 +9,7 @@ import pytest
 from benchmarks.cluster.tables import MEGATRON, SELECTIVE, Row
 from packlight.cluster import Cluster, Layout, Recompute, Transformer, cluster_of, predict
 from packlight.cluster.collectives import all_gather_seconds, all_reduce_seconds, send_seconds
-from packlight.cluster.costs import Choice, Layer, cheapest_within, pareto
+from packlight.cluster.costs import Choice, cheapest_within, convex, pareto
 from packlight.cluster.devices import A100_80GB, HDR_INFINIBAND, NVLINK3, Link
 from packlight.cluster.kernels import matmul_seconds, stream_seconds
 from packlight.cluster.training import check_layout, static_bytes
@@ -173,7 +173,6 @@ def test_the_cheapest_choices_of_equal_layers_are_those_of_all_combinations() ->
     choices = pareto([Choice(100, 0.0, "a"), Choice(40, 1.0, "b"), Choice(10, 3.0, "c"),
                       Choice(60, 2.0, "dominated")])
     assert [c.name for c in choices] == ["a", "b", "c"]
-    layer = Layer("layer", 1, 1.0, 1.0, 1.0, 1, choices)
     for count in (1, 2, 3, 4):
         for limit in range(0, 100 * count + 1, 5):
             combined = [
@@ -181,10 +180,11 @@ def test_the_cheapest_choices_of_equal_layers_are_those_of_all_combinations() ->
                 for each in product(choices, repeat=count)
                 if sum(c.kept_bytes for c in each) <= limit
             ]
-            found = cheapest_within([layer] * count, limit)
+            found = cheapest_within([(convex(choices), count)], limit)
             if not combined:
                 assert found is None
             else:
                 assert found is not None
-                assert found[1] <= limit
-                assert found[0] == pytest.approx(min(combined)), (count, limit)
+                assert found.kept_bytes <= limit
+                assert found.extra_seconds == pytest.approx(min(combined)), (count, limit)
+                assert found.bound_seconds <= min(combined)
