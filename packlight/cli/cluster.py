@@ -1,4 +1,4 @@
-"""`packlight cluster --layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072`."""
+"""`packlight cluster`: a FILE, or a transformer by its sizes, laid out on a cluster."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ if TYPE_CHECKING:
     from packlight.cluster import Cluster
     from packlight.cluster.planner import ClusterPlan
 
-HELP = "lay a transformer out on a cluster that need not be there"
+HELP = "lay a model out on a cluster that need not be there"
 _SCHEDULES = ("1f1b", "interleaved", "zb-h1")
 _ZERO = (0, 1, 2, 3)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
-    # What other commands have as their FILE.
-    parser.set_defaults(file="")
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", default="",
+        help="Python file with model(), loss(), ...: measured here, in microbatches of its batch; "
+        "or a transformer by --layers, --hidden and --heads",
+    )
+    parser.add_argument("--device", default="cpu", help="of FILE (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of FILE (default: %(default)s)")
     model = parser.add_argument_group("the model")
-    model.add_argument("--layers", type=positive_int, required=True)
-    model.add_argument("--hidden", type=positive_int, required=True)
-    model.add_argument("--heads", type=positive_int, required=True)
+    model.add_argument("--layers", type=positive_int)
+    model.add_argument("--hidden", type=positive_int)
+    model.add_argument("--heads", type=positive_int)
     model.add_argument(
         "--sequence", type=positive_int, default=2048, help="tokens (default: %(default)s)"
     )
@@ -62,6 +67,66 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Plan and print."""
+    sizes = (arguments.layers, arguments.hidden, arguments.heads)
+    if bool(arguments.file) is any(sizes) or (not arguments.file and not all(sizes)):
+        raise OptionError(
+            "a model is a FILE, or --layers, --hidden and --heads together\n"
+            "hint: --layers 96 --hidden 12288 --heads 96"
+        )
+    return _run_file(arguments) if arguments.file else _run_transformer(arguments)
+
+
+def _run_file(arguments: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from packlight.cli.example import BatchStream, build, load_example
+    from packlight.cluster.chain import plan_chain
+    from packlight.cluster.measured import chain_of
+    from packlight.cluster.picture import drawn
+    from packlight.fitting import planned_step
+    from packlight.moves.microbatch.split import num_rows
+
+    if arguments.memory is None:
+        raise OptionError("a FILE needs the memory of its GPUs\nhint: --memory 16GiB")
+    cluster = machines_of(arguments)
+    cluster = replace(cluster, gpu=replace(cluster.gpu, reserved_bytes=0))
+    example = load_example(arguments.file)
+    model, optimizer = build(example, arguments.device, arguments.seed)
+    batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
+    step = planned_step(model, example.loss, optimizer, batch, None, moves=())
+    chain = chain_of(step.profile, num_rows(batch))
+    plan = plan_chain(chain, cluster, arguments.batch)
+    console = Console()
+    lines = [
+        f"{len(chain.layers)} parts of {arguments.file}, microbatches of {chain.rows}, times as on "
+        f"{chain.where}",
+        f"plan       pipeline {plan.pipeline} x data {plan.data}, {plan.num_microbatches} "
+        "microbatches, 1f1b",
+        f"step       {format_seconds(plan.seconds)} (none is faster than "
+        f"{format_seconds(plan.bound_seconds)}), bubble {plan.timeline.bubble:.1%}",
+        *(
+            f"rank {rank}     parts {stage.start} to {stage.end - 1}, "
+            f"{format_seconds(stage.seconds)} a microbatch, {frames} in flight, peak "
+            f"{format_bytes(peak)}"
+            for rank, (stage, frames, peak) in enumerate(
+                zip(plan.stages, plan.timeline.frames, plan.timeline.peak_bytes, strict=True)
+            )
+        ),
+        *drawn(plan.timeline),
+        *(
+            f"- pipeline {p} x data {d}: {format_seconds(seconds)} "
+            f"({seconds / plan.seconds - 1:+.1%})"
+            for p, d, seconds in plan.others[:3]
+        ),
+    ]
+    for text in lines:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _run_transformer(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from packlight.cluster import Transformer
