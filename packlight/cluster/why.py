@@ -137,7 +137,7 @@ def describe_layout(layout: Layout) -> str:
 def stage_rows(plan: ClusterPlan) -> list[tuple[str, ...]]:
     """Return a row for each rank of the pipeline: layers, what they keep, seconds, frames, peak."""
     layout, timeline = plan.layout, plan.prediction.timeline
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for rank in range(layout.pipeline):
         own = range(rank, layout.pipeline * layout.chunks, layout.pipeline)
         layers = [layer for stage in own for layer in plan.candidate.stages[stage]]
