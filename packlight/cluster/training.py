@@ -37,7 +37,8 @@ class Layout:
         microbatch: samples at a time.
         chunks: stages on each rank (interleaved).
         schedule: by name, see `schedules.schedule_of`.
-        recompute: what is computed again, in all layers.
+        recompute: what is computed again in all layers, where nothing is chosen for each: plans
+            (`planner.py`) choose.
         sequence_parallel: norms and dropouts shared along the sequence, too.
         zero: what data parallel ranks share: 0 nothing, 1 optimizer state, 2 gradients, too, 3
             weights, too.
