@@ -1,4 +1,4 @@
-"""The command line: `packlight profile|plan|train FILE`.
+"""The command line: `packlight profile|plan|train FILE`, and `packlight cluster`.
 
 One file per command; each imports torch only when it runs, so that `packlight --help` is quick.
 What a user can mend is told in a line or two on the error stream, with exit code 2.
@@ -10,15 +10,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from packlight.cli import plan, profile, train
+from packlight.cli import cluster, plan, profile, train
 from packlight.errors import PacklightError
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = {"profile": profile, "plan": plan, "train": train}
+_COMMANDS = {"profile": profile, "plan": plan, "train": train, "cluster": cluster}
 
 _EPILOG = """\
-FILE is a Python file with plain functions:
+FILE (of profile, plan and train) is a Python file with plain functions:
   model() -> nn.Module
   loss(model, batch) -> scalar tensor
   optimizer(model) -> torch.optim.Optimizer
