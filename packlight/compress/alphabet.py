@@ -13,7 +13,12 @@ Codes = npt.NDArray[np.int32]
 # Beyond so many values a table of them, and of how often each occurs, no longer pays.
 MAX_VALUES = 4096
 
-_UNSIGNED = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What torch does not sort, exactly as something that it does.
+_SORTED_AS = {
+    torch.bool: torch.uint8,
+    torch.float8_e4m3fn: torch.float32,
+    torch.float8_e5m2: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,8 @@ class Alphabet:
 
     def codes_of(self, tensor: torch.Tensor) -> Codes:
         """Return the code of each element, flat, in the order of rows."""
-        flat = tensor.reshape(-1)
-        places = torch.searchsorted(self.values, flat).clamp_(max=max(0, len(self.values) - 1))
+        flat = _sortable(tensor).reshape(-1)
+        places = torch.searchsorted(_sortable(self.values), flat)
         codes = torch.where(flat == 0, 0, places + 1)
         return codes.to(torch.int32).numpy()
 
@@ -49,15 +54,19 @@ def alphabet_of(tensor: torch.Tensor) -> Alphabet | None:
     if tensor.is_complex() or not tensor.numel():
         return None
     # Most tensors that have no alphabet show it in a few elements.
-    few = tensor.reshape(-1)[: 4 * MAX_VALUES]
-    if few.numel() > MAX_VALUES and len(torch.unique(few)) > MAX_VALUES:
+    sortable = _sortable(tensor)
+    if len(torch.unique(sortable.reshape(-1)[: 4 * MAX_VALUES])) > MAX_VALUES:
         return None
-    values = torch.unique(tensor)
+    values = torch.unique(sortable)
     if len(values) > min(MAX_VALUES, max(2, tensor.numel() // 2)):
         return None
-    if tensor.is_floating_point() and not torch.isfinite(values).all():
+    if values.is_floating_point() and not torch.isfinite(values).all():
         return None
-    return Alphabet(values[values != 0])
+    return Alphabet(values[values != 0].to(tensor.dtype))
+
+
+def _sortable(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(_SORTED_AS.get(tensor.dtype, tensor.dtype))
 
 
 # -- how the values are written

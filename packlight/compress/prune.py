@@ -183,8 +183,8 @@ def gradual(
 
     `d + (1 - d) (1 - t)^3` with t from 0 at `begin` to 1 at `end` (Zhu, Gupta 2017, equation 1).
 
-    >>> gradual(0.0, 0.1), gradual(0.375, 0.1), gradual(0.9, 0.1)
-    (1.0, 0.2125, 0.1)
+    >>> [round(gradual(share_done, 0.1), 4) for share_done in (0.0, 0.375, 0.9)]
+    [1.0, 0.2125, 0.1]
     """
     t = min(1.0, max(0.0, (share_done - begin) / (end - begin)))
     return final_density + (1 - final_density) * (1 - t) ** 3

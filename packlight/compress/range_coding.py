@@ -52,9 +52,10 @@ class RangeWriter:
         if self._num_elements:
             self._num_bits_before = self.num_bits
             words: npt.NDArray[np.uint32] = self.encoder.get_compressed()
-            # Behind its end a decoder reads zeros.
-            self._write_block(words.astype("<u4").tobytes().rstrip(b"\0"))
-            self.encoder.clear()
+            block = words.astype("<u4").tobytes()
+            # The last word's high bytes may be zero; a reader fills the word up again.
+            self._write_block(block[:-3] + block[-3:].rstrip(b"\0"))
+            self.encoder = constriction().stream.queue.RangeEncoder()
             self._num_elements = 0
 
 
