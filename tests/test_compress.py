@@ -31,7 +31,7 @@ CODINGS = ("range", "huffman")
 def sparse_weight(
     rows: int, columns: int, density: float, num_values: int, seed: int = 0
 ) -> torch.Tensor:
-    """Return random weights of few values, most of them zero; rows and columns differ in density."""
+    """Return weights of few values, most of them zero; rows and columns differ in density."""
     generator = torch.Generator().manual_seed(seed)
     row_factor = torch.rand(rows, 1, generator=generator) * 2
     column_factor = torch.rand(1, columns, generator=generator) * 2
@@ -126,7 +126,8 @@ def test_blocks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = a_model()
     compress.save(tmp_path / "m.plc", model)
     loaded = compress.load(tmp_path / "m.plc")
-    assert all(same(loaded[name], positive_zeros(tensor)) for name, tensor in model.state_dict().items())
+    state = model.state_dict()
+    assert all(same(loaded[name], positive_zeros(state[name])) for name in state)
 
 
 def test_a_stream_yields_the_same_tensors_one_by_one(tmp_path: Path) -> None:
@@ -168,8 +169,9 @@ def test_every_byte_of_a_file_is_accounted_for(tmp_path: Path) -> None:
     counted = sum(tensor.file_bytes for tensor in report.tensors)
     assert counted + report.frame_bytes == report.file_bytes == (tmp_path / "m.plc").stat().st_size
     assert f"{report.file_bytes} bytes" in report.describe()
-    dense = sum(t.numel() * t.itemsize for n, t in a_model().state_dict().items() if "table" not in n)
-    assert report.dense_bytes == dense
+    state = a_model().state_dict()
+    dense_bytes = sum(t.numel() * t.itemsize for name, t in state.items() if "table" not in name)
+    assert report.dense_bytes == dense_bytes
 
 
 @pytest.mark.parametrize("coding", CODINGS)

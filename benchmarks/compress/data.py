@@ -71,7 +71,7 @@ def batches(
 
 
 def distort(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return the images turned by up to 12 degrees, scaled, sheared and shifted by up to 2 pixels."""
+    """Return the images turned by up to 12 degrees, scaled, sheared, shifted by up to 2 pixels."""
 
     def uniform(reach: float) -> torch.Tensor:
         return (2 * torch.rand(len(images), generator=generator) - 1) * reach

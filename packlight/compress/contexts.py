@@ -1,6 +1,6 @@
 """How likely is it that a weight is zero, and which value has one that is not?
 
-Both are learnt from the weights before it, so the file holds no tables: who decodes learns the same.
+Both are learnt from the weights before it: the file holds no tables, who decodes learns the same.
 Rows are coded one after the other. A weight's place is likely where its column had weights before,
 and where its row has had more than its columns let expect (a gamma prior on a factor per row).
 Inside a row, cells are coded in segments that grow: each segment is one call of the coder.

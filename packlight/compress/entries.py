@@ -1,9 +1,9 @@
-"""What a file's header says of each tensor, and which of several ways to write one is the shortest."""
+"""What a header says of each tensor, and which of several ways to write one is the shortest."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -91,25 +91,26 @@ class Entry:
             ValueError, KeyError, TypeError, IndexError: it is none.
         """
         name, dtype, shape, kind, *rest = line
-        start = (str(name), _DTYPES[dtype], tuple(int(size) for size in shape))
-        if min(start[2], default=0) < 0:
+        entry = cls(str(name), _DTYPES[dtype], tuple(int(size) for size in shape), kind)
+        if min(entry.shape, default=0) < 0:
             raise ValueError(f"{name} has the shape {shape}")
         if kind == "tied":
-            return cls(*start, kind, tied_to=str(rest[0]))
+            return replace(entry, tied_to=str(rest[0]))
         if kind == "raw":
-            return cls(*start, kind)
+            return entry
         num_values, num_nonzeros, setting = (int(number) for number in rest)
-        entry = cls(*start, "few", "", kind, num_values, num_nonzeros)
+        entry = replace(
+            entry, kind="few", form=kind, num_values=num_values, num_nonzeros=num_nonzeros
+        )
         if not 0 <= num_nonzeros <= entry.num_elements or num_values < 0:
             raise ValueError(f"{name} has {num_nonzeros} of {entry.num_elements} weights")
         if coding == "huffman":
             if not 0 < setting <= 24:
                 raise ValueError(f"{name} has distances of {setting} bits")
-            return cls(*start, "few", "", kind, num_values, num_nonzeros, index_bits=setting)
-        WEIGHINGS[setting // 2]
-        return cls(
-            *start, "few", "", kind, num_values, num_nonzeros, setting // 2, bool(setting % 2)
-        )
+            return replace(entry, index_bits=setting)
+        if not 0 <= setting < 2 * len(WEIGHINGS):
+            raise ValueError(f"{name} is weighed by {setting}")
+        return replace(entry, weighing=setting // 2, is_transposed=bool(setting % 2))
 
 
 @dataclass(frozen=True)
@@ -170,21 +171,26 @@ def parts_of(
 
 
 def _part_of(name: str, tensor: torch.Tensor, coding: str, index_bits: int | None) -> Part:
-    start = (name, tensor.dtype, tuple(tensor.shape))
+    shape = tuple(tensor.shape)
     alphabet = alphabet_of(tensor)
     if alphabet is None:
-        return Part(Entry(*start, "raw"), tensor)
+        return Part(Entry(name, tensor.dtype, shape, "raw"), tensor)
     form, table = write_values(alphabet.values)
-    num_nonzeros = int((tensor != 0).sum())
-    few = ("few", "", form, len(alphabet.values), num_nonzeros)
+    entry = Entry(
+        name, tensor.dtype, shape, "few", form=form, num_values=len(alphabet.values),
+        num_nonzeros=int((tensor != 0).sum()), weighing=WEIGHINGS.index(Weighing()),
+    )  # fmt: skip
     if coding == "huffman":
-        bits = index_bits or default_index_bits(tensor.dim())
-        return Part(Entry(*start, *few, index_bits=bits), tensor, alphabet, table)
-    weighing, is_transposed = WEIGHINGS.index(Weighing()), False
-    if 0 < num_nonzeros < tensor.numel() <= _MAX_SEARCHED_ELEMENTS and tensor.dim() > 1:
-        codes = alphabet.codes_of(tensor)
-        ways = [rows_of(codes, Entry(*start, *few, is_transposed=way)) for way in (False, True)]
-        bits = [estimate_bits(rows, weighing) for rows in ways]
-        is_transposed = bits[1] < bits[0]
-        weighing = choose_weighing(ways[is_transposed], bits[is_transposed])
-    return Part(Entry(*start, *few, weighing, is_transposed), tensor, alphabet, table)
+        entry = replace(entry, index_bits=index_bits or default_index_bits(tensor.dim()))
+    elif tensor.dim() > 1 and 0 < entry.num_nonzeros < tensor.numel() <= _MAX_SEARCHED_ELEMENTS:
+        entry = _best_way(entry, alphabet.codes_of(tensor))
+    return Part(entry, tensor, alphabet, table)
+
+
+def _best_way(entry: Entry, codes: Codes) -> Entry:
+    """Return the entry with the order and the weighing under which places take fewest bits."""
+    ways = [replace(entry, is_transposed=transposed) for transposed in (False, True)]
+    bits = [estimate_bits(rows_of(codes, way), way.weighing) for way in ways]
+    better = int(bits[1] < bits[0])
+    weighing = choose_weighing(rows_of(codes, ways[better]), bits[better])
+    return replace(ways[better], weighing=weighing)

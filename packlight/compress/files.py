@@ -1,4 +1,4 @@
-"""`save` and `load`: a model's tensors in one file, each as small as its values allow, none changed."""
+"""`save` and `load`: a model's tensors in one file, each as small as its values allow."""
 
 from __future__ import annotations
 
@@ -96,9 +96,9 @@ def load(
 ) -> dict[str, torch.Tensor]:
     """Return a file's tensors, and load them into a model if one is given.
 
-    The file is read twice: once for its checksum, once to decode it, a block at a time. The model is
-    touched when all of it has been decoded; one on the meta device takes the new tensors over, so
-    that they are held once.
+    The file is read twice: once for its checksum, once to decode it, a block at a time. The model
+    is touched when all of it has been decoded; one on the meta device takes the new tensors over,
+    so that they are held once.
 
     Args:
         path: of a file that `save` wrote.
@@ -137,7 +137,7 @@ def stream(path: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
         path: of a file that `save` wrote.
 
     Raises:
-        TruncatedFileError, AlteredFileError, NewerFileError: as for `load`, before the first tensor.
+        TruncatedFileError, AlteredFileError, NewerFileError: before the first tensor.
     """
     path = Path(path)
     with path.open("rb") as file:
@@ -247,7 +247,7 @@ def _header(frame: FrameReader, path: Path) -> tuple[list[Entry], str]:
         entries = [Entry.from_json(line, coding) for line in frame.header["tensors"]]
         return entries, coding
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise AlteredFileError(path, f"has a header that says nothing sensible: {error}") from error
+        raise AlteredFileError(path, f"has a header without sense: {error}") from error
 
 
 def _decoded(

@@ -1,8 +1,8 @@
-"""A tensor's codes as Deep Compression writes them (Han, Mao, Dally 2016, arXiv 1510.00149, section 5).
+"""A tensor's codes as Deep Compression writes them (Han, Mao, Dally 2016, arXiv 1510.00149).
 
-Weights that are not zero are told by how far each is from the one before, in `index_bits` bits; where
-that does not suffice, a zero is told as if it were a weight. Both streams, distances and codes, are
-Huffman-coded, each with the counts of its symbols before it.
+Weights that are not zero are told by how far each is from the one before, in `index_bits` bits;
+where that does not suffice, a zero is told as if it were a weight (figure 2). Both streams,
+distances and codes, are Huffman-coded (section 4), each with the counts of its symbols before it.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _encode_stream(symbols: Codes, num_symbols: int) -> bytes:
     for rank in np.searchsorted(used, symbols).tolist():
         encoder.encode_symbol(rank, tree)
     words, num_bits = encoder.get_compressed_and_bitrate()
-    content = words.astype("<u4").tobytes()[: (num_bits + 7) // 8]
+    content: bytes = words.astype("<u4").tobytes()[: (num_bits + 7) // 8]
     return head + write_varint(len(content)) + content
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import nn
 
-from packlight.compress.layers import Place, attach, detach, places_of
+from packlight.compress.layers import attach, detach, places_of
 from packlight.errors import OptionError
 
 SCORES = ("magnitude", "lamp", "movement")
@@ -50,8 +50,8 @@ class Pruner:
             ...                                  # the usual step
         pruner.finish()                          # a plain model, with zeros
 
-    Weights go through a mask, as a parametrization: the model's parameters stay the same objects, so
-    an optimizer made before goes on; `state_dict()` has other names until `finish()`.
+    Weights go through a mask, as a parametrization: the model's parameters stay the same objects,
+    so an optimizer made before goes on; `state_dict()` has other names until `finish()`.
 
     Args:
         model: changed: its weights go through masks.
@@ -100,7 +100,9 @@ class Pruner:
                 moved = torch.zeros_like(place.stored, requires_grad=False)
                 self._moved.append(moved)
                 self._hooks.append(
-                    place.stored.register_post_accumulate_grad_hook(_movement_into(moved))
+                    place.stored.register_post_accumulate_grad_hook(  # type: ignore
+                        _movement_into(moved)
+                    )
                 )
 
     @property
@@ -160,9 +162,8 @@ class Pruner:
             kept = torch.zeros_like(flat, dtype=torch.bool)
             kept[flat.topk(num_kept, sorted=False).indices] = True
             kept &= flat > -torch.inf
-        for index, part in zip(
-            indices, kept.split([score.numel() for score in scores]), strict=True
-        ):
+        parts = torch.split(kept, [score.numel() for score in scores])
+        for index, part in zip(indices, parts, strict=True):
             mask = self._masks[index].mask
             mask.copy_(part.view_as(mask))
 

@@ -17,7 +17,6 @@ from packlight.compress.alphabet import Codes
 from packlight.compress.contexts import WEIGHINGS, Positions, Values, Weighing
 from packlight.compress.packages import constriction
 
-
 # So many elements at most share a block of the file: what a reader holds of it at one time.
 MAX_BLOCK_ELEMENTS = 1 << 22
 _RAW_ELEMENTS = 1 << 14

@@ -1,10 +1,10 @@
 """Weights that share few values, which are trained: a codebook for each tensor.
 
-Deep Compression's (Han, Mao, Dally 2016, arXiv 1510.00149, section 3): weights are clustered, and the
-gradient of a cluster's value is the sum over its members. Where weights may change clusters
+Deep Compression's (Han, Mao, Dally 2016, arXiv 1510.00149, section 3): weights are clustered, and
+the gradient of a cluster's value is the sum over its members. Where weights may change clusters
 (`learn="both"`), each also keeps a number of its own behind its value, to which the gradient goes
-as if there were no rounding (Bengio et al. 2013), and takes the value nearest to that number; "nearest"
-may count bits, too (entropy-constrained quantization, Chou et al. 1989).
+as if there were no rounding (Bengio et al. 2013), and takes the value nearest to that number;
+"nearest" may count bits, too (entropy-constrained quantization, Chou et al. 1989).
 """
 
 from __future__ import annotations
@@ -40,10 +40,19 @@ class Sharing:
             for place, codebook in zip(self._places, self._codebooks, strict=True)
         }
 
-    def finish(self) -> None:
-        """Write the values into the weights; the model is plain again."""
-        for place in self._places:
+    def finish(self, *, half: bool = False) -> None:
+        """Write the values into the weights; the model is plain again.
+
+        Args:
+            half: round the values to float16 first, which halves the tables in a file.
+        """
+        for place, codebook in zip(self._places, self._codebooks, strict=True):
+            if half:
+                with torch.no_grad():
+                    codebook.values.copy_(codebook.values.half())
+            requires_grad = place.stored.requires_grad or not codebook.moves
             detach(place)
+            place.stored.requires_grad_(requires_grad)
 
 
 def share(
@@ -66,14 +75,15 @@ def share(
         model: changed: its weights are values of codebooks.
         num_values: other than zero, for each parameter of two dims and more; or by name, for those
             named and for no other (biases, say).
-        start: of a codebook. "linear": from the smallest weight to the largest in equal steps, which
-            keeps large weights, of which there are few; "density": at equal steps of the weights'
-            distribution; "random": values of weights; "optimal": least squares (kmeans1d).
-        learn: "codebook": which weights share a value never changes; "both": weights move on and may
-            take another value.
-        bit_weight: for learn="both": a weight takes the value v with the smallest
-            (weight - v)^2 / s^2 + bit_weight * bits(v), s^2 the weights' mean square, bits by how
-            often v was taken lately. 0 takes the nearest.
+        start: of a codebook. "linear": from the smallest weight to the largest in equal steps,
+            which keeps large weights, of which there are few; "density": at equal steps of the
+            weights' distribution; "random": values of weights; "optimal": least squares
+            (kmeans1d).
+        learn: "codebook": which weights share a value never changes; "both": weights move on and
+            may take another value.
+        bit_weight: for learn="both": a weight w takes the value v with the smallest
+            (w - v)^2 / s^2 + bit_weight * bits(v), s^2 the weights' mean square, bits by how often
+            v was taken lately. 0 takes the nearest.
         seed: of a random start.
 
     Raises:
@@ -91,10 +101,12 @@ def share(
     for name, value, known in (("start", start, STARTS), ("learn", learn, LEARNT)):
         if value not in known:
             raise OptionError(f"{name}={value!r}\nhint: one of {', '.join(known)}")
-    names = num_values if isinstance(num_values, Mapping) else None
-    places = places_of(model, names)
-    counts = [names[place.name] if names else num_values for place in places]
-    if min(counts) < 1:  # type: ignore[type-var]
+    by_name = num_values if isinstance(num_values, Mapping) else {}
+    places = places_of(model, by_name if isinstance(num_values, Mapping) else None)
+    counts = [
+        num_values if isinstance(num_values, int) else by_name[place.name] for place in places
+    ]
+    if min(counts) < 1:
         raise OptionError(f"num_values={num_values!r}; each parameter needs one at least")
     generator = torch.Generator().manual_seed(seed)
     codebooks = [
@@ -118,18 +130,21 @@ def start_values(
     own = weights[weights != 0].reshape(-1)
     if own.numel() == 0:
         return own
-    distinct = torch.unique(own)
+    distinct: torch.Tensor = torch.unique(own)
     if len(distinct) <= num:
         return distinct
     if start == "linear":
         return torch.linspace(float(own.min()), float(own.max()), num, dtype=own.dtype)
     if start == "density":
         places = (torch.arange(num) + 0.5) / num * (own.numel() - 1)
-        return torch.unique(own.sort().values[places.round().long()])
+        distinct = torch.unique(own.sort().values[places.round().long()])
+        return distinct
     if start == "random":
-        return distinct[torch.randperm(len(distinct), generator=generator)[:num]].sort().values
-    centers = kmeans1d().cluster(own.double().tolist(), num).centroids
-    return torch.unique(torch.tensor(centers, dtype=own.dtype))
+        drawn = torch.randperm(len(distinct), generator=generator)[:num]
+        return distinct[drawn].sort().values
+    centers = torch.tensor(kmeans1d().cluster(own.double().tolist(), num).centroids)
+    distinct = torch.unique(centers.to(own.dtype))
+    return distinct
 
 
 class _Codebook(nn.Module):
@@ -156,8 +171,8 @@ class _Codebook(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.moves and torch.is_grad_enabled():
             self._move(weight.detach().reshape(-1)[self.positions])
-        shared: torch.Tensor = _Shared.apply(weight, self.values, self.positions, self.codes)
-        return shared
+        shared = _Shared.apply(weight, self.values, self.positions, self.codes)  # type: ignore
+        return shared  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def _move(self, own: torch.Tensor) -> None:
@@ -192,7 +207,7 @@ class _Shared(torch.autograd.Function):
         return shared
 
     @staticmethod
-    def backward(  # type: ignore[override]
+    def backward(
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
         positions, codes = ctx.saved_tensors
