@@ -92,3 +92,18 @@ class CompressionError(PacklightError, ValueError):
     def __init__(self, name: str, problem: str, hint: str = "") -> None:
         self.name, self.problem = name, problem
         super().__init__(f"{name!r} {problem}" + (f"\nhint: {hint}" if hint else ""))
+
+
+class TargetError(PacklightError, ValueError):
+    """A size that cannot be reached.
+
+    Attributes:
+        target_bytes, best_bytes: what was asked for, and the smallest that can be had.
+    """
+
+    def __init__(self, what: str, target_bytes: int, best_bytes: int, with_: str) -> None:
+        self.target_bytes, self.best_bytes = target_bytes, best_bytes
+        super().__init__(
+            f"{what} do not fit in {target_bytes} bytes: with {with_} they take {best_bytes}\n"
+            f"hint: ask for {best_bytes} bytes, or prune further first"
+        )
