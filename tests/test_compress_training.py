@@ -280,9 +280,9 @@ def test_noise_is_all_that_is_left_of_inputs_that_tell_nothing() -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
     inputs = torch.randn(500, 10)
     wanted = 3 * inputs[:, :1] - 2 * inputs[:, 1:2]
-    for _ in range(200):
+    for _ in range(600):
         errors = (model(inputs) - wanted).square()
-        loss = 50 * errors.mean() + pruner.divergence() / 5
+        loss = 50 * errors.mean() + pruner.divergence()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -297,6 +297,7 @@ def test_noise_is_all_that_is_left_of_inputs_that_tell_nothing() -> None:
 
 def test_divergence_is_that_of_the_prior() -> None:
     """Monte Carlo over equation 12 up to its constant: differences between two ratios agree."""
+
     def exact(log_ratio: float) -> float:
         deviation = math.exp(0.5 * log_ratio)
         generator = torch.Generator().manual_seed(0)
@@ -307,7 +308,8 @@ def test_divergence_is_that_of_the_prior() -> None:
         layer = nn.Linear(1, 1, bias=False)
         with torch.no_grad():
             layer.weight.fill_(1.0)
-        return float(compress.VariationalPruner(layer, initial_log_variance=log_ratio).divergence())
+        pruner = compress.VariationalPruner(layer, initial_log_variance=log_ratio)
+        return pruner.divergence().item()
 
     for low, high in ((-4.0, -1.0), (-1.0, 1.0), (1.0, 3.0)):
         assert found(low) - found(high) == pytest.approx(exact(low) - exact(high), abs=0.02)

@@ -13,6 +13,7 @@ Training is yours: any loop, or `packlight.fit`. Every stage leaves a plain mode
 """
 
 from packlight.compress.accounts import FileReport, TensorReport
+from packlight.compress.channels import remove_channels, remove_dead_channels
 from packlight.compress.errors import (
     AlteredFileError,
     CompressedFileError,
@@ -25,6 +26,8 @@ from packlight.compress.errors import (
 from packlight.compress.files import inspect, load, save, stream
 from packlight.compress.prune import Pruner, gradual, iterative
 from packlight.compress.rate import choose_num_values, squared_gradients
+from packlight.compress.reconstruct import remove_inputs
+from packlight.compress.scales import ScaleSelection
 from packlight.compress.share import Sharing, share
 from packlight.compress.variational import VariationalPruner
 
@@ -36,6 +39,7 @@ __all__ = [
     "ModelMismatchError",
     "NewerFileError",
     "Pruner",
+    "ScaleSelection",
     "Sharing",
     "TargetError",
     "TensorReport",
@@ -46,6 +50,9 @@ __all__ = [
     "inspect",
     "iterative",
     "load",
+    "remove_channels",
+    "remove_dead_channels",
+    "remove_inputs",
     "save",
     "share",
     "squared_gradients",

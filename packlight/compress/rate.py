@@ -83,9 +83,9 @@ def choose_num_values(
         TargetError: `code_bytes` does not suffice for the fewest values; it says what would.
         CompressionError: no such parameter.
 
-    >>> model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False))
-    >>> importance = {"0.weight": torch.ones(64, 64), "1.weight": 100 * torch.ones(64, 64)}
-    >>> counts = choose_num_values(model, 3000, importance=importance)
+    >>> model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
+    >>> importance = {"0.weight": torch.ones(16, 16), "1.weight": 100 * torch.ones(16, 16)}
+    >>> counts = choose_num_values(model, 200, importance=importance)
     >>> counts["0.weight"] < counts["1.weight"]
     True
     """
