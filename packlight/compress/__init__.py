@@ -24,6 +24,7 @@ from packlight.compress.errors import (
     TruncatedFileError,
 )
 from packlight.compress.files import inspect, load, save, stream
+from packlight.compress.low_rank import low_rank, spatial
 from packlight.compress.prune import Pruner, gradual, iterative
 from packlight.compress.rate import choose_num_values, squared_gradients
 from packlight.compress.reconstruct import remove_inputs
@@ -50,11 +51,13 @@ __all__ = [
     "inspect",
     "iterative",
     "load",
+    "low_rank",
     "remove_channels",
     "remove_dead_channels",
     "remove_inputs",
     "save",
     "share",
+    "spatial",
     "squared_gradients",
     "stream",
 ]

@@ -58,17 +58,16 @@ def remove_inputs(
         raise OptionError(f"num_kept={num_kept}; {name!r} has {num_inputs} input channels")
     parts, example = _sampled(model, layer, batches, samples_per_batch, seed)
     kept, scale, error = choose_inputs(parts, num_kept)
-    scale = scale.to(layer.weight.dtype)
-    layer.weight[:, kept] *= scale.view(1, -1, *[1] * (layer.weight.dim() - 2))
-
     tp = torch_pruning()
     graph = tp.DependencyGraph()
     was_training = model.training
     with torch.enable_grad():
         graph.build_dependency(model.eval(), example_inputs=example, verbose=False)
+    model.train(was_training)
     remove = (
         tp.prune_linear_in_channels if isinstance(layer, nn.Linear) else tp.prune_conv_in_channels
     )
+    trailing = [1] * (layer.weight.dim() - 2)
     removed = sorted(set(range(num_inputs)) - set(kept.tolist()))
     if removed:
         group = graph.get_pruning_group(layer, remove, removed)
@@ -77,8 +76,8 @@ def remove_inputs(
                 name, "has inputs of which several come from one channel",
                 "remove channels by magnitude: packlight.compress.remove_channels",
             )  # fmt: skip
+        layer.weight[:, kept] *= scale.to(layer.weight.dtype).view(1, -1, *trailing)
         group.prune()
-    model.train(was_training)
     return error
 
 

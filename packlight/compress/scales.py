@@ -1,4 +1,4 @@
-"""Sparse structure selection: a factor for each channel, pushed to exactly zero while it is trained.
+"""Sparse structure selection: a factor for each channel, pushed to exactly zero in training.
 
 Huang, Wang 2018, arXiv 1707.01213: the factors' L1 norm is minimised by a proximal step after each
 step of the optimizer, so that they reach zero and not only its neighbourhood. Channels whose factor
