@@ -23,6 +23,7 @@ class Method:
         densities: to keep, overall (with `score` over all tensors) or by weight.
         score: by which weights are kept; see `compress.Pruner`.
         pruning: how the network is trained while its weights become fewer.
+        pruned_by: the share of that training after which they do not become fewer any more.
         num_values: of each weight's codebook.
         num_bias_values: of each bias's.
         start: of codebooks.
@@ -36,6 +37,7 @@ class Method:
     densities: float | Mapping[str, float]
     score: str
     pruning: Recipe
+    pruned_by: float
     num_values: int
     num_bias_values: int
     start: str
@@ -53,13 +55,15 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 # Tables 2 and 3 of arXiv 1510.00149: densities; 6 bits of a code in matrices, 8 in convolutions.
 _DEEP = Method(
     coding="huffman", densities={}, score="magnitude", pruning=Recipe(4, 1e-3, weight_decay=0.02),
-    num_values=2**6 - 1, num_bias_values=2**6 - 1, start="linear", learn="codebook",
-    bit_weight=0.0, sharing=Recipe(1, 2e-4), dense=Recipe(12, 1.5e-3, weight_decay=0.1),
+    pruned_by=0.5, num_values=2**6 - 1, num_bias_values=2**6 - 1, start="linear",
+    learn="codebook", bit_weight=0.0, sharing=Recipe(1, 2e-4),
+    dense=Recipe(12, 1.5e-3, weight_decay=0.1),
 )  # fmt: skip
 _SMALL = Method(
-    coding="range", densities=0.03, score="lamp", pruning=Recipe(4, 3e-3, 256, distorted=True),
-    num_values=8, num_bias_values=8, start="optimal", learn="both", bit_weight=0.02,
-    sharing=Recipe(1, 1e-3, 256, distorted=True), dense=Recipe(25, 3e-3, 256, distorted=True),
+    coding="range", densities=0.046, score="lamp", pruning=Recipe(5, 2e-3, 256, distorted=True),
+    pruned_by=0.3, num_values=8, num_bias_values=8, start="optimal", learn="both",
+    bit_weight=0.02, sharing=Recipe(1, 1e-3, 256, distorted=True),
+    dense=Recipe(25, 3e-3, 256, distorted=True),
 )  # fmt: skip
 
 METHODS: dict[str, dict[str, Method]] = {
@@ -68,6 +72,9 @@ METHODS: dict[str, dict[str, Method]] = {
             _DEEP, densities={"1.weight": 0.08, "3.weight": 0.09, "5.weight": 0.26}
         ),
         "small": _SMALL,
+        "smaller": replace(
+            _SMALL, densities=0.03, pruning=Recipe(4, 3e-3, 256, distorted=True), pruned_by=0.75,
+        ),
     },
     "lenet-5": {
         "deep compression": replace(
@@ -85,6 +92,9 @@ def prune(model: nn.Module, digits: Digits, method: Method, seed: int) -> None:
     pruner = compress.Pruner(model, score=method.score)
     num_steps = 0
 
+    def now(share_done: float, final_density: float) -> float:
+        return compress.gradual(share_done, final_density, end=method.pruned_by)
+
     def on_step(share_done: float) -> None:
         nonlocal num_steps
         num_steps += 1
@@ -92,9 +102,9 @@ def prune(model: nn.Module, digits: Digits, method: Method, seed: int) -> None:
             return
         densities = method.densities
         if isinstance(densities, Mapping):
-            pruner.prune_to({n: compress.gradual(share_done, d) for n, d in densities.items()})
+            pruner.prune_to({name: now(share_done, d) for name, d in densities.items()})
         else:
-            pruner.prune_to(compress.gradual(share_done, densities))
+            pruner.prune_to(now(share_done, densities))
 
     train(model, digits, method.pruning, seed, on_step=on_step)
     pruner.finish()

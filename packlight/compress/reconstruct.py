@@ -157,4 +157,5 @@ def _parts(
         num_samples, layer.in_channels, -1
     )
     weights = layer.weight[drawn(layer.out_channels)].flatten(2)
-    return (taps * weights).sum(dim=2)
+    parts: torch.Tensor = (taps * weights).sum(dim=2)
+    return parts

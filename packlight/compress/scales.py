@@ -78,7 +78,7 @@ class ScaleSelection:
     def finish(self) -> None:
         """Multiply the factors into the weights; the model is plain again."""
         for layer in self._layers.values():
-            for leaf in list(layer.parametrizations):  # type: ignore[arg-type, operator]
+            for leaf in list(layer.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(layer, leaf, leave_parametrized=True)
 
 

@@ -9,6 +9,8 @@ reparameterization).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -88,7 +90,7 @@ class VariationalPruner:
     def finish(self) -> None:
         """Write zeros where noise is all there is, and take the noise away: a plain model again."""
         for layer, plain in zip(self._layers, self._plain_types, strict=True):
-            layer.weight[_log_ratio(layer) > self.threshold] = 0  # type: ignore[index, operator]
+            layer.weight[_log_ratio(layer) > self.threshold] = 0  # type: ignore[operator]
             del layer.log_variance, layer.threshold
             layer.__class__ = plain
 
@@ -104,7 +106,7 @@ class _Noise(nn.Module):
     """What noisy layers share."""
 
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any
     log_variance: torch.Tensor
     threshold: float
 
