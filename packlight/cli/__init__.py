@@ -1,4 +1,4 @@
-"""The command line: `packlight profile|plan|train FILE`.
+"""The command line: `packlight profile|plan|train|compress FILE`.
 
 One file per command; each imports torch only when it runs, so that `packlight --help` is quick.
 What a user can mend is told in a line or two on the error stream, with exit code 2.
@@ -10,12 +10,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from packlight.cli import plan, profile, train
+from packlight.cli import compress, plan, profile, train
 from packlight.errors import PacklightError
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = {"profile": profile, "plan": plan, "train": train}
+_COMMANDS = {"profile": profile, "plan": plan, "train": train, "compress": compress}
 
 _EPILOG = """\
 FILE is a Python file with plain functions:
@@ -26,6 +26,7 @@ FILE is a Python file with plain functions:
 and, if it likes:
   tokens_per_batch(batch) -> int      shown as tokens per second
   sample(model) -> str                printed when training ends
+  error(model, batch) -> number       what compress watches instead of the loss
 """
 
 

@@ -43,7 +43,7 @@ class _Group:
     @property
     def num_channels(self) -> int:
         """Of the layer that makes them."""
-        return int(self.root.weight.shape[0])  # type: ignore[index]
+        return int(self.root.weight.shape[0])
 
     def squares(self) -> torch.Tensor:
         """Return the sum of squared weights on both sides of each channel."""
@@ -254,7 +254,7 @@ def _weight_and_bias(layer: Any) -> torch.Tensor:
 
 def _channels(model: nn.Module) -> dict[str, int]:
     return {
-        name: int(module.weight.shape[0])  # type: ignore[index]
+        name: int(module.weight.shape[0])
         for name, module in model.named_modules()
         if isinstance(module, _LAYERS)
     }
