@@ -1,4 +1,4 @@
-"""`packlight compress`: a search that keeps the best file, goes on where it was, and says misses."""
+"""`packlight compress`: a search that keeps the best file, goes on where it was, names misses."""
 
 from __future__ import annotations
 

@@ -60,9 +60,10 @@ def test_pruned_weights_stay_zero_under_an_optimizer_with_momentum() -> None:
         model(inputs).square().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
+    weight = optimizer.param_groups[0]["params"][0]
     pruner.finish()
     assert int((model.weight != 0).sum()) == 40
-    assert type(model.weight) is nn.Parameter and "weight" in model.state_dict()
+    assert model.weight is weight and list(model.state_dict()) == ["weight", "bias"]
 
 
 def test_regrowing_weights_come_back_when_they_matter_again() -> None:

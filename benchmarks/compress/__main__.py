@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 import sys
 import tempfile
@@ -84,6 +85,7 @@ def run(network: str, name: str, method: Method, seed: int, work: Path) -> Recor
         begin = time.process_time()
 
     model, dense_error = dense(network, method.dense, seed, work)
+    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     lap("dense")
     prune(model, mnist("train"), method, seed + 1000)
     pruned_error = error_percent(model, mnist("test"))
@@ -94,14 +96,16 @@ def run(network: str, name: str, method: Method, seed: int, work: Path) -> Recor
     lap("share")
     path = work / f"{network}-{name.replace(' ', '-')}-{seed}.plc"
     report = compress.save(path, model, coding=method.coding)
-    fresh = NETWORKS[network]()
+    fresh = copy.deepcopy(model)
+    for parameter in fresh.parameters():
+        torch.nn.init.normal_(parameter)
     compress.load(path, into=fresh)
     lap("file")
     return Record(
         network, name, seed, asdict(method), dense_error, pruned_error,
         error_percent(fresh, mnist("test")),
         sum(int((p != 0).sum()) for p in fresh.parameters()),
-        report.file_bytes, report.dense_bytes,
+        report.file_bytes, dense_bytes,
         [(t.name, t.num_nonzeros or 0, t.num_values or 0, t.file_bytes or 0)
          for t in report.tensors],
         report.frame_bytes or 0, seconds,

@@ -9,7 +9,7 @@ from torch import nn
 
 import packlight.compress as compress
 from benchmarks.compress.data import Digits
-from benchmarks.compress.lenets import Recipe, lenet_5, lenet_300_100, train
+from benchmarks.compress.lenets import CONVOLUTIONS_FASTER_IN, Recipe, lenet_5, lenet_300_100, train
 
 _STEPS_BETWEEN_MASKS = 25
 
@@ -31,6 +31,7 @@ class Method:
         bit_weight: likewise.
         sharing: how codebooks are trained.
         dense: how the network is trained before.
+        channels_kept: the share of each layer's channels that is kept before weights are pruned.
     """
 
     coding: str
@@ -45,6 +46,7 @@ class Method:
     bit_weight: float
     sharing: Recipe
     dense: Recipe
+    channels_kept: float = 1.0
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
@@ -83,12 +85,21 @@ METHODS: dict[str, dict[str, Method]] = {
             pruning=Recipe(1, 5e-4), sharing=Recipe(1, 1e-4),
             dense=Recipe(8, 1.5e-3, weight_decay=0.05),
         ),
+        "small": replace(
+            _SMALL, channels_kept=0.35, densities=0.06,
+            pruning=Recipe(10, 3e-3, 256, distorted=True),
+            sharing=Recipe(1, 1e-3, 256, distorted=True),
+            dense=Recipe(8, 1.5e-3, weight_decay=0.05),
+        ),
     },
 }  # fmt: skip
 
 
 def prune(model: nn.Module, digits: Digits, method: Method, seed: int) -> None:
-    """Train a network while its weights become fewer."""
+    """Remove channels, if wanted, and train a network while its weights become fewer."""
+    if method.channels_kept < 1:
+        compress.remove_channels(model, digits.images[:2], method.channels_kept, scope="layer")
+        model.to(memory_format=CONVOLUTIONS_FASTER_IN)
     pruner = compress.Pruner(model, score=method.score)
     num_steps = 0
 

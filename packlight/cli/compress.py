@@ -164,7 +164,7 @@ def _trainer(
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            progress.update(task, advance=1, description=f"{stage}, loss {float(loss):.4f}")
+            progress.update(task, advance=1, description=f"{stage}, loss {loss.item():.4f}")
 
     return train
 

@@ -43,7 +43,7 @@ class _Group:
     @property
     def num_channels(self) -> int:
         """Of the layer that makes them."""
-        return int(self.root.weight.shape[0])
+        return int(self.root.weight.shape[0])  # type: ignore[index]
 
     def squares(self) -> torch.Tensor:
         """Return the sum of squared weights on both sides of each channel."""

@@ -20,11 +20,13 @@ class Place:
         name: in `state_dict()`.
         module: that holds it.
         leaf: its name there.
+        order: of the module's parameters as it was found.
     """
 
     name: str
     module: nn.Module
     leaf: str
+    order: tuple[str, ...]
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -61,7 +63,7 @@ def places_of(model: nn.Module, names: Iterable[str] | None = None) -> list[Plac
         leaves.update(getattr(module, "parametrizations", {}))
         for leaf in leaves:
             name = f"{prefix}.{leaf}" if prefix else leaf
-            place = Place(name, module, leaf)
+            place = Place(name, module, leaf, tuple(leaves))
             if id(place.stored) in taken:
                 continue
             if place.stored.dim() > 1 if wanted is None else name in wanted:
@@ -92,5 +94,12 @@ def attach(place: Place, form: nn.Module) -> None:
 
 
 def detach(place: Place) -> None:
-    """Make what the layer computes with its plain parameter again."""
+    """Make what the layer computes with its plain parameter again, where it was among others.
+
+    The order matters to who pairs parameters with an optimizer's saved state.
+    """
     parametrize.remove_parametrizations(place.module, place.leaf, leave_parametrized=True)
+    held = place.module._parameters
+    for leaf in place.order:
+        if leaf in held:
+            held[leaf] = held.pop(leaf)

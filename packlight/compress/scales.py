@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from packlight.compress.errors import CompressionError
+from packlight.compress.layers import Place, attach, detach
 
 
 class ScaleSelection:
@@ -49,20 +50,23 @@ class ScaleSelection:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         modules = dict(model.named_modules())
-        self._layers: dict[str, nn.Module] = {}
+        self._places: list[Place] = []
         self._scales: dict[str, _Scale] = {}
         for name in names:
             layer = modules.get(name)
             weight = getattr(layer, "weight", None)
             if layer is None or weight is None or parametrize.is_parametrized(layer):
                 raise CompressionError(name, "is no layer with a plain weight")
-            self._layers[name], self._scales[name] = layer, _Scale(weight)
-        if not self._layers:
+            self._scales[name] = _Scale(weight)
+            self._places += [
+                Place(name, layer, leaf, tuple(layer._parameters))
+                for leaf in ("weight", "bias")
+                if getattr(layer, leaf, None) is not None
+            ]
+        if not self._places:
             raise CompressionError(type(model).__name__, "got no names of layers to select from")
-        for name, layer in self._layers.items():
-            for leaf in ("weight", "bias"):
-                if getattr(layer, leaf, None) is not None:
-                    parametrize.register_parametrization(layer, leaf, self._scales[name])
+        for place in self._places:
+            attach(place, self._scales[place.name])
 
     @torch.no_grad()
     def shrink(self, amount: float) -> None:
@@ -77,9 +81,8 @@ class ScaleSelection:
 
     def finish(self) -> None:
         """Multiply the factors into the weights; the model is plain again."""
-        for layer in self._layers.values():
-            for leaf in list(layer.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(layer, leaf, leave_parametrized=True)
+        for place in self._places:
+            detach(place)
 
 
 class _Scale(nn.Module):
