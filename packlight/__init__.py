@@ -40,7 +40,7 @@ _HOMES = {
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("optim",)
+_FOLDERS = ("compress", "optim")
 
 __all__ = [
     "EXACT_MOVES",
