@@ -28,7 +28,16 @@ from packlight.comm.compressor import (
 )
 from packlight.comm.ddp import Communication, hook
 from packlight.comm.dense import Dense
+from packlight.comm.local_steps import (
+    LocalSteps,
+    Schedule,
+    diloco,
+    fed_avg,
+    post_local_sgd,
+    streaming_diloco,
+)
 from packlight.comm.low_rank import GradZip, PowerSGD
+from packlight.comm.one_bit_adam import OneBitAdam
 from packlight.comm.parse import compressor_of
 from packlight.comm.quantize import QSGD, Quantize, Sign, Ternary
 from packlight.comm.sketch import CountSketch
@@ -39,22 +48,25 @@ from packlight.comm.wire import WireCounter
 __all__ = [
     "Clip",
     "Communication",
-    "CompressedAverage",
     "Composition",
+    "CompressedAverage",
     "Compressor",
     "CountSketch",
     "Delayed",
     "Dense",
     "ErrorFeedback",
     "GradZip",
+    "LocalSteps",
     "Message",
     "MomentumCorrection",
+    "OneBitAdam",
     "OneBitMomentum",
     "PowerSGD",
     "QSGD",
     "Quantize",
     "RandomK",
     "Reduced",
+    "Schedule",
     "Sign",
     "Ternary",
     "Threshold",
@@ -63,6 +75,10 @@ __all__ = [
     "WireCounter",
     "compressor_of",
     "dgc",
+    "diloco",
+    "fed_avg",
     "hook",
+    "post_local_sgd",
     "reduce_here",
+    "streaming_diloco",
 ]

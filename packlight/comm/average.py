@@ -6,7 +6,7 @@ exchange, then the second messages of those that have some.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -29,84 +29,110 @@ class CompressedAverage:
         choice: a compressor, or one in words (see `compressor_of`), for all; or for patterns of
             names, of which the first that fits counts: {"*.bias": "fp32", "*": "topk:0.001"}.
         transport: to the other ranks.
+        groups: names that are always averaged in one call and are compressed as one long vector
+            (those among them with equal compressors); by default each parameter on its own. Saves
+            what a message says of each parameter, and the largest elements of all are sent.
 
     Attributes:
-        compressors: by name.
-        states: by name, of this rank.
+        compressors: by unit, which is a parameter's name or that of a group's first.
+        states: by unit, of this rank.
 
     Raises:
-        OptionError: an unknown compressor, a name without one, or a sparse parameter.
+        OptionError: an unknown compressor, a name without one, a sparse parameter, or a group
+            under a compressor that needs matrices.
         RankMismatchError: ranks have other parameters or other compressors; on all of them.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.Tensor], choice: Choice, transport: Transport
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        choice: Choice,
+        transport: Transport,
+        groups: Sequence[Sequence[str]] | None = None,
     ) -> None:
         self.transport = transport
-        transport.gather(lambda: self._choose(parameters, choice))
-        self._agree(parameters)
+        chosen = transport.gather(lambda: _chosen(parameters, choice))[transport.rank]
+        self._agree(parameters, chosen)
+        self._shapes = {name: p.shape for name, p in parameters.items()}
+        self._units: dict[str, list[str]] = {}
+        for number, group in enumerate(groups or [[name] for name in parameters]):
+            units: dict[tuple[int, Compressor], list[str]] = {}
+            for name in group:
+                units.setdefault((number, chosen[name]), []).append(name)
+            self._units |= {members[0]: members for members in units.values()}
+        self.compressors = {unit: chosen[unit] for unit in self._units}
+        for unit, members in self._units.items():
+            if len(members) > 1 and chosen[unit].needs_shape:
+                raise OptionError(
+                    f"{chosen[unit]} needs matrices, and {len(members)} parameters together are "
+                    "one vector\nhint: together=False"
+                )
         self.states: dict[str, State] = {
-            name: self.compressors[name].init(parameter.detach(), number, transport.rank)
-            for number, (name, parameter) in enumerate(parameters.items())
+            unit: self.compressors[unit].init(
+                self._joined(unit, parameters).detach(), number, transport.rank
+            )
+            for number, unit in enumerate(self._units)
         }
 
-    def _choose(self, parameters: Mapping[str, torch.Tensor], choice: Choice) -> None:
-        self.compressors: dict[str, Compressor] = {}
-        patterns = choice if isinstance(choice, Mapping) else {"*": choice}
-        made = {pattern: compressor_of(wanted) for pattern, wanted in patterns.items()}
-        for name, parameter in parameters.items():
-            fitting = [made[pattern] for pattern in made if fnmatchcase(name, pattern)]
-            if not fitting:
-                raise OptionError(
-                    f"no compressor for the parameter {name!r} among the patterns "
-                    f"{', '.join(map(repr, patterns))}\nhint: add '*': 'fp32' at the end"
-                )
-            if parameter.layout != torch.strided or not parameter.is_floating_point():
-                raise OptionError(
-                    f"the parameter {name!r} ({parameter.dtype}, {parameter.layout}) is no dense "
-                    "tensor of floats"
-                )
-            self.compressors[name] = fitting[0]
-
-    def _agree(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def _agree(
+        self, parameters: Mapping[str, torch.Tensor], chosen: Mapping[str, Compressor]
+    ) -> None:
         mine = [
-            (name, tuple(p.shape), str(p.dtype), repr(self.compressors[name]))
+            (name, tuple(p.shape), str(p.dtype), repr(chosen[name]))
             for name, p in parameters.items()
         ]
         everybody = self.transport.gather(lambda: mine)
         what = ("name", "shape", "dtype", "compressor")
         for rank, theirs in enumerate(everybody):
-            if len(theirs) != len(everybody[0]):
-                raise RankMismatchError(
-                    "the number of parameters", rank, len(everybody[0]), len(theirs)
-                )
-            for expected, found in zip(everybody[0], theirs, strict=True):
+            for expected, found in zip(everybody[0], theirs, strict=False):
                 for field, a, b in zip(what, expected, found, strict=True):
                     if a != b:
                         raise RankMismatchError(
                             f"the {field} of parameter {expected[0]!r}", rank, a, b,
                             "all ranks make the same model and pass the same settings",
                         )
+            if len(theirs) != len(everybody[0]):
+                raise RankMismatchError(
+                    "the number of parameters", rank, len(everybody[0]), len(theirs)
+                )
+
+    def _joined(self, unit: str, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        members = self._units[unit]
+        if len(members) == 1:
+            return tensors[unit]
+        return torch.cat([tensors[name].reshape(-1) for name in members])
 
     @torch.no_grad()
     def average(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Return the average of each tensor over ranks, float32 on the CPU, the same on all.
 
         Args:
-            tensors: some of the parameters' gradients, the same on all ranks, in the same order.
+            tensors: some of the parameters' gradients, the same on all ranks, in the same order;
+                a group as a whole.
 
         Raises:
             OptionError: a sparse gradient.
             RankError: another rank failed meanwhile, or is gone.
         """
         try:
-            return self._driven({
-                name: self.compressors[name].reduce(_dense(name, tensor), self.states[name])
-                for name, tensor in tensors.items()
+            inputs = {name: _dense(name, tensor) for name, tensor in tensors.items()}
+            averages = self._driven({
+                unit: self.compressors[unit].reduce(self._joined(unit, inputs), self.states[unit])
+                for unit in self._units if unit in tensors
             })
+            return self._parted(averages)
         except Exception as error:
             self.transport.fail(error)
             raise
+
+    def _parted(self, averages: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        parted = {}
+        for unit, average in averages.items():
+            members = self._units[unit]
+            parts = torch.split(average.view(-1), [self._shapes[name].numel() for name in members])
+            for name, part in zip(members, parts, strict=True):
+                parted[name] = part.view(self._shapes[name])
+        return parted
 
     def _driven(self, reductions: Mapping[str, Reduction]) -> dict[str, torch.Tensor]:
         averages: dict[str, torch.Tensor] = {}
@@ -132,14 +158,15 @@ class CompressedAverage:
     def summary(self) -> str:
         """Return which compressors there are and what they keep, one a line."""
         lines = [
-            f"{len(self.states)} parameters over {self.transport.size} ranks, "
+            f"{len(self._shapes)} parameters over {self.transport.size} ranks, "
             f"{format_bytes(self.state_bytes())} of state, "
             f"{format_bytes(self.transport.sent_bytes)} sent by this rank so far"
         ]
         for kind in dict.fromkeys(self.compressors.values()):
-            names = [name for name, other in self.compressors.items() if other == kind]
-            held = sum(t.nbytes for name in names for t in _tensors(self.states[name]))
-            lines.append(f"  {kind}: {len(names)} parameters, {format_bytes(held)} of state")
+            units = [unit for unit, other in self.compressors.items() if other == kind]
+            held = sum(t.nbytes for unit in units for t in _tensors(self.states[unit]))
+            count = sum(len(self._units[unit]) for unit in units)
+            lines.append(f"  {kind}: {count} parameters, {format_bytes(held)} of state")
         return "\n".join(lines)
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,9 +201,30 @@ class CompressedAverage:
             found = saved["compressors"].get(name)
             if found != repr(compressor):
                 raise FormatError(
-                    f"the parameter {name!r} was saved with {found}, and now has {compressor}"
+                    f"the unit {name!r} was saved with {found}, and now has {compressor}"
                 )
         self.states = {name: _copied(saved["states"][name]) for name in self.states}
+
+
+def _chosen(parameters: Mapping[str, torch.Tensor], choice: Choice) -> dict[str, Compressor]:
+    """Return the compressor of each parameter."""
+    chosen = {}
+    patterns = choice if isinstance(choice, Mapping) else {"*": choice}
+    made = {pattern: compressor_of(wanted) for pattern, wanted in patterns.items()}
+    for name, parameter in parameters.items():
+        fitting = [made[pattern] for pattern in made if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise OptionError(
+                f"no compressor for the parameter {name!r} among the patterns "
+                f"{', '.join(map(repr, patterns))}\nhint: add '*': 'fp32' at the end"
+            )
+        if parameter.layout != torch.strided or not parameter.is_floating_point():
+            raise OptionError(
+                f"the parameter {name!r} ({parameter.dtype}, {parameter.layout}) is no dense "
+                "tensor of floats"
+            )
+        chosen[name] = fitting[0]
+    return chosen
 
 
 def _dense(name: str, tensor: torch.Tensor) -> torch.Tensor:

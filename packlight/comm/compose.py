@@ -18,20 +18,25 @@ from packlight.errors import OptionError
 class ErrorFeedback(Composition):
     """What was not sent is added to the next gradient (Seide et al. 2014, Stich et al. 2018).
 
-        given = gradient + residual;  residual <- given - sent
+        given = gradient + decay residual;  residual <- given - sent
 
-    So all messages of a rank and its residual sum to all its gradients.
+    So all messages of a rank and its residual sum to all its gradients, if nothing decays.
 
     Attributes:
         inner: a contraction, of which something is sent in the end.
+        decay: at most 1; below, the residual is a momentum of what waits (SparseLoCo, Sarfi et al.
+            2025, has 0.95 in place of an outer momentum).
 
     Raises:
-        OptionError: `inner` is none.
+        OptionError: `inner` is none, or a decay outside of its range.
     """
 
     inner: Compressor
+    decay: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.decay <= 1:
+            raise OptionError(f"decay={self.decay!r}; it must be at least 0 and at most 1")
         if not self.inner.is_contraction:
             raise OptionError(
                 f"error feedback around {self.inner}, which is no contraction: what it loses can "
@@ -45,7 +50,7 @@ class ErrorFeedback(Composition):
         return {"residual": torch.zeros(parameter.shape)}
 
     def _before(self, gradient: torch.Tensor, state: State) -> tuple[torch.Tensor | None, State]:
-        return state["residual"].add_(gradient), state
+        return state["residual"].mul_(self.decay).add_(gradient), state
 
     def _after(self, given: torch.Tensor, reduced: Reduced, state: State) -> State:
         return {**state, "residual": given.sub_(reduced.sent)}

@@ -95,10 +95,12 @@ class Compressor(ABC):
         is_contraction: whether what is lost is never more than what was given, in squares: what
             error feedback needs in order to send everything in the end.
         is_unbiased: whether it is right on average.
+        needs_shape: whether it makes use of a matrix's rows and columns.
     """
 
     is_contraction = False
     is_unbiased = False
+    needs_shape = False
 
     def init(self, parameter: torch.Tensor, number: int = 0, rank: int = 0) -> State:
         """Return the state of a parameter of which nothing has been sent.
@@ -147,6 +149,11 @@ class Composition(Compressor):
     """
 
     inner: Compressor
+
+    @property
+    def needs_shape(self) -> bool:  # type: ignore[override]
+        """Whether the inner compressor does."""
+        return self.inner.needs_shape
 
     def init(self, parameter: torch.Tensor, number: int = 0, rank: int = 0) -> State:
         """Return its own state with that of the inner compressor."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ def hook(
     model: DistributedDataParallel,
     compressor: Choice,
     *,
+    together: bool = False,
     timeout_seconds: float = 1800.0,
 ) -> Communication:
     """Have DDP send gradients compressed; all ranks call it, after DDP was made.
@@ -31,6 +33,8 @@ def hook(
     Args:
         model: on the CPU or a GPU; gradients are compressed on the CPU.
         compressor: see `CompressedAverage`.
+        together: compress all parameters as one vector, when the backward is over: fewer bytes and
+            rounds, where both count more than what could be sent beside it.
         timeout_seconds: how long a rank waits for another one.
 
     Raises:
@@ -43,9 +47,16 @@ def hook(
             "hint: packlight.comm.hook(DistributedDataParallel(model), ...)"
         )
     transport = Transport(model.process_group, timeout_seconds)
-    communication = Communication(model, compressor, transport)
+    communication = Communication(model, compressor, transport, together)
     model.register_comm_hook(None, communication.reduce_bucket)
     return communication
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    gradients: dict[str, torch.Tensor]  # parts of the buffer
+    buffer: torch.Tensor
+    future: torch.futures.Future[torch.Tensor]
 
 
 class Communication:
@@ -57,12 +68,19 @@ class Communication:
     """
 
     def __init__(
-        self, model: DistributedDataParallel, compressor: Choice, transport: Transport
+        self,
+        model: DistributedDataParallel,
+        compressor: Choice,
+        transport: Transport,
+        together: bool = False,
     ) -> None:
         named = {n: p for n, p in model.module.named_parameters() if p.requires_grad}
         self._name_of = {parameter: name for name, parameter in named.items()}
         self.transport = transport
-        self.average = CompressedAverage(named, compressor, transport)
+        self._together = together
+        self._waiting: list[_Bucket] = []
+        groups = [list(named)] if together else None
+        self.average = CompressedAverage(named, compressor, transport, groups)
         # One thread, so that exchanges keep the order of buckets, which is that of all ranks.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="packlight-comm")
 
@@ -72,25 +90,26 @@ class Communication:
         return self._start(bucket)
 
     def _start(self, bucket: Any) -> torch.futures.Future[torch.Tensor]:
-        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
         names = [self._name_of[parameter] for parameter in bucket.parameters()]
-        self._thread.submit(self._finish, names, bucket.gradients(), bucket.buffer(), future)
+        gradients = dict(zip(names, bucket.gradients(), strict=True))
+        future: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+        self._waiting.append(_Bucket(gradients, bucket.buffer(), future))
+        if bucket.is_last() or not self._together:
+            buckets, self._waiting = self._waiting, []
+            self._thread.submit(self._finish, buckets)
         return future
 
-    def _finish(
-        self,
-        names: list[str],
-        gradients: list[torch.Tensor],
-        buffer: torch.Tensor,
-        future: torch.futures.Future[torch.Tensor],
-    ) -> None:
+    def _finish(self, buckets: list[_Bucket]) -> None:
         try:
-            averages = self.average.average(dict(zip(names, gradients, strict=True)))
-            for name, gradient in zip(names, gradients, strict=True):
+            gradients = {n: g for bucket in buckets for n, g in bucket.gradients.items()}
+            averages = self.average.average(gradients)
+            for name, gradient in gradients.items():
                 gradient.copy_(averages[name])
-            future.set_result(buffer)
+            for bucket in buckets:
+                bucket.future.set_result(bucket.buffer)
         except Exception as error:
-            future.set_exception(error)  # type: ignore[arg-type]  # torch says T
+            for bucket in buckets:
+                bucket.future.set_exception(error)  # type: ignore[arg-type]  # torch says T
 
     def summary(self) -> str:
         """Return which compressors there are, what they keep and what was sent."""

@@ -19,6 +19,7 @@ class _LowRank(Compressor):
     rank: int
     seed: int
     is_contraction = True
+    needs_shape = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:

@@ -51,6 +51,14 @@ class Transport(Ranks):
         super().__init__(members, torch.device("cpu"), timeout_seconds)
         self.sent_bytes = self.num_rounds = 0
 
+    def share(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Overwrite tensors by those of rank 0."""
+        for tensor in tensors:
+            copy = tensor.detach().cpu().contiguous()
+            with self._naming_losses():
+                dist.broadcast(copy, group=self._group, group_src=0)
+            tensor.copy_(copy)
+
     def carry(self, messages: Sequence[Message]) -> list[Sequence[Message]]:
         """Return, for each of this rank's messages, what arrives of everybody's.
 
