@@ -36,19 +36,25 @@ from tests.test_comm import EVERY, gradient, states_of
 SHAPE = (40, 33)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def pool(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[RankPool]:
-    """Ranks for all tests that leave them well."""
-    pool = RankPool(request.param, tmp_path_factory.mktemp("ranks"))
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    """Two ranks for all tests that leave them well."""
+    pool = RankPool(2, tmp_path_factory.mktemp("pair"))
     yield pool
     pool.close()
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: Any) -> Iterator[RankPool]:
-    pool = RankPool(2, tmp_path_factory.mktemp("pair"))
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
+    pool = RankPool(3, tmp_path_factory.mktemp("three"))
     yield pool
     pool.close()
+
+
+@pytest.fixture(params=["pair", "three"])
+def pool(request: pytest.FixtureRequest) -> RankPool:
+    pool: RankPool = request.getfixturevalue(request.param)
+    return pool
 
 
 def size_of(pool: RankPool) -> int:
@@ -119,10 +125,14 @@ def test_many_uneven_bf16_tensors_share_one_exchange(
 
 
 class Net(nn.Module):
+    """The same on every rank."""
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layers = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 1))
+        self.layers = nn.Sequential(
+            nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 32), nn.Linear(32, 1)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layers(x).square().mean()

@@ -20,10 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from packlight import comm
 
 LEARNING_RATE = 4e-3
-SGD_LEARNING_RATE = 0.3
+SGD_LEARNING_RATE = 0.2
+# Steps whose gradients or parameters are averaged in fp32, before methods that need it begin.
+WARMUP_STEPS = 40
 POST_LOCAL_STEPS = 8
-# Gradients that are fp32 in the first phase of 1-bit Adam, and in torch's hooks.
-WARMUP_STEPS = 60
+ADAMW, SGD = "DDP fp32, AdamW", "DDP fp32, SGD"
 
 # What stands for the model in the forward and for the optimizer; and what follows the backward.
 Started = tuple[nn.Module, torch.optim.Optimizer, Callable[[], Any]]
@@ -60,26 +61,54 @@ def _sgd_without_momentum(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=SGD_LEARNING_RATE)
 
 
-def _one_bit(model: nn.Module) -> torch.optim.Optimizer:
+def _one_bit_adam(model: nn.Module) -> torch.optim.Optimizer:
     return comm.OneBitAdam(model.parameters(), lr=LEARNING_RATE, warmup_steps=WARMUP_STEPS)
 
 
 def _ddp(register: Callable[[DistributedDataParallel], object] | None = None) -> Any:
-    def start(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+    def start(model: nn.Module, optimizer: torch.optim.Optimizer) -> Started:
         wrapped = DistributedDataParallel(model)
         if register is not None:
             register(wrapped)
-        return wrapped, optimizer, optimizer.step
+        return wrapped, optimizer, lambda: optimizer.step()
 
     return start
 
 
-def _hook(compressor: Any, **options: Any) -> Any:
-    return _ddp(lambda model: comm.hook(model, compressor, **options))
+def _torch_power(model: DistributedDataParallel) -> None:
+    state = powerSGD_hook.PowerSGDState(
+        None, matrix_approximation_rank=1, start_powerSGD_iter=WARMUP_STEPS, min_compression_rate=1
+    )
+    model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
-def _local(make: Callable[..., comm.LocalSteps], *arguments: Any, **options: Any) -> Any:
-    def start(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+def _torch_fp16(model: DistributedDataParallel) -> None:
+    model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+
+
+def _torch_post_local(model: nn.Module, optimizer: torch.optim.Optimizer) -> Started:
+    wrapped = DistributedDataParallel(model)
+    state = PostLocalSGDState(None, None, WARMUP_STEPS, post_local_gradient_allreduce=False)
+    wrapped.register_comm_hook(state, post_localSGD_hook)
+    averager = PeriodicModelAverager(period=POST_LOCAL_STEPS, warmup_steps=WARMUP_STEPS)
+    local = PostLocalSGDOptimizer(optimizer, averager)
+    return wrapped, local, lambda: local.step()
+
+
+def _ours(start: Any, optimizer: Any = _adamw) -> Method:
+    baseline = ADAMW if optimizer in (_adamw, _one_bit_adam) else SGD
+    return Method("packlight", baseline, optimizer, start)
+
+
+def _hook(compressor: comm.Compressor | str, optimizer: Any = _adamw, **options: Any) -> Method:
+    def register(model: DistributedDataParallel) -> None:
+        comm.hook(model, compressor, **options)
+
+    return _ours(_ddp(register), optimizer)
+
+
+def _local(make: Callable[..., comm.LocalSteps], *arguments: Any, **options: Any) -> Method:
+    def start(model: nn.Module, optimizer: torch.optim.Optimizer) -> Started:
         local = make(model, *arguments, **options)
 
         def step() -> None:
@@ -88,49 +117,45 @@ def _local(make: Callable[..., comm.LocalSteps], *arguments: Any, **options: Any
 
         return model, optimizer, step
 
-    return start
+    return _ours(start)
 
 
-def _torch_power(rank: int) -> Any:
-    def register(model: DistributedDataParallel) -> None:
-        state = powerSGD_hook.PowerSGDState(
-            None, matrix_approximation_rank=rank, start_powerSGD_iter=WARMUP_STEPS,
-            min_compression_rate=1,
-        )
-        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
-
-    return _ddp(register)
-
-
-def _torch_post_local(model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
-    wrapped = DistributedDataParallel(model)
-    state = PostLocalSGDState(None, None, WARMUP_STEPS, post_local_gradient_allreduce=False)
-    wrapped.register_comm_hook(state, post_localSGD_hook)
-    averager = PeriodicModelAverager(period=POST_LOCAL_STEPS, warmup_steps=WARMUP_STEPS)
-    local = PostLocalSGDOptimizer(optimizer, averager)
-    return wrapped, local, local.step
-
-
-def _ef(density: float, values: str, decay: float = 1.0, **options: Any) -> comm.Compressor:
-    return comm.ErrorFeedback(comm.TopK(density, values, **options), decay)
-
-
-ADAMW, SGD = "DDP, fp32, AdamW", "DDP, fp32, SGD"
-
-
-def _ours(start: Any, optimizer: Any = _adamw) -> Method:
-    return Method("packlight", ADAMW if optimizer in (_adamw, _one_bit) else SGD, optimizer, start)
+def _sparse(density: float, values: str = "q2") -> comm.Compressor:
+    """Return SparseLoCo's compressor: the residual is the outer momentum."""
+    return comm.ErrorFeedback(comm.TopK(density, values), decay=0.95)
 
 
 METHODS: dict[str, Method] = {
     ADAMW: Method("torch", ADAMW, _adamw, _ddp()),
-    "topk:0.002+q1": _ours(_hook(_ef(0.002, "q1"), together=True)),
-    "local 30, sparse": _ours(_local(
-        comm.diloco, 30, 1.0, 0.0, _ef(0.01, "q2", 0.95), together=True)),
-    "local 4, sparse": _ours(_local(
-        comm.diloco, 4, 1.0, 0.0, _ef(0.01, "q2", 0.95), together=True)),
-    "local 1, topk": _ours(_local(
-        comm.diloco, 1, 1.0, 0.0, _ef(0.002, "q1"), together=True)),
+    "fp16_compress_hook": Method("torch", ADAMW, _adamw, _ddp(_torch_fp16)),
+    "powerSGD_hook, rank 1": Method("torch", ADAMW, _adamw, _ddp(_torch_power)),
+    "PostLocalSGDOptimizer, 8 steps": Method("torch", ADAMW, _adamw, _torch_post_local),
+    "q8": _hook("q8"),
+    "q4": _hook("q4"),
+    "q1": _hook("q1"),
+    "1-bit Adam": _hook(comm.OneBitMomentum(WARMUP_STEPS), _one_bit_adam),
+    "qsgd:4+ans": _hook("qsgd:4+ans"),
+    "powersgd:1": _hook("powersgd:1"),
+    "gradzip:1": _hook("gradzip:1"),
+    "randk:0.02+q1, together": _hook("randk:0.02+q1", together=True),
+    "topk:0.01+q2, together": _hook("topk:0.01+q2", together=True),
+    "topk:0.002+q1, together": _hook("topk:0.002+q1", together=True),
     SGD: Method("torch", SGD, _sgd, _ddp()),
-    "dgc:0.002": _ours(_hook(comm.dgc(0.002, 0.9, values="q1"), together=True), _sgd_without_momentum),
+    "dgc:0.01, together": _hook(comm.dgc(0.01), _sgd_without_momentum, together=True),
+    "dgc:0.002+q1, together": _hook(
+        comm.dgc(0.002, values="q1"), _sgd_without_momentum, together=True
+    ),
+    "sketch:0.01": _hook("sketch:0.01+momentum:0.9", _sgd_without_momentum, together=True),
+    "post-local SGD, 8 steps": _local(comm.post_local_sgd, POST_LOCAL_STEPS, WARMUP_STEPS),
+    "DiLoCo, 10 steps": _local(comm.diloco, 10),
+    "streaming DiLoCo, 10 steps": _local(comm.streaming_diloco, 10, fragments=2, overlap=1),
+    "sparse local steps, 4 steps, 1%": _local(
+        comm.diloco, 4, 1.0, 0.0, _sparse(0.01), together=True
+    ),
+    "sparse local steps, 10 steps, 1%": _local(
+        comm.diloco, 10, 1.0, 0.0, _sparse(0.01), together=True
+    ),
+    "sparse local steps, 30 steps, 2%": _local(
+        comm.diloco, 30, 1.0, 0.0, _sparse(0.02), together=True
+    ),
 }

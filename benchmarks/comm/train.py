@@ -23,9 +23,9 @@ from packlight.comm import WireCounter
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "data" / "tinyshakespeare.txt"
 NUM_LAYERS, NUM_HEADS, WIDTH, CONTEXT = 2, 4, 64, 32
-BATCH_PER_WORKER = 6
+BATCH_PER_WORKER = 4
 WARMUP_SHARE, LAST_SHARE = 0.1, 0.05  # of steps in which the rate rises, of the rate at the end
-VALIDATION_BATCHES, VALIDATION_ROWS = 24, 64
+VALIDATION_BATCHES, VALIDATION_ROWS = 16, 64
 TIMEOUT_SECONDS = 300
 
 
@@ -36,6 +36,7 @@ class Record:
     Attributes:
         method: a key of `METHODS`.
         baseline: the method that has the same optimizer and sends everything in fp32.
+        network: the rate of each worker's link; "" for loopback as it is.
         num_workers: gloo ranks, each in a process of its own.
         num_steps: of each worker.
         num_parameters: of the model.
@@ -49,6 +50,7 @@ class Record:
     method: str
     library: str
     baseline: str
+    network: str
     num_workers: int
     num_steps: int
     seed: int
@@ -97,20 +99,22 @@ class CharGPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def run(methods: list[str], num_workers: int, num_steps: int, seeds: list[int], out: Path,
-        command: str) -> bool:
+def run(
+    methods: list[str], num_workers: int, num_steps: int, seeds: list[int], out: Path, command: str
+) -> bool:
     """Train with each method and seed on workers that stay; write a line for each.
 
     Returns:
         Whether all workers came to their end.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder, "store"))
         workers = [
             context.Process(
-                target=_work,
-                args=(rank, num_workers, methods, num_steps, seeds, store, out, command),
+                target=work,
+                args=(rank, num_workers, methods, num_steps, seeds, store, out, command, ""),
             )
             for rank in range(num_workers)
         ]
@@ -121,10 +125,11 @@ def run(methods: list[str], num_workers: int, num_steps: int, seeds: list[int], 
         return all(worker.exitcode == 0 for worker in workers)
 
 
-def _work(
+def work(
     rank: int, size: int, methods: list[str], num_steps: int, seeds: list[int], store: str,
-    out: Path, command: str,
+    out: Path, command: str, network: str,
 ) -> None:
+    """Be one of the workers."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -138,14 +143,21 @@ def _work(
         for method in methods:
             found = _trained(method, rank, num_steps, seed, tokens, len(alphabet))
             everybody: list[Any] = [None] * size
-            dist.all_gather_object(everybody, found["sent"])
+            dist.all_gather_object(everybody, found.pop("sent"))
             if rank == 0:
                 append_line(out, Record(
-                    method, METHODS[method].library, METHODS[method].baseline, size, num_steps,
-                    seed, found["num_parameters"], found["validation"],
-                    sum(everybody) / size / num_steps, found["losses"], found["seconds"],
-                    provenance(seed, "cpu", command, ["numba", "numpy"]),
+                    method=method,
+                    library=METHODS[method].library,
+                    baseline=METHODS[method].baseline,
+                    network=network,
+                    num_workers=size,
+                    num_steps=num_steps,
+                    seed=seed,
+                    bytes_per_step=sum(everybody) / size / num_steps,
+                    provenance=provenance(seed, "cpu", command, ["numba", "numpy"]),
+                    **found,
                 ))
+    dist.barrier()
 
 
 def _trained(
@@ -179,7 +191,7 @@ def _trained(
                 validation += float(_loss(model, batch)) / VALIDATION_BATCHES
     tenth = max(num_steps // 10, 1)
     return {
-        "sent": sent, "seconds": seconds, "validation": validation,
+        "sent": sent, "seconds": seconds, "validation_loss": validation,
         "losses": [sum(losses[i : i + tenth]) / tenth for i in range(0, tenth * 10, tenth)],
         "num_parameters": sum(p.numel() for p in model.parameters()),
     }

@@ -5,8 +5,8 @@
     parameter <- anchor
 
 Post-local SGD (Lin et al. 2020), federated averaging (McMahan et al. 2017), DiLoCo (Douillard et
-al. 2023) and streaming DiLoCo (Douillard et al. 2025) are this with other numbers. The anchor is the
-same, to the last bit, on all ranks.
+al. 2023) and streaming DiLoCo (Douillard et al. 2025) are this with other numbers. The anchor is
+the same, to the last bit, on all ranks.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class LocalSteps:
             for name in self._fragments[fragment]
         }
         self.num_averages += 1
-        due = self.num_steps + (self.schedule.overlap if self.num_steps > self.schedule.start else 0)
+        due = self.num_steps + self.schedule.overlap
         averages = self._thread.submit(self.average.average, changes)
         self._under_way.append(_UnderWay(fragment, due, averages))
 
@@ -216,7 +216,8 @@ class LocalSteps:
             if schedule.momentum:
                 buffer = self._buffers.setdefault(name, torch.zeros_like(change))
                 buffer.mul_(schedule.momentum).add_(change)
-                change = change.add(buffer, alpha=schedule.momentum) if schedule.nesterov else buffer
+                ahead = change.add(buffer, alpha=schedule.momentum)
+                change = ahead if schedule.nesterov else buffer
             anchor.sub_((schedule.lr * change).to(anchor.dtype))
             parameter.copy_(anchor.lerp(parameter, schedule.mixing) if schedule.mixing else anchor)
 

@@ -47,8 +47,8 @@ class OneBitAdam(torch.optim.Optimizer):
     ) -> None:
         if not isinstance(warmup_steps, int) or warmup_steps < 1:
             raise OptionError(
-                f"warmup_steps={warmup_steps!r}; it must be a whole number, 1 or larger: the second "
-                "moment is learnt in it"
+                f"warmup_steps={warmup_steps!r}; it must be a whole number, 1 or larger: the "
+                "second moment is learnt in it"
             )
         if not lr >= 0 or not all(0 <= beta < 1 for beta in betas):
             raise OptionError(f"lr={lr!r}, betas={betas!r}; lr from 0, betas from 0 and below 1")
