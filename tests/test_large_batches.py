@@ -1,4 +1,4 @@
-"""LARS, LARC and LAMB beside their equations in float64; batch scaling; the gradient noise scale."""
+"""LARS, LARC and LAMB beside their equations in float64; batch scaling; the noise scale."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_zero_weights_and_zero_gradients_are_stepped_without_a_trust(kind: str) 
     weight.grad, other.grad = torch.ones(4), torch.zeros(4)
     optimizer.step()
     assert bool(weight.isfinite().all()) and bool((weight < 0).all())
-    assert bool(other.isfinite().all()) and bool((other >= 0.99).all())
+    assert bool(other.isfinite().all()) and bool((other >= 0.89).all())
 
 
 def test_groups_differ_in_their_rules_and_resume_to_the_last_bit() -> None:

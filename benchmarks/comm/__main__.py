@@ -52,7 +52,7 @@ def main() -> int:
         )
     if arguments.out is None:
         report.write(RESULTS, CODECS)
-    else:
+    elif not arguments.codecs:
         print("\n".join(report.table_of_methods(read_lines(out, report.Record))))
     return 0 if is_done else 1
 
