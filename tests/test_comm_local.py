@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -11,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import packlight
+from packlight.cli import main
 from packlight.comm import (
     LocalSteps,
     Schedule,
@@ -160,3 +166,88 @@ def test_sparse_outer_gradients_resume_and_leave_all_ranks_the_same(pool: RankPo
 def test_schedules_that_make_no_sense_are_refused(numbers: dict[str, Any], words: str) -> None:
     with pytest.raises(OptionError, match=words):
         Schedule(**numbers)
+
+
+# -- beside planned steps, and on the command line
+
+
+def fitted_on_rank() -> list[list[torch.Tensor]]:
+    """Train by hand and by planned steps, both with averages of three steps' changes."""
+    ends = []
+    for is_planned in (False, True):
+        model = Net()
+        local = diloco(model, every=3, compressor="topk:0.1+q2")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        batches = [batch_of(step, dist.get_rank()) for step in range(7)]
+        if is_planned:
+            step = packlight.fit(model, lambda m, b: m(b), optimizer, batches[0])
+        for batch in batches:
+            if is_planned:
+                step(batch)
+            else:
+                optimizer.zero_grad()
+                model(batch).backward()
+                optimizer.step()
+            local.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    return ends
+
+
+def test_planned_steps_take_averages_of_their_changes() -> None:
+    with TemporaryDirectory() as folder:
+        pool = RankPool(2, Path(folder))
+        for by_hand, planned in pool.run(fitted_on_rank):
+            assert all(torch.equal(a, b) for a, b in zip(by_hand, planned, strict=True))
+        pool.close()
+
+
+FILE = """
+import torch
+from torch import nn
+
+def model():
+    return nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
+
+def loss(model, batch):
+    return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+def optimizer(model):
+    return torch.optim.SGD(model.parameters(), lr=0.05)
+
+def batches(split="train"):
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randn(16, 8, generator=generator)
+"""
+
+
+@pytest.mark.slow
+def test_one_command_starts_workers_that_send_little(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(FILE)
+    command = [
+        sys.executable, "-m", "packlight", "train", str(file), "--workers", "2", "--steps", "8",
+        "--comm", "topk:0.1+q2", "--local-steps", "4",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "done: 8 steps" in done.stdout and "bytes a step" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--local-steps", "3"], "--comm fp32"),
+        (["--comm", "q4"], "--workers 2, or torchrun"),
+        (["--comm", "q5", "--workers", "2"], "unknown compressor 'q5'"),
+        (["--comm", "q4", "--workers", "1"], "2 or more"),
+        (["--comm", "q4", "--workers", "2", "--checkpoint", "c"], "state_dict()"),
+    ],
+)
+def test_commands_that_make_no_sense_are_refused(
+    words: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "net.py"
+    file.write_text(FILE)
+    assert main(["train", str(file), *words]) == 2
+    assert hint in capsys.readouterr().err

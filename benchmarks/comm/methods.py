@@ -120,9 +120,12 @@ def _local(make: Callable[..., comm.LocalSteps], *arguments: Any, **options: Any
     return _ours(start)
 
 
-def _sparse(density: float, values: str = "q2") -> comm.Compressor:
-    """Return SparseLoCo's compressor: the residual is the outer momentum."""
-    return comm.ErrorFeedback(comm.TopK(density, values), decay=0.95)
+def _sparse(density: float) -> comm.Compressor:
+    return comm.ErrorFeedback(comm.TopK(density, "q1"))
+
+
+def _bits(bits: int) -> comm.Compressor:
+    return comm.ErrorFeedback(comm.Quantize(bits, block=1024))
 
 
 METHODS: dict[str, Method] = {
@@ -149,13 +152,10 @@ METHODS: dict[str, Method] = {
     "post-local SGD, 8 steps": _local(comm.post_local_sgd, POST_LOCAL_STEPS, WARMUP_STEPS),
     "DiLoCo, 10 steps": _local(comm.diloco, 10),
     "streaming DiLoCo, 10 steps": _local(comm.streaming_diloco, 10, fragments=2, overlap=1),
-    "sparse local steps, 4 steps, 1%": _local(
-        comm.diloco, 4, 1.0, 0.0, _sparse(0.01), together=True
-    ),
-    "sparse local steps, 10 steps, 1%": _local(
-        comm.diloco, 10, 1.0, 0.0, _sparse(0.01), together=True
-    ),
-    "sparse local steps, 30 steps, 2%": _local(
-        comm.diloco, 30, 1.0, 0.0, _sparse(0.02), together=True
-    ),
+    "local, 40 steps, fp32": _local(comm.diloco, 40, 1.0, 0.0),
+    "local, 40 steps, q1": _local(comm.diloco, 40, 1.0, 0.0, _bits(1), together=True),
+    "local, 20 steps, 10% q1": _local(comm.diloco, 20, 1.0, 0.0, _sparse(0.1), together=True),
+    "local, 12 steps, 5% q1": _local(comm.diloco, 12, 1.0, 0.0, _sparse(0.05), together=True),
+    "local, 10 steps, 1% q1": _local(comm.diloco, 10, 1.0, 0.0, _sparse(0.01), together=True),
+    "local, 30 steps, 2% q1": _local(comm.diloco, 30, 1.0, 0.0, _sparse(0.02), together=True),
 }
