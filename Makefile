@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest bench-cluster docs clean
+.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-comm bench-sohoni bench-peers bench-zoo bench-largest bench-cluster docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,10 @@ bench-whole-step: $(READY) ## rerun the tables of a whole step's time against it
 
 bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 	$(BIN)/python -m benchmarks.optim
+
+bench-comm: $(READY) ## rerun the tables of bytes sent and loss (hours)
+	$(BIN)/python -m benchmarks.comm --codecs
+	$(BIN)/python -m benchmarks.comm
 
 bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
 	$(BIN)/python -m benchmarks.sohoni

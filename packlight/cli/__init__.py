@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 2 something the user can mend (told on the error stream), 130 interrupted.
     """
     arguments = build_parser().parse_args(argv)
+    arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
     except PacklightError as error:
