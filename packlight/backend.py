@@ -35,7 +35,6 @@ from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import break_anywhere, compiled_for, is_resumed, options_of
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
@@ -46,15 +45,12 @@ from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.run.piece_loop import PieceLoop
 from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
 from packlight.step import Limit, Machine, Plan, StepGraph, Termination, simulate, with_transfers
-from packlight.torch_internals import (
-    aot_compiler,
-    box_arguments,
-    boxed,
-    graph_break,
-    has_boxed_arguments,
-    is_fake,
-    is_graph_retained,
-)
+from packlight.torch_internals.aot import aot_compiler
+from packlight.torch_internals.autograd import is_graph_retained
+from packlight.torch_internals.breaks import break_anywhere
+from packlight.torch_internals.calling import box_arguments, boxed, has_boxed_arguments
+from packlight.torch_internals.dispatch import is_fake
+from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")

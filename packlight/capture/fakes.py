@@ -10,13 +10,8 @@ from torch.utils import _pytree as pytree
 
 from packlight.costs.made_up import tensor_arguments
 from packlight.costs.measure import call_signature
-from packlight.torch_internals import (
-    FakeTensorMode,
-    fake_of,
-    is_fake,
-    storage_identity,
-    without_autocast,
-)
+from packlight.torch_internals.dispatch import FakeTensorMode, fake_of, is_fake, without_autocast
+from packlight.torch_internals.storages import storage_identity
 
 # Per mode and call: what its results look like, for calls that will be asked about again.
 _Known = dict[str, tuple[list[Any], Any]]

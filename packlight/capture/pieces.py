@@ -32,17 +32,12 @@ from packlight.capture.joint import JointStep
 from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import break_anywhere
 from packlight.step.digest import structure_digest
-from packlight.torch_internals import (
-    aot_compiler,
-    boxed,
-    descriptions,
-    graph_break,
-    quick_tracing,
-    saved_descriptions,
-    with_own_cache,
-)
+from packlight.torch_internals.aot import aot_compiler, descriptions, saved_descriptions
+from packlight.torch_internals.breaks import break_anywhere
+from packlight.torch_internals.calling import boxed
+from packlight.torch_internals.dynamo import quick_tracing, with_own_cache
+from packlight.torch_internals.translator import graph_break
 
 TOKEN = "run_token"
 

@@ -27,7 +27,8 @@ from packlight.costs.made_up import (
 )
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import outside_of_tracing, storage_identity
+from packlight.torch_internals.dispatch import outside_of_tracing
+from packlight.torch_internals.storages import storage_identity
 
 # A call is timed until it ran so often, or once it took so long in all.
 MAX_REPEATS = 12

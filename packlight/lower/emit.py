@@ -25,7 +25,7 @@ from packlight.lower.rng import generator_state, replay
 from packlight.lower.transfers import TransferWriter
 from packlight.lower.values import Values, plain_meta
 from packlight.step import Action, Instruction, OperationKind, Schedule
-from packlight.torch_internals import box_arguments
+from packlight.torch_internals.calling import box_arguments
 
 GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
 

@@ -22,11 +22,9 @@ from packlight.capture.phases import after_tangents
 from packlight.capture.writer import GraphWriter
 from packlight.moves.draft import Draft
 from packlight.moves.move import Effect, Move, Refusal, Room
-from packlight.torch_internals import (
-    TRACED_IN_BACKWARD,
-    FakeTensorMode,
-    copy_calling_convention,
-)
+from packlight.torch_internals.aot import TRACED_IN_BACKWARD
+from packlight.torch_internals.calling import copy_calling_convention
+from packlight.torch_internals.dispatch import FakeTensorMode
 
 _aten = torch.ops.aten
 # Smaller ones are not worth two calls.

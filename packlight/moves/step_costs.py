@@ -31,7 +31,7 @@ from packlight.moves.stream.parameters import (
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
-from packlight.torch_internals import has_gradient_hooks
+from packlight.torch_internals.autograd import has_gradient_hooks
 from packlight.updates.accounting import (
     OptimizerMemory,
     batch_bytes,

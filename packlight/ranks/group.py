@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from packlight.errors import PacklightError, RankError
-from packlight.torch_internals import default_store
+from packlight.torch_internals.processes import default_store
 
 Value = TypeVar("Value")
 

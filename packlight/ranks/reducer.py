@@ -14,7 +14,7 @@ import torch
 
 from packlight.errors import NonFiniteLossError, RankError
 from packlight.ranks.group import LOOK_SECONDS, SHORT_SLEEP_SECONDS, Ranks, Sent
-from packlight.torch_internals import num_storage_references
+from packlight.torch_internals.storages import num_storage_references
 
 OK, FAILED, CAPTURED_AGAIN = 0.0, 1.0, 2.0
 

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from packlight.errors import FormatError, PacklightError
-from packlight.torch_internals import uncompiled
+from packlight.torch_internals.modules import uncompiled
 from packlight.units import format_bytes
 
 VERSION = 1

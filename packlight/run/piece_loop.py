@@ -17,9 +17,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from packlight.capture.pieces import Piece
-from packlight.dynamo_internals import when_backward_ends
 from packlight.errors import GraphBreakError
 from packlight.run.pieces import Pieces
+from packlight.torch_internals.autograd import when_backward_ends
 
 
 class PieceLoop:

@@ -10,12 +10,11 @@ import torch
 
 from packlight.capture.pieces import Piece
 from packlight.costs.levels import Level, LevelRecorder
-from packlight.dynamo_internals import StorageWatch
 from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.planner.pieces import Gap, Order, Path, PieceRun, Section
 from packlight.step import Schedule, live_after_forward
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import StorageWatch, storage_identity
 
 
 @dataclass(frozen=True)

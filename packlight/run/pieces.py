@@ -22,7 +22,6 @@ from torch import nn
 
 from packlight.capture.pieces import Piece
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import version
 from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
 from packlight.lower.emit import emit
 from packlight.lower.frame import Frame
@@ -41,7 +40,8 @@ from packlight.planner.smallest import smallest_schedules
 from packlight.run.piece_record import ReadyPiece, Run, StepRecord
 from packlight.search.piece_times import PieceTimes
 from packlight.step import simulate
-from packlight.torch_internals import is_graph_retained
+from packlight.torch_internals.autograd import is_graph_retained
+from packlight.torch_internals.storages import version
 
 # After so many planned paths, one is planned only if it was taken before.
 MANY_PATHS = 6

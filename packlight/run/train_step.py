@@ -31,7 +31,7 @@ from packlight.search.ready import Ready
 from packlight.search.saved import write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
-from packlight.torch_internals import has_gradient_hooks
+from packlight.torch_internals.autograd import has_gradient_hooks
 from packlight.updates.accounting import batch_bytes, tensors_bytes
 from packlight.updates.several import parts_of
 from packlight.updates.twin import forwards_to

@@ -14,7 +14,7 @@ from packlight.capture.batch import tensors_of
 from packlight.costs.measure import allocated_bytes
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import storage_identity
 from packlight.updates.twin import (
     Group,
     needs_closure,

@@ -11,7 +11,7 @@ from torch import nn
 
 from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.ranks.reducer import Reducer
-from packlight.torch_internals import after_accumulation, has_gradient_hooks, through_hooks
+from packlight.torch_internals.autograd import after_accumulation, has_gradient_hooks, through_hooks
 from packlight.updates.several import SeveralUpdates, parts_of
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates

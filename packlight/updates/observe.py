@@ -14,7 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from packlight.costs.measure import same_bits
-from packlight.torch_internals import plain_step
+from packlight.torch_internals.optimizers import plain_step
 from packlight.updates.slices import ALIGNED_ELEMENTS, step_in_slices
 from packlight.updates.twin import (
     Group,

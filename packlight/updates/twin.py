@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from packlight.torch_internals import (
+from packlight.torch_internals.optimizers import (
     STEP_HOOKS,
     has_global_step_hooks,
     is_replaced_step,

@@ -16,7 +16,7 @@ import torch
 
 from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import mark_stepped
+from packlight.torch_internals.optimizers import mark_stepped
 from packlight.updates.accounting import TwoSteps, measure_two_steps, tensors_bytes
 from packlight.updates.observe import (
     Kind,

@@ -19,7 +19,7 @@ from packlight.moves.microbatch.independence import alternatives, few_rows, sett
 from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
-from packlight.torch_internals import has_gradient_hooks
+from packlight.torch_internals.autograd import has_gradient_hooks
 
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 
