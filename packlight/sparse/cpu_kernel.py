@@ -159,7 +159,7 @@ def look_up(first, last, values, counts, offsets, row_starts, rows, out):
         row = rows[n]
         p = np.int64(row_starts[row])
         for block in range(counts.shape[1]):
-            for i in range(np.int64(counts[row, block])):
+            for _ in range(np.int64(counts[row, block])):
                 out[n, block * BLOCK + np.int64(offsets[p])] = values[p]
                 p += 1
 
@@ -173,6 +173,6 @@ def add_looked_up(first_row, last_row, gradient, counts, offsets, row_starts, ro
             continue
         p = np.int64(row_starts[row])
         for block in range(counts.shape[1]):
-            for i in range(np.int64(counts[row, block])):
+            for _ in range(np.int64(counts[row, block])):
                 gradient[p] += dy[n, block * BLOCK + np.int64(offsets[p])]
                 p += 1

@@ -101,6 +101,12 @@ class Geometry:
         """Remainders of the stride that taps have."""
         return sorted({phase for phase, _ in self._taps()})
 
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some elements of the input may meet no tap."""
+        steps = zip(self.stride, self.kernel, self.dilation, strict=True)
+        return any(step > 1 and (taps < step or spread > 1) for step, taps, spread in steps)
+
     def _taps(self) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
         """Yield (remainder, shift in its plane) of each tap, in the order of a weight's columns."""
         for tap in product(*map(range, self.kernel)):
@@ -168,15 +174,15 @@ def lay_out_inputs(geometry: Geometry, images: torch.Tensor, out: torch.Tensor) 
     """Copy rows (n, channels, high, wide) of any strides and dtype into planes, padded with 0."""
     out.zero_()
     for number, image, plane in geometry.windows():
-        source = images[(slice(None), slice(None), *image)].permute(1, 2, 3, 0)
-        out[(slice(None), number, *plane)].copy_(source)
+        source = images[:, :, image[0], image[1]].permute(1, 2, 3, 0)
+        out[:, number, plane[0], plane[1]].copy_(source)
 
 
 def gather_inputs(geometry: Geometry, laid_out: torch.Tensor, images: torch.Tensor) -> None:
     """Copy planes back; elements that no plane holds are left as they are."""
     for number, image, plane in geometry.windows():
-        source = laid_out[(slice(None), number, *plane)].permute(3, 0, 1, 2)
-        images[(slice(None), slice(None), *image)].copy_(source)
+        source = laid_out[:, number, plane[0], plane[1]].permute(3, 0, 1, 2)
+        images[:, :, image[0], image[1]].copy_(source)
 
 
 def lay_out_outputs(geometry: Geometry, images: torch.Tensor, out: torch.Tensor) -> None:

@@ -34,7 +34,7 @@ class SparseLayer(nn.Module):
     def __init__(self, *arguments: Any, density: float, **keywords: Any) -> None:
         super().__init__()
         dtype = keywords.pop("dtype", None) or torch.get_default_dtype()
-        dense = self.dense_type(*arguments, **keywords, device="meta", dtype=dtype)
+        dense: Any = self.dense_type(*arguments, **keywords, device="meta", dtype=dtype)
         shape = dense.weight.shape
         count = max(1, round(density * shape.numel()))
         values = torch.empty(count, dtype=dtype)
@@ -66,7 +66,7 @@ class SparseLayer(nn.Module):
     def to_dense(self) -> nn.Module:
         """Return PyTorch's layer with the same weight, zeros written out; it shares the bias."""
         dense = self._dense(device="meta", dtype=self.weight.dtype)
-        dense.weight = nn.Parameter(self.weight.dense())  # type: ignore[assignment]
+        dense.weight = nn.Parameter(self.weight.dense())
         if self.bias is not None:
             dense.bias = self.bias
         return dense.train(self.training)
@@ -97,7 +97,9 @@ class SparseLinear(SparseLayer):
         rows = x.reshape(-1, x.shape[-1])
         weight = self.weight
         shape = list(weight.shape)
-        out = ops.product(rows, weight.values, weight.index, self.bias, shape, [], [], [], 1)
+        out: torch.Tensor = ops.product(
+            rows, weight.values, weight.index, self.bias, shape, [], [], [], 1
+        )
         return out.view(*x.shape[:-1], shape[0])
 
     def _dense(self, **made: Any) -> nn.Module:
@@ -133,10 +135,11 @@ class _SparseConvolution(SparseLayer):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x = nn.functional.pad(x, self._padded, mode=mode)
         weight = self.weight
-        return ops.product(
+        out: torch.Tensor = ops.product(
             x, weight.values, weight.index, self.bias, list(weight.shape), list(self.stride),
             self._padding, list(self.dilation), self.groups,
-        )  # fmt: skip
+        )
+        return out
 
     def _dense(self, **made: Any) -> nn.Module:
         settings = {name: getattr(self, name) for name in self.kept}
@@ -167,7 +170,10 @@ class SparseEmbedding(SparseLayer):
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows of the weight, zeros included."""
         weight, padding = self.weight, -1 if self.padding_idx is None else self.padding_idx
-        return ops.look_up(rows, weight.values, weight.index, list(weight.shape), padding)
+        out: torch.Tensor = ops.look_up(
+            rows, weight.values, weight.index, list(weight.shape), padding
+        )
+        return out
 
     def _dense(self, **made: Any) -> nn.Module:
         return nn.Embedding(self.num_embeddings, self.embedding_dim, self.padding_idx, **made)

@@ -88,7 +88,27 @@ def decode(index: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return positions.add_(offsets[: len(positions)])
 
 
-def check_pattern(name: str, values: torch.Tensor, index: torch.Tensor, shape: Sequence[int]) -> None:
+def decode_rows(
+    index: torch.Tensor, shape: Sequence[int], starts: torch.Tensor, first: int, last: int
+) -> torch.Tensor:
+    """Return the positions of the nonzeros of some rows in these rows, flattened.
+
+    Args:
+        index: of the weight.
+        shape: of the weight.
+        starts: see `row_starts`.
+        first: row.
+        last: the row behind the last one.
+    """
+    counts, offsets = parts(index, shape)
+    mine = offsets[int(starts[first]) : int(starts[last])]
+    part = torch.cat([counts[first:last].reshape(-1), mine])
+    return decode(part, (last - first, matrix_shape(shape)[1]))
+
+
+def check_pattern(
+    name: str, values: torch.Tensor, index: torch.Tensor, shape: Sequence[int]
+) -> None:
     """Refuse an index that kernels would misread.
 
     Raises:

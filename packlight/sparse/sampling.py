@@ -20,7 +20,7 @@ def sample_distinct(
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < count:
         more = torch.randint(total, (count - len(drawn),), generator=generator)
-        drawn = torch.cat([drawn, more]).unique()
+        drawn = torch.cat([drawn, more]).unique()  # type: ignore[no-untyped-call]
     return drawn
 
 

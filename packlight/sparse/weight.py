@@ -99,7 +99,7 @@ class SparseWeight(nn.Module):
         for name, old in [("values", self.values), *self.per_value().items()]:
             new = rearranged(old.detach(), source)
             if name == "values" and is_resized:
-                self.values.data = new
+                self._resize(new)
             elif is_resized:
                 setattr(self, name, new)
             else:
@@ -110,21 +110,28 @@ class SparseWeight(nn.Module):
             self.index.copy_(index)
         self.values.grad = None
 
+    def _resize(self, values: torch.Tensor) -> None:
+        """Take other values into the same parameter, which optimizers know."""
+        self.values.grad = None
+        # While any old graph lives (a loss that a loop still holds), autograd goes on to use the
+        # parameter's accumulator, with its old size; only another dtype makes it let go of it.
+        other = torch.float64 if values.dtype != torch.float64 else torch.float32
+        self.values.data = torch.empty(0, dtype=other)
+        self.values.data = values
+
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any
     ) -> None:
         """Take the saved pattern, which may have more or fewer nonzeros."""
-        saved = [state_dict.get(prefix + name) for name in ("values", "index")]
-        if all(isinstance(tensor, torch.Tensor) for tensor in saved):
-            values, index = saved
-            pattern.check_pattern(prefix.rstrip("."), values, index, self.shape)  # type: ignore[arg-type]
-            if len(values) != self.num_nonzeros:  # type: ignore[arg-type]
-                self.values.data = self.values.new_empty(len(values))  # type: ignore[arg-type]
-                self.values.grad = None
-                self.index = torch.empty_like(index, device=self.device)  # type: ignore[arg-type]
+        values, index = (state_dict.get(prefix + name) for name in ("values", "index"))
+        if isinstance(values, torch.Tensor) and isinstance(index, torch.Tensor):
+            pattern.check_pattern(prefix.rstrip("."), values, index, self.shape)
+            if len(values) != self.num_nonzeros:
+                self._resize(self.values.detach().new_empty(len(values)))
+                self.index = torch.empty_like(index, device=self.device)
                 for name, old in self.per_value().items():
-                    setattr(self, name, old.new_empty(len(values)))  # type: ignore[arg-type]
-        super()._load_from_state_dict(state_dict, prefix, *arguments)  # type: ignore[no-untyped-call]
+                    setattr(self, name, old.new_empty(len(values)))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def extra_repr(self) -> str:
         """Return the shape, and how much of it is stored."""
