@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
+.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-sohoni bench-sparse bench-peers bench-zoo bench-largest docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -63,6 +63,10 @@ bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
 	$(BIN)/python -m benchmarks.sohoni
 	$(BIN)/python -m benchmarks.sohoni.report
+
+bench-sparse: $(READY) ## rerun the tables of sparse weights (needs PACKLIGHT_MNIST; an hour)
+	$(BIN)/python -m benchmarks.sparse
+	$(BIN)/python -m benchmarks.sparse.report
 
 bench-zoo: $(READY) ## rerun the matrix of model families (hours)
 	$(BIN)/python -m benchmarks.zoo

@@ -21,8 +21,8 @@ from packlight.sparse import (
     GuidedExploration,
     Method,
     RigL,
-    Sparsity,
     SparseWeight,
+    Sparsity,
     Static,
     Thin,
 )
@@ -54,7 +54,10 @@ def small_net(seed: int = 0) -> nn.Module:
 def batches(num: int, seed: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(16, 3, 8, 8, generator=generator), torch.randint(5, (16,), generator=generator))
+        (
+            torch.randn(16, 3, 8, 8, generator=generator),
+            torch.randint(5, (16,), generator=generator),
+        )
         for _ in range(num)
     ]
 
@@ -143,7 +146,7 @@ def test_what_is_kept_keeps_value_and_state_and_what_is_new_starts_at_zero(name:
         positions = w.positions()
         is_old = torch.tensor([p in old for p in positions.tolist()])
         num_new += int((~is_old).sum())
-        for now, before in zip((w.values, state["exp_avg"], state["exp_avg_sq"]), vectors):
+        for now, before in zip((w.values, state["exp_avg"], state["exp_avg_sq"]), vectors, strict=True):
             # Those that were dropped and drawn again at once are new, too.
             same = now.detach() == before[positions]
             assert (same | (now == 0))[is_old].all() and same[is_old].float().mean() > 0.5
@@ -232,13 +235,13 @@ def test_deepr_weights_never_change_their_sign() -> None:
     model, optimizer, sparsity = started(ALL["deepr"])
     (name, weight), *_ = sparsity.weights.items()
     for batch in batches(4):
-        old = dict(zip(weight.positions().tolist(), weight.per_value()["is_negative"].tolist()))
+        old = dict(zip(weight.positions().tolist(), weight.per_value()["is_negative"].tolist(), strict=True))
         train(model, optimizer, [batch])
         values, signs = weight.values, weight.per_value()["is_negative"]
         assert ((values <= 0) == signs)[values != 0].all()
         same = [
             old.get(p) == s
-            for p, s, v in zip(weight.positions().tolist(), signs.tolist(), values.tolist())
+            for p, s, v in zip(weight.positions().tolist(), signs.tolist(), values.tolist(), strict=True)
             if v != 0
         ]
         assert all(same)
@@ -309,7 +312,7 @@ def test_a_layer_that_loses_all_its_weights_is_an_error_and_nothing_changes() ->
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(SparsityError, match="all weights of '0.weight' were pruned"):
         sparsity.rewire()
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
 
 
 def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

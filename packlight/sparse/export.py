@@ -1,7 +1,7 @@
 """A model with sparse weights as a small file that needs nothing of Packlight to be read.
 
 A safetensors file with the model's `state_dict`: of a sparse weight `<layer>.weight.values` and
-`<layer>.weight.index` (uint8). The header's "sparse" entry is JSON: the shape of each sparse weight.
+`<layer>.weight.index` (uint8). The header's entry "sparse" is JSON: the shape of each such weight.
 The index is described in `packlight.sparse.pattern`; written out with numpy, a weight is
 
     rows, columns = shape[0], prod(shape[1:])
