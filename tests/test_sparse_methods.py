@@ -146,7 +146,8 @@ def test_what_is_kept_keeps_value_and_state_and_what_is_new_starts_at_zero(name:
         positions = w.positions()
         is_old = torch.tensor([p in old for p in positions.tolist()])
         num_new += int((~is_old).sum())
-        for now, before in zip((w.values, state["exp_avg"], state["exp_avg_sq"]), vectors, strict=True):
+        vectors_now = (w.values, state["exp_avg"], state["exp_avg_sq"])
+        for now, before in zip(vectors_now, vectors, strict=True):
             # Those that were dropped and drawn again at once are new, too.
             same = now.detach() == before[positions]
             assert (same | (now == 0))[is_old].all() and same[is_old].float().mean() > 0.5
@@ -235,16 +236,14 @@ def test_deepr_weights_never_change_their_sign() -> None:
     model, optimizer, sparsity = started(ALL["deepr"])
     (name, weight), *_ = sparsity.weights.items()
     for batch in batches(4):
-        old = dict(zip(weight.positions().tolist(), weight.per_value()["is_negative"].tolist(), strict=True))
+        signs = weight.per_value()["is_negative"]
+        old = dict(zip(weight.positions().tolist(), signs.tolist(), strict=True))
         train(model, optimizer, [batch])
         values, signs = weight.values, weight.per_value()["is_negative"]
         assert ((values <= 0) == signs)[values != 0].all()
-        same = [
-            old.get(p) == s
-            for p, s, v in zip(weight.positions().tolist(), signs.tolist(), values.tolist(), strict=True)
-            if v != 0
-        ]
-        assert all(same)
+        is_alive = values != 0
+        places = weight.positions()[is_alive].tolist()
+        assert [old.get(place) for place in places] == signs[is_alive].tolist()
 
 
 def test_a_thin_network_is_a_dense_one_of_fewer_channels() -> None:
@@ -298,7 +297,7 @@ def test_optimizers_whose_state_cannot_follow_are_refused_with_those_that_can() 
     early = torch.optim.SGD(small_net().parameters(), lr=0.1)
     with pytest.raises(SparsityError, match="SGD does not hold the values of '0.weight'"):
         sparsity.attach(early)
-    with pytest.raises(SparsityError, match="Adafactor cannot hold .* AdamW.* can"):
+    with pytest.raises(SparsityError, match="(?s)Adafactor cannot hold .* AdamW.* can"):
         sparsity.attach(torch.optim.Adafactor(model.parameters()))
 
 
@@ -312,7 +311,8 @@ def test_a_layer_that_loses_all_its_weights_is_an_error_and_nothing_changes() ->
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(SparsityError, match="all weights of '0.weight' were pruned"):
         sparsity.rewire()
-    assert all(torch.equal(a, b) for a, b in zip(before.values(), model.state_dict().values(), strict=True))
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in after)
 
 
 def test_several_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

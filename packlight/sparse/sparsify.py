@@ -82,12 +82,12 @@ def sparsify(
     _refuse_small_layers(places, starts, density)
     weights: dict[str, SparseWeight] = {}
     for names, start in zip(owners.values(), starts, strict=True):
-        dense = layers[names[0]]
-        weight = SparseWeight.of_dense(dense.weight, start)  # type: ignore[arg-type]
+        weight = SparseWeight.of_dense(layers[names[0]].weight, start)  # type: ignore[arg-type]
         weight.name = f"{names[0]}.weight"
         weights[weight.name] = weight
         for name in names:
-            _replace(model, name, LAYERS[type(dense)].of_dense(layers.pop(name), weight))
+            layer = layers.pop(name)
+            _replace(model, name, LAYERS[type(layer)].of_dense(layer, weight))
     method.set_up(list(weights.values()), run)
     return Sparsity(method, weights, run, left)
 
@@ -142,11 +142,11 @@ def _layers_of(
 
 def _why_dense(module: nn.Module) -> str | None:
     """Return None for a layer that can be sparse, "" for what is none, else the reason."""
+    if isinstance(module, tuple(LAYERS)) and nn.utils.parametrize.is_parametrized(module):
+        return "its weight is computed from others (parametrized)"
     if type(module) not in LAYERS:
         is_like_one = isinstance(module, tuple(LAYERS))
         return f"{type(module).__name__} is a class of its own" if is_like_one else ""
-    if nn.utils.parametrize.is_parametrized(module):
-        return "its weight is computed from others (parametrized)"
     weight: Any = module.weight
     if weight.device.type != "cpu":
         raise SparsityError(
