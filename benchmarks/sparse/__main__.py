@@ -1,4 +1,4 @@
-"""Measures: `python -m benchmarks.sparse [--questions memory speed accuracy]`; appends lines."""
+"""Measures: `python -m benchmarks.sparse [--questions memory speed]`; appends lines."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.common import append_line, provenance
-from benchmarks.sparse import accuracy, memory, speed
+from benchmarks.sparse import accuracy, memory, rival, speed
 from benchmarks.sparse.records import RESULTS, Record, read_records
 
-QUESTIONS = ("memory", "speed", "accuracy")
+QUESTIONS = ("memory", "speed", "accuracy", "sparselab")
 
 
 def main() -> int:
     """Measure what is not in results.jsonl yet."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sparse", description=__doc__)
-    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS[:3])
     parser.add_argument("--densities", nargs="+", type=float, help="of accuracy (0.05 0.02)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=600)
@@ -33,11 +33,13 @@ def main() -> int:
             values = memory.measured(case, None if method == "dense" else density, method)
         elif question == "speed":
             values = speed.measured(case, density, arguments.rounds)
+        elif question == "sparselab":
+            values = rival.measured(case, density, arguments.rounds)
         else:
             assert seed is not None
             values = accuracy.measured(method, density, seed, arguments.steps)
         made = provenance(seed or 0, "cpu", shlex.join(["python", "-m", "benchmarks.sparse",
-                          *sys.argv[1:]]), ["numba"])
+                          *sys.argv[1:]]), ["numba", "sparselab"])
         append_line(RESULTS, Record(question, case, method, density, made, values, seed))
         print(question, case, method, density, seed, values, flush=True)
     return 0
@@ -53,6 +55,10 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, floa
         for case in speed.CASES:
             for density in (0.05, 0.1, 0.2, 0.3):
                 yield "speed", case, "static", density, None
+    if "sparselab" in arguments.questions:
+        for case in rival.CASES:
+            for density in (0.1, 0.3):
+                yield "sparselab", case, "static", density, None
     if "accuracy" in arguments.questions:
         for seed in arguments.seeds:
             for density in arguments.densities or [0.05, 0.02]:

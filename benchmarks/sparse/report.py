@@ -22,11 +22,12 @@ def main() -> int:
         return 1
     of = {
         question: [r for r in records if r.question == question]
-        for question in ("memory", "speed", "accuracy")
+        for question in ("memory", "speed", "accuracy", "sparselab")
     }
     replace_between_markers(FOLDER / "README.md", "memory", memory_table(of["memory"]))
     replace_between_markers(FOLDER / "README.md", "speed", speed_table(of["speed"]))
     replace_between_markers(FOLDER / "README.md", "accuracy", accuracy_table(of["accuracy"]))
+    replace_between_markers(FOLDER / "README.md", "sparselab", rival_table(of["sparselab"]))
     return 0
 
 
@@ -65,6 +66,27 @@ def speed_table(records: list[Record]) -> list[str]:
         ]
         rows.append([case, *cells])
     return [*table(["layer", *[f"{d:.0%}" for d in densities]], rows), "", *_made(records)]
+
+
+def rival_table(records: list[Record]) -> list[str]:
+    """Return bytes and times beside sparselab's."""
+    header = [
+        "layer", "density", "ours, of dense bytes", "sparselab's", "... without its transposed copy",
+        "our time over theirs", "ours over dense", "theirs over dense",
+    ]
+    rows = []
+    for r in records:
+        v = r.values
+        shares = [
+            f"{v[name] / v['dense_bytes']:.1%}"
+            for name in ("our_bytes", "their_bytes", "their_bytes_without_transposed")
+        ]
+        rows.append([
+            r.case, f"{r.density:.0%}", *shares,
+            median_and_quartiles(v["ratio_median"], v["ratio_quartiles"]),
+            f"{v['our_ratio_to_dense_median']:.2f}", f"{v['their_ratio_to_dense_median']:.2f}",
+        ])
+    return [*table(header, rows), "", *_made(records)]
 
 
 def accuracy_table(records: list[Record]) -> list[str]:

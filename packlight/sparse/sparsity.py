@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,8 @@ class Sparsity:
         self.method, self.weights, self.run, self.left = method, weights, run, left
         self.history: list[tuple[int, list[int]]] = []
         self._optimizers: tuple[torch.optim.Optimizer, ...] = ()
+        self._observed: list[int] = []  # addresses of indices
+        weakref.finalize(self, _forget, self._observed)
         self._note_history()
 
     @property
@@ -75,7 +78,7 @@ class Sparsity:
         """Do what the method does after an optimizer's step; called by the attached optimizer."""
         self.run.step += 1
         weights = list(self.weights.values())
-        self.method.after_step(weights, self.run, [self._group(w)["lr"] for w in weights])
+        self.method.after_step(weights, self.run, [self._group(w).get("lr", 0.0) for w in weights])
         if self.method.is_due(self.run.step):
             self.rewire()
         self._watch()
@@ -119,13 +122,13 @@ class Sparsity:
 
     def _watch(self) -> None:
         """Show the method the gradients of the next step if patterns change after it."""
+        _forget(self._observed)
+        if not self.method.is_due(self.run.step + 1):
+            return
         for weight in self.weights.values():
-            ops.OBSERVERS.pop(weight.__dict__.pop("_observed_at", -1), None)
-            observe = None
-            if self.method.is_due(self.run.step + 1):
-                observe = self.method.observer(weight, self.run)
+            observe = self.method.observer(weight, self.run)
             if observe is not None:
-                weight._observed_at = weight.index.data_ptr()  # type: ignore[assignment]
+                self._observed.append(weight.index.data_ptr())
                 ops.OBSERVERS[weight.index.data_ptr()] = observe
 
     def _optimizer(self, weight: SparseWeight) -> torch.optim.Optimizer | None:
@@ -201,6 +204,13 @@ class Sparsity:
         held = self.bytes_held().items()
         lines += [f"{name:<22}{format_bytes(size):>12}" for name, size in held if size]
         return "\n".join(lines)
+
+
+def _forget(observed: list[int]) -> None:
+    """Show nobody the gradients at these addresses any more."""
+    for address in observed:
+        ops.OBSERVERS.pop(address, None)
+    observed.clear()
 
 
 def refuse_ranks() -> None:
