@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-comm bench-sohoni bench-peers bench-zoo bench-largest bench-cluster docs clean
+.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-comm bench-sohoni bench-sparse bench-peers bench-zoo bench-largest bench-cluster docs clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -70,6 +70,10 @@ bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (nee
 
 bench-cluster: $(READY) ## rerun the scoreboard of predicted training steps
 	$(BIN)/python -m benchmarks.cluster
+
+bench-sparse: $(READY) ## rerun the tables of sparse weights (needs PACKLIGHT_MNIST; an hour)
+	$(BIN)/python -m benchmarks.sparse
+	$(BIN)/python -m benchmarks.sparse.report
 
 bench-zoo: $(READY) ## rerun the matrix of model families (hours)
 	$(BIN)/python -m benchmarks.zoo
