@@ -56,6 +56,16 @@ class Run:
     versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     shared: dict[int, int] = field(default_factory=dict)
 
+    def kept(self) -> list[torch.Tensor]:
+        """Return what it keeps for its backward, what was there before the step aside."""
+        if self.frame is None:
+            return []
+        buffers = self.piece.step.graph.buffers
+        return [
+            value for buffer, value in self.frame.values.items()
+            if isinstance(value, torch.Tensor) and not buffers[buffer].kind.is_resident
+        ]
+
     @property
     def kept_bytes(self) -> int:
         """What it keeps for its backward besides storages that others may hold."""
