@@ -1,4 +1,4 @@
-"""Graphs that nothing breaks, in loops: what several forwards and backwards share one budget for."""
+"""Graphs that nothing breaks, in loops: forwards and backwards that share one budget."""
 
 from __future__ import annotations
 

@@ -60,31 +60,35 @@ class RunsInFlight:
         """Return the runs that keep something for a backward."""
         return [run for run in [*self._runs.values()] if run.frame is not None]
 
-    def note_made(self, values: Iterable[Any]) -> None:
+    def note_made(self, values: Iterable[Any]) -> list[StorageWatch]:
         """Watch what a section returns."""
+        found = []
         for value in values:
             if isinstance(value, torch.Tensor):
                 identity = storage_identity(value)
                 watch = self._watches.get(identity)
                 if watch is None or not watch.num_tensors:
-                    self._watches[identity] = StorageWatch(value)
+                    watch = self._watches[identity] = StorageWatch(value)
+                found.append(watch)
+        return found
 
     def used_bytes(self, run: Run | None = None, arguments: Sequence[Any] = ()) -> int:
         """Return what is in memory of what the step has made.
 
         Args:
-            run: what it keeps does not count.
+            run: what it keeps and what its forward has returned does not count.
             arguments: nor do these.
         """
-        sizes = {i: watch.num_bytes for i, watch in self._watches.items() if watch.num_tensors}
-        sizes.update((storage_identity(t), t.untyped_storage().nbytes()) for t in self._others())
-        own = [value for value in arguments if isinstance(value, torch.Tensor)]
+        own = () if run is None else run.made
+        sizes = {
+            identity: watch.num_bytes for identity, watch in self._watches.items()
+            if watch.num_tensors and watch not in own
+        }
+        tensors = [*self._others()]
+        left_out = [value for value in arguments if isinstance(value, torch.Tensor)]
         for other in self.alive():
-            kept = other.kept()
-            if other is run:
-                own += kept
-            else:
-                sizes.update((storage_identity(t), t.untyped_storage().nbytes()) for t in kept)
-        for tensor in own:
+            (left_out if other is run else tensors).extend(other.kept())
+        sizes.update((storage_identity(t), t.untyped_storage().nbytes()) for t in tensors)
+        for tensor in left_out:
             sizes.pop(storage_identity(tensor), None)
         return sum(sizes.values())

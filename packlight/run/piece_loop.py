@@ -41,7 +41,8 @@ class PieceLoop:
         self.pieces: Pieces | None = None
         self.is_broken = False
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
-        self._gradients_before: dict[int, torch.Tensor] = {}
+        # Bytes of those that were there when the step began, by their parameters' ids.
+        self._gradients_before: dict[int, int] = {}
         # Whose forward began the step; None outside of steps.
         self._first: Piece | None = None
         self._is_over = self._is_end_awaited = False
@@ -49,7 +50,7 @@ class PieceLoop:
 
     @property
     def _gradient_bytes(self) -> int:
-        return sum(gradient.nbytes for gradient in self._gradients_before.values())
+        return sum(self._gradients_before.values())
 
     def _left_bytes(self) -> int | None:
         return None if self._budget_bytes is None else self._budget_bytes - self._gradient_bytes
@@ -100,13 +101,13 @@ class PieceLoop:
         """Run a piece's forward, in a new step where one begins."""
         pieces = self.pieces
         assert pieces is not None, "it was captured"
+        self._parameters.update(
+            (id(p), weakref.ref(p)) for p in primals if isinstance(p, nn.Parameter)
+        )
         is_evaluated_again = self._first is piece and not pieces.is_in_step
         if self._first is None or self._is_over or is_evaluated_again:
             self._finish()
             self._begin(pieces, piece)
-        self._parameters.update(
-            (id(p), weakref.ref(p)) for p in primals if isinstance(p, nn.Parameter)
-        )
         return pieces.forward(piece, primals)
 
     def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
@@ -122,7 +123,7 @@ class PieceLoop:
     # -- steps
 
     def _begin(self, pieces: Pieces, first: Piece) -> None:
-        self._gradients_before = self._gradients()
+        self._gradients_before = {key: g.nbytes for key, g in self._gradients().items()}
         self._first, self._is_over = first, False
         self._is_end_awaited = False  # the backward that it waited for may have failed
         pieces.begin_step(self._gradient_bytes)

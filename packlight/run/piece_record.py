@@ -45,6 +45,7 @@ class Run:
         held: inputs that Python has made, which stay whatever the plan is.
         versions: of inputs that the backward reads: they must not change in between.
         shared: buffer -> number of its storage, while a step is recorded.
+        made: watches of what its forward has returned, where a budget may depend on it.
     """
 
     piece: Piece
@@ -55,6 +56,7 @@ class Run:
     held: list[torch.Tensor] = field(default_factory=list)
     versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     shared: dict[int, int] = field(default_factory=dict)
+    made: list[StorageWatch] = field(default_factory=list)
 
     def kept(self) -> list[torch.Tensor]:
         """Return what it keeps for its backward, what was there before the step aside."""

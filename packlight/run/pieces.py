@@ -35,7 +35,7 @@ from packlight.run.piece_record import ReadyPiece, Run, StepRecord
 from packlight.run.piece_room import Room, ready_piece
 from packlight.search.piece_times import PieceTimes
 from packlight.torch_internals.autograd import is_graph_retained
-from packlight.torch_internals.storages import version
+from packlight.torch_internals.storages import StorageWatch, version
 
 # After so many planned paths, one is planned only if it was taken before.
 MANY_PATHS = 6
@@ -239,7 +239,7 @@ class Pieces:
         results = list(frame.run([*primals]))
         if record is not None:
             record.note_made(run, step.forward_results, results)
-        self._note_made(piece, step.forward_results, results)
+        run.made = self._note_made(piece, step.forward_results, results)
         token = None
         if piece.has_backward:
             self._hold(run, frame, primals)
@@ -280,7 +280,8 @@ class Pieces:
         if record is not None:
             record.note_made(run, step.backward_results, gradients)
             record.section_ends()
-        self._note_made(piece, step.backward_results, gradients)
+        if self._expected is None:
+            self._note_made(piece, step.backward_results, gradients)
         return gradients
 
     def _enter(self, piece: Piece, index: int, is_forward: bool) -> ReadyPiece:
@@ -305,14 +306,17 @@ class Pieces:
                 return planned
         return None
 
-    def _note_made(self, piece: Piece, nodes: Sequence[Any], values: Sequence[Any]) -> None:
+    def _note_made(
+        self, piece: Piece, nodes: Sequence[Any], values: Sequence[Any]
+    ) -> list[StorageWatch]:
         """Watch what a section has made, where a budget may depend on it."""
-        if self._budget_bytes() is not None:
-            graph, buffer_of = piece.step.graph, piece.step.buffer_of_node
-            self._in_flight.note_made(
-                value for node, value in zip(nodes, values, strict=False)
-                if node in buffer_of and not graph.buffers[buffer_of[node]].kind.is_resident
-            )
+        if self._budget_bytes() is None:
+            return []
+        graph, buffer_of = piece.step.graph, piece.step.buffer_of_node
+        return self._in_flight.note_made(
+            value for node, value in zip(nodes, values, strict=False)
+            if node in buffer_of and not graph.buffers[buffer_of[node]].kind.is_resident
+        )
 
     # -- what the backward needs
 

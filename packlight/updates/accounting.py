@@ -24,6 +24,9 @@ from packlight.updates.twin import (
     trainable,
 )
 
+# Some registers full of elements, and a few more.
+NUM_PROBED = 69
+
 
 def tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """Return the size of all storages behind tensors, shared ones counted once."""
@@ -133,6 +136,31 @@ def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
             "promised\nhint: use an optimizer whose step() takes no arguments"
         )
+
+
+def refuse_uneven_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a fused kernel steps some elements of a parameter and leaves others as they are.
+
+    torch 2.13's fused SGD does that on the CPU with bfloat16 and float16, without a word: of a
+    vector only what is left over behind the last full register moves.
+
+    Raises:
+        UnsupportedModelError: equal elements with equal gradients differ after a step.
+    """
+    for group in optimizer.param_groups:
+        kinds = {(p.dtype, p.device) for p in trainable(group)} if group.get("fused") else set()
+        for dtype, device in sorted(kinds, key=str):
+            copy = nn.Parameter(torch.ones(NUM_PROBED, dtype=dtype, device=device))
+            twin = stand_in(optimizer, [group], [[copy]])
+            twin.param_groups[0]["lr"] = 0.5  # a step that no dtype rounds away
+            step_alone(twin, twin.param_groups[0], copy, torch.ones_like(copy), twin.state)
+            num_still = int((copy == 1).sum())
+            if 0 < num_still < NUM_PROBED:
+                raise UnsupportedModelError(
+                    f"{type(optimizer).__name__}(fused=True) leaves {num_still} of {NUM_PROBED} "
+                    f"equal elements of a {dtype} parameter as they were: it does not train\n"
+                    "hint: fused=False, or float32 parameters under allow={'bf16'}"
+                )
 
 
 def _measure_whole(
