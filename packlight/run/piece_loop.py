@@ -11,6 +11,8 @@ A function that nothing breaks is one piece, and has a plan for the step that ca
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from packlight.capture.pieces import Piece
-from packlight.errors import GraphBreakError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError
 from packlight.run.pieces import Pieces
 from packlight.torch_internals.autograd import when_backward_ends
 
@@ -108,17 +110,37 @@ class PieceLoop:
         if self._first is None or self._is_over or is_evaluated_again:
             self._finish()
             self._begin(pieces, piece)
-        return pieces.forward(piece, primals)
+        with self._in_terms_of_the_budget():
+            return pieces.forward(piece, primals)
 
     def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
         """Run the backward of a run."""
         pieces = self.pieces
         assert pieces is not None, "it was captured"
-        gradients = pieces.backward(piece, token, tangents)
+        self._is_over = False  # of several losses each has a backward
+        with self._in_terms_of_the_budget():
+            gradients = pieces.backward(piece, token, tangents)
         if not self._is_end_awaited:
             self._is_end_awaited = True
             when_backward_ends(self._backward_ended)
         return gradients
+
+    @contextmanager
+    def _in_terms_of_the_budget(self) -> Iterator[None]:
+        """Count, in an error, the gradients that were there when the step began."""
+        try:
+            yield
+        except InfeasibleBudgetError as error:
+            if not self._gradient_bytes:
+                raise
+            live = [("gradients of earlier backwards", self._gradient_bytes), *error.peak_buffers]
+            raise InfeasibleBudgetError(
+                error.budget_bytes + self._gradient_bytes,
+                error.smallest_bytes + self._gradient_bytes,
+                error.peak_operation,
+                sorted(live, key=lambda item: -item[1]),
+                error.hint or "zero_grad() drops gradients that nobody is to add to",
+            ) from None
 
     # -- steps
 
@@ -133,7 +155,7 @@ class PieceLoop:
         if self.pieces is not None and self._first is not None and not self._is_over:
             self._is_over = True
             self.pieces.end_sections()
-            if self.pieces.is_recording:
+            if self.pieces.is_recording and self._step_hook is None:
                 # A profiler is stopped outside of the backward, and soon: there can be only one.
                 self._step_hook = register_optimizer_step_pre_hook(lambda *_: self._finish())
 
@@ -146,6 +168,7 @@ class PieceLoop:
         first, self._first, self._is_over = self._first, None, False
         if pieces is not None and first is not None:
             if was_over:
-                pieces.end_step()
+                with self._in_terms_of_the_budget():
+                    pieces.end_step()
             else:
                 pieces.leave_step()

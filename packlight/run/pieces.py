@@ -178,7 +178,9 @@ class Pieces:
         levels = record.stop()
         self._seen[taken] = self._seen.get(taken, 0) + 1
         is_worth_it = len(self._planned) < MANY_PATHS or self._seen[taken] > 1
-        if self.latest is not None or levels is None or not (is_worth_it and self._is_alone):
+        # Of a retained graph a backward comes twice.
+        is_simple = self._is_alone and len(set(self._taken)) == len(self._taken)
+        if self.latest is not None or levels is None or not (is_worth_it and is_simple):
             return
         self._keep_times(record)
         path = record.path([section for section, _ in self._taken], levels, self._end_bytes())
@@ -261,8 +263,8 @@ class Pieces:
                 "a tensor needed for the backward was changed in place since the forward"
             )
         record = self._record if run.step_number == self._step_number else None
-        if record is not None and record.is_over:
-            record = None
+        if record is not None:
+            record.go_on()
         if run.step_number == self._step_number:
             self._enter(piece, run.index, False)
         if record is not None:

@@ -24,6 +24,10 @@ from packlight.updates.twin import (
     trainable,
 )
 
+CLOSURE_HINT = (
+    "use an optimizer whose step() takes no arguments; one that evaluates the loss itself (LBFGS, "
+    "SAM) can step in a loop of your own, with the torch.compile backend"
+)
 # Some registers full of elements, and a few more.
 NUM_PROBED = 69
 
@@ -101,7 +105,7 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     of them together, so there the parameters' workspaces add up.
 
     Raises:
-        UnsupportedModelError: the optimizer's step needs a closure.
+        UnsupportedModelError: the optimizer's step needs a closure, or fails.
     """
     refuse_closure(optimizer)
     state_bytes = 0
@@ -134,7 +138,7 @@ def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
     if needs_closure(optimizer):
         raise UnsupportedModelError(
             f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
-            "promised\nhint: use an optimizer whose step() takes no arguments"
+            f"promised\nhint: {CLOSURE_HINT}"
         )
 
 
@@ -173,4 +177,10 @@ def _measure_whole(
     def step() -> None:
         step_alone(twin, twin.param_groups[0], copy, gradient, twin.state)
 
-    return measure_two_steps(step, twin.state, parameter.device)
+    try:
+        return measure_two_steps(step, twin.state, parameter.device)
+    except Exception as error:  # whatever a third party's step may raise
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__}.step() failed on a copy of a parameter: "
+            f"{error or type(error).__name__}\nhint: {CLOSURE_HINT}"
+        ) from error
