@@ -37,6 +37,7 @@ from packlight.updates.accounting import (
     batch_bytes,
     measure_optimizer,
     refuse_closure,
+    refuse_uneven_steps,
     tensors_bytes,
 )
 from packlight.updates.gradients import fills_storage
@@ -71,6 +72,7 @@ class StepCosts:
         self.updates: ParameterUpdates | SeveralUpdates | None = None
         for part in parts_of(optimizer):
             refuse_closure(part)
+            refuse_uneven_steps(part)
         if optimizer is not None:
             self.updates = updates_of(optimizer)
         self.name_of = {id(p): name for name, p in model.named_parameters()}
