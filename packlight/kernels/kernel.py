@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.torch_internals.dispatch import FakeTensorMode
 from packlight.torch_internals.inductor import compiled_source, compiler_problem, loaded
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The oldest files go when there are more.
 MOST_FILES = 4096
 
@@ -103,8 +104,11 @@ def kernel_of(region: Region) -> Kernel:
     name = region.name
     if name not in _kernels:
         try:
-            source, seconds = _source(region, name)
-            _kernels[name] = _registered(region, name, loaded(source, name), seconds)
+            with warnings.catch_warnings():  # of a compiler's own: they are not the user's business
+                warnings.simplefilter("ignore")
+                source, seconds = _source(region, name)
+                call = loaded(source, name)
+            _kernels[name] = _registered(region, name, call, seconds)
         except Exception as error:  # of inductor, of a compiler, of the system
             problem = compiler_problem(region.device)
             line = str(error).strip().partition("\n")[0]

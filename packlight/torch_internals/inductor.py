@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
-
 
 # What the generated function is called in the source.
 ENTRY = "call"
@@ -58,11 +56,14 @@ def compiled_source(
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
 
     mode: Any = next(t for t in inputs if hasattr(t, "fake_mode"))
     with config.patch({**_settings(), "emulate_precision_casts": rounds_as_eager}), torch.no_grad():
         with mode.fake_mode:
             graph = make_fx(function, decomposition_table=select_decomp_table())(*inputs)
+            if not rounds_as_eager:
+                joint_graph_passes(graph)
         with tracing(TracingContext(mode.fake_mode)):
             compiled: Any = compile_fx_inner(graph, list(inputs))
     if getattr(compiled, "constants", None):

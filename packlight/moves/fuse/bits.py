@@ -73,7 +73,8 @@ def keeping_bits(step: JointStep, nodes: Sequence[fx.Node]) -> set[tuple[Any, ..
     for start in range(0, len(unknown), TRIED_AT_ONCE):
         some = unknown[start : start + TRIED_AT_ONCE]
         for node, is_equal in zip(some, _tried(some), strict=True):
-            known[_key(literals(node))] = is_equal
+            if is_equal is not None:  # what does not compile may do so another time
+                known[_key(literals(node))] = is_equal
             if is_equal:
                 kept.add(literals(node))
     known.save()
@@ -84,13 +85,14 @@ def _key(kind: tuple[Any, ...]) -> str:
     return hashlib.sha256(repr(kind).encode()).hexdigest()[:24]
 
 
-def _tried(nodes: Sequence[fx.Node]) -> list[bool]:
+def _tried(nodes: Sequence[fx.Node]) -> Sequence[bool | None]:
+    """Return whether calls keep their bits, None where they do not compile."""
     region = _side_by_side(nodes)
     try:
         return equal_results(kernel_of(region), region)
     except CompileError:
         if len(nodes) == 1:
-            return [False]
+            return [None]
         return [is_equal for node in nodes for is_equal in _tried([node])]
 
 
@@ -105,9 +107,8 @@ def _side_by_side(nodes: Sequence[fx.Node]) -> Region:
             inputs.append(argument.meta["val"])
     results = []
     for node in nodes:
-        args, kwargs = fx.map_arg(
-            (node.args, dict(node.kwargs)), lambda i, node=node: given[node, i]
-        )
+        own = {argument: given[node, argument] for argument in node.all_input_nodes}
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), own.__getitem__)
         results.append(graph.call_function(node.target, args, kwargs))  # type: ignore[arg-type]
     graph.output(tuple(results))
     outputs = tuple([node.meta["val"] for node in nodes])

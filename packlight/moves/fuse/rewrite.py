@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -33,6 +33,7 @@ class GroupGraph:
 
     Attributes:
         region: what a kernel has to compute.
+        name: of that kernel.
         arguments: nodes of the step's graph that are its inputs, in order.
         results: for each of its outputs, in order, the nodes that stand for it.
     """
@@ -55,17 +56,20 @@ class GroupGraph:
             tuple([same[0].meta["val"] for same in self.results]),
             rounds_as_eager,
         )
+        self.name = self.region.name
 
     def _call(self, node: fx.Node) -> fx.Node:
+        args: Any
+        kwargs: Any
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._value)
-        call = self._graph.call_function
+        call, target = self._graph.call_function, cast(Callable[..., Any], node.target)
         if node.target is dropout_backward():
             gradient, mask, p = args
             dtype = node.meta["val"].dtype
             noise = torch.ones((), dtype=dtype).div_(1 - p).item() if p < 1 else 0.0
             kept = call(_aten._to_copy.default, (mask,), {"dtype": dtype})
             return call(_aten.mul.Tensor, (call(_aten.mul.Tensor, (kept, gradient)), noise))
-        return call(node.target, args, kwargs)  # type: ignore[arg-type]
+        return call(target, args, kwargs)
 
     def _value(self, node: fx.Node) -> fx.Node:
         """Return a value: made inside, a view that is made again inside, or an argument."""
@@ -171,7 +175,8 @@ def _in_order(
     """
     position = {node: index for index, node in enumerate(nodes)}
     item_of: dict[fx.Node, fx.Node | GroupGraph] = {node: node for node in nodes}
-    place: dict[fx.Node | GroupGraph, int] = dict(position)
+    place: dict[fx.Node | GroupGraph, int] = {}
+    place.update(position)
     for group in groups:
         place[group] = max(position[node] for node in group.members)
         item_of.update(dict.fromkeys(group.members, group))
