@@ -11,8 +11,6 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-_aten = torch.ops.aten
-
 
 class Kind(IntEnum):
     """What a call does with elements."""
@@ -21,23 +19,24 @@ class Kind(IntEnum):
     REDUCTION = 1
 
 
+# Names of operators, as `str` has them.
 _MOVING = {
-    _aten._to_copy.default, _aten.clone.default, _aten.slice_backward.default,
-    _aten.select_backward.default, _aten.constant_pad_nd.default, _aten.full.default,
-    _aten.zeros.default, _aten.ones.default, _aten.full_like.default, _aten.zeros_like.default,
-    _aten.ones_like.default, _aten.scalar_tensor.default, _aten.new_zeros.default,
+    "aten._to_copy.default", "aten.clone.default", "aten.slice_backward.default",
+    "aten.select_backward.default", "aten.constant_pad_nd.default", "aten.full.default",
+    "aten.zeros.default", "aten.ones.default", "aten.full_like.default", "aten.zeros_like.default",
+    "aten.ones_like.default", "aten.scalar_tensor.default", "aten.new_zeros.default",
 }
 _REDUCING = {
-    _aten.native_layer_norm.default, _aten.native_layer_norm_backward.default,
-    _aten.native_group_norm.default, _aten.native_group_norm_backward.default,
-    _aten._native_batch_norm_legit_functional.default, _aten.native_batch_norm.default,
-    _aten.native_batch_norm_backward.default, _aten._softmax.default,
-    _aten._softmax_backward_data.default, _aten._log_softmax.default,
-    _aten._log_softmax_backward_data.default, _aten.nll_loss_forward.default,
-    _aten.nll_loss_backward.default, _aten.nll_loss2d_forward.default,
-    _aten.nll_loss2d_backward.default, _aten.sum.dim_IntList, _aten.sum.default,
-    _aten.mean.dim, _aten.mean.default, _aten.var_mean.correction, _aten.amax.default,
-    _aten.mse_loss.default, _aten.mse_loss_backward.default,
+    "aten.native_layer_norm.default", "aten.native_layer_norm_backward.default",
+    "aten.native_group_norm.default", "aten.native_group_norm_backward.default",
+    "aten._native_batch_norm_legit_functional.default", "aten.native_batch_norm.default",
+    "aten.native_batch_norm_backward.default", "aten._softmax.default",
+    "aten._softmax_backward_data.default", "aten._log_softmax.default",
+    "aten._log_softmax_backward_data.default", "aten.nll_loss_forward.default",
+    "aten.nll_loss_backward.default", "aten.nll_loss2d_forward.default",
+    "aten.nll_loss2d_backward.default", "aten.sum.dim_IntList", "aten.sum.default",
+    "aten.mean.dim", "aten.mean.default", "aten.var_mean.correction", "aten.amax.default",
+    "aten.mse_loss.default", "aten.mse_loss_backward.default",
 }
 
 
@@ -48,9 +47,9 @@ def kind_of(node: fx.Node) -> Kind | None:
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None
-    if target in _REDUCING:
+    if str(target) in _REDUCING:
         return Kind.REDUCTION
-    if target in _MOVING:
+    if str(target) in _MOVING:
         return Kind.POINTWISE
     if torch.Tag.pointwise in target.tags and isinstance(node.meta["val"], torch.Tensor):
         is_known = target.namespace in ("aten", "prims") or target is dropout_backward()
