@@ -17,6 +17,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from packlight.errors import MoveError, OptionError, PacklightError
+from packlight.moves.channels_last import ChannelsLast
 from packlight.moves.chunk.move import Chunk
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.fuse.move import Fuse, FuseExactly
@@ -29,7 +30,8 @@ from packlight.moves.stream.move import Offload
 
 GROUP = "packlight.moves"
 BUILT_IN: tuple[type[Move], ...] = (
-    Autocast, UpdateInBackward, Microbatch, Pack, Chunk, Fuse, FuseExactly, DataParallel, Offload,
+    Autocast, UpdateInBackward, Microbatch, ChannelsLast, Pack, Chunk, Fuse, FuseExactly,
+    DataParallel, Offload,
 )
 
 
