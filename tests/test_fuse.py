@@ -22,8 +22,7 @@ from packlight.kernels import kernel as kernels
 from packlight.moves.fuse import groups as fuse_groups
 from packlight.moves.fuse import move as fuse_move
 from packlight.moves.fuse.groups import Groups
-from packlight.planner.plain import plain_schedule
-from packlight.step import Phase, simulate
+from packlight.step import Action, Phase
 from tests.oracles.joint import Joint, joint_graph
 
 ROWS, WIDTH = 64, 96
@@ -70,7 +69,7 @@ def test_pointwise_groups_keep_every_bit() -> None:
         assert plain is None or plain.stride() == mine.stride()
 
 
-def test_groups_with_sums_differ_by_rounding_and_need_less_memory() -> None:
+def test_groups_with_sums_differ_by_rounding_and_make_less() -> None:
     joint = joint_of(normed, ROWS, WIDTH)
     groups = grouped(joint, is_exact=False)
     module = groups.module()
@@ -83,8 +82,14 @@ def test_groups_with_sums_differ_by_rounding_and_need_less_memory() -> None:
         after = read_joint_graph(module, joint.num_forward_outputs, profiler.measure).graph
     before = groups.step.graph
     assert len(after.operations) < len(before.operations)
-    peaks = [simulate(g, plain_schedule(g)).peak_bytes for g in (before, after)]
-    assert peaks[1] <= peaks[0]
+    made = [
+        sum(graph.buffers[b].bytes for o in graph.operations for b in o.creates)
+        for graph in (before, after)
+    ]
+    saved = sum(graph.group.saved_bytes for graph in groups.kernels)
+    assert saved > 4 * ROWS * WIDTH * 4 and made[1] == made[0] - saved
+    # A kernel that writes into what it reads is one whose result was seen to stay the same.
+    assert any(o.overwrites for o in after.operations if o.name.startswith(FUSED_NAMESPACE))
 
 
 def test_groups_are_closed_and_have_one_large_result_in_the_forward() -> None:
@@ -185,9 +190,7 @@ def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None
         fitted(1, moves=moves)
     step, _ = fitted(caught.value.smallest_bytes, moves=moves)
     assert step.plan.num_reruns > 0
-    assert any(
-        name.startswith(FUSED_NAMESPACE) for name in map(str, rerun_names(step))
-    ), "a kernel runs twice"
+    assert any(name.startswith(FUSED_NAMESPACE) for name in rerun_names(step))
     for loss in losses:
         measured = step.measured(batch)
         assert measured.peak_bytes <= caught.value.smallest_bytes
@@ -196,10 +199,9 @@ def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None
 
 
 def rerun_names(step: packlight.TrainStep) -> list[str]:
-    graph = step.profile.graph if hasattr(step.profile, "graph") else None
-    assert graph is not None
-    runs = [i.target for i in step.plan.schedule.instructions if i.action.name == "RUN"]
-    return [graph.operations[o].name for o in set(runs) if runs.count(o) > 1]
+    operations = step.profile.graph.operations
+    runs = [i.target for i in step.plan.schedule.instructions if i.action is Action.RUN]
+    return [operations[o].name for o in set(runs) if runs.count(o) > 1]
 
 
 def test_nothing_is_fused_unless_it_is_asked_for() -> None:
