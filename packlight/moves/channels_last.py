@@ -8,6 +8,7 @@ they are.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -70,10 +71,8 @@ def with_images_channels_last(module: fx.GraphModule) -> fx.GraphModule:
                 clone = writer.call(image, _aten.clone.default, (copies[image],), options)
                 clone.meta.pop("desc", None)
                 rearranged[image] = clone
-        is_call = node.op == "call_function"
-        copies[node] = graph.node_copy(
-            node, lambda n, c=is_call: rearranged.get(n, copies[n]) if c else copies[n]
-        )
+        read = ChainMap(rearranged, copies) if node.op == "call_function" else copies
+        copies[node] = graph.node_copy(node, read.__getitem__)
     copy_calling_convention(module.graph, graph)
     graph.lint()
     rewritten = GraphData(module, graph)

@@ -175,8 +175,7 @@ def _in_order(
     """
     position = {node: index for index, node in enumerate(nodes)}
     item_of: dict[fx.Node, fx.Node | GroupGraph] = {node: node for node in nodes}
-    place: dict[fx.Node | GroupGraph, int] = {}
-    place.update(position)
+    place: dict[fx.Node | GroupGraph, int] = {node: index for node, index in position.items()}
     for group in groups:
         place[group] = max(position[node] for node in group.members)
         item_of.update(dict.fromkeys(group.members, group))
