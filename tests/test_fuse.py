@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import packlight
+from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.costs.profiler import CallProfiler
@@ -90,6 +91,19 @@ def test_groups_with_sums_differ_by_rounding_and_make_less() -> None:
     assert saved > 4 * ROWS * WIDTH * 4 and made[1] == made[0] - saved
     # A kernel that writes into what it reads is one whose result was seen to stay the same.
     assert any(o.overwrites for o in after.operations if o.name.startswith(FUSED_NAMESPACE))
+
+
+def test_dropout_draws_eagers_masks_and_its_product_is_fused() -> None:
+    def dropped(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (F.dropout(x, 0.3) + y).square().sum()
+
+    joint = joint_of(dropped, ROWS, WIDTH)
+    use_eager_dropout(joint.module)
+    groups = grouped(joint, is_exact=True)
+    fused = [str(n.target) for graph in groups.kernels for n in graph.members]
+    assert fused.count("packlight.dropout_backward.default") == 2  # the forward's product, too
+    for plain, mine in zip(joint.run(), joint.run(groups.module()), strict=True):
+        assert plain is mine is None or torch.equal(plain, mine)
 
 
 def test_groups_are_closed_and_have_one_large_result_in_the_forward() -> None:

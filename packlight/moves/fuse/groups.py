@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 
 from torch import fx
 
+from packlight.capture.dropout import with_masks_apart
 from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.kernels.kernel import CompileError, Kernel, kernel_of
 from packlight.moves.fuse.bits import equal_results, keeping_bits
@@ -40,6 +41,7 @@ class Groups:
         self, module: fx.GraphModule, num_forward_outputs: int, measure: Measure, *, is_exact: bool
     ) -> None:
         self.is_exact = is_exact
+        module = with_masks_apart(module)
         self.step = read_joint_graph(module, num_forward_outputs, measure)
         self.kernels: dict[GroupGraph, Kernel] = {}
         self.failures: Counter[str] = Counter()
