@@ -18,7 +18,7 @@ from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.read_joint import read_joint_graph
 from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import WayError
+from packlight.errors import InfeasibleBudgetError, WayError
 from packlight.kernels import kernel as kernels
 from packlight.moves.fuse import groups as fuse_groups
 from packlight.moves.fuse import move as fuse_move
@@ -180,7 +180,7 @@ def assert_trains_like_eager(
         torch.testing.assert_close(mine, other, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["fuse", "fuse-exactly"])
+@pytest.mark.parametrize("name", ["fuse", pytest.param("fuse-exactly", marks=pytest.mark.slow)])
 def test_a_fused_step_trains_like_eager_and_is_described_saved_and_loaded(
     fusing_wins: None, tmp_path: Path, name: str
 ) -> None:
@@ -200,7 +200,7 @@ def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None
     moves = ("update-in-backward", "fuse")
     plain, batch = fitted(moves=moves)
     losses = [float(plain(batch)) for _ in range(2)]
-    with pytest.raises(packlight.InfeasibleBudgetError) as caught:
+    with pytest.raises(InfeasibleBudgetError) as caught:
         fitted(1, moves=moves)
     step, _ = fitted(caught.value.smallest_bytes, moves=moves)
     assert step.plan.num_reruns > 0
