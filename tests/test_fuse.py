@@ -23,6 +23,7 @@ from packlight.kernels import kernel as kernels
 from packlight.moves.fuse import groups as fuse_groups
 from packlight.moves.fuse import move as fuse_move
 from packlight.moves.fuse.groups import Groups
+from packlight.moves.fuse.reread import REREAD_KEY
 from packlight.step import Action, Phase
 from tests.oracles.joint import Joint, joint_graph
 
@@ -62,7 +63,8 @@ def normed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def test_pointwise_groups_keep_every_bit() -> None:
     joint = joint_of(residual, ROWS, ROWS)
     groups = grouped(joint, is_exact=True)
-    module = groups.module(groups.not_worth_it())
+    assert not groups.not_worth_it()
+    module = groups.module()
     fused = [n for n in module.graph.nodes if str(n.target).startswith(FUSED_NAMESPACE)]
     assert fused
     for plain, mine in zip(joint.run(), joint.run(module), strict=True):
@@ -91,6 +93,36 @@ def test_groups_with_sums_differ_by_rounding_and_make_less() -> None:
     assert saved > 4 * ROWS * WIDTH * 4 and made[1] == made[0] - saved
     # A kernel that writes into what it reads is one whose result was seen to stay the same.
     assert any(o.overwrites for o in after.operations if o.name.startswith(FUSED_NAMESPACE))
+
+
+def test_a_backward_makes_again_what_it_reads_of_the_forward() -> None:
+    """Its kernel reads 16-bit scores; their log-softmax in float32 is not kept for it."""
+
+    def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        scores = x.bfloat16() @ y.bfloat16().t()
+        return F.cross_entropy(scores.float(), torch.arange(len(x)))
+
+    joint = joint_of(loss_fn, ROWS, WIDTH)
+    groups = grouped(joint, is_exact=False)
+    with CallProfiler(progress=False) as profiler:
+        after = read_joint_graph(
+            groups.module(), joint.num_forward_outputs, profiler.measure
+        ).graph
+    made = {b for o in after.operations[: after.num_forward] for b in o.creates}
+    read = {b for o in after.operations[after.num_forward :] for b in o.reads}
+    squares = [after.buffers[b].bytes for b in made & read]
+    assert 2 * ROWS * ROWS in squares and 4 * ROWS * ROWS not in squares
+    for plain, mine in zip(joint.run(), joint.run(groups.module()), strict=True):
+        if plain is not None:
+            torch.testing.assert_close(mine, plain, rtol=2e-2, atol=1e-4)
+    # Where that kernel is left out, what it reads is made once, as ever.
+    names = [graph.name for graph in groups.kernels if len(graph.members) > 3]
+    with CallProfiler(progress=False) as profiler:
+        without = Groups(
+            joint.module, joint.num_forward_outputs, profiler.measure, is_exact=False,
+            left_out=names,
+        )
+    assert not any(REREAD_KEY in node.meta for node in without.module().graph.nodes)
 
 
 def test_dropout_draws_eagers_masks_and_its_product_is_fused() -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Collection
 from torch import fx
 
 from packlight.capture.dropout import with_masks_apart
+from packlight.capture.joint import JointStep
 from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.kernels.kernel import CompileError, Kernel, kernel_of
 from packlight.moves.fuse.bits import equal_results, keeping_bits
 from packlight.moves.fuse.fusable import Kind, domain, kind_of, literals
 from packlight.moves.fuse.partition import MIN_ELEMENTS, groups_of
+from packlight.moves.fuse.reread import REREAD_KEY, with_rereads
 from packlight.moves.fuse.rewrite import GroupGraph, fused
 from packlight.moves.fuse.verdicts import Verdicts
 
@@ -30,37 +32,63 @@ class Groups:
         measure: observes calls.
         is_exact: groups of such pointwise calls alone that round in a kernel as they do in eager
             PyTorch.
+        left_out: names of kernels that are not used.
 
     Attributes:
-        step: the graph, as it was read.
-        kernels: of the groups that could be compiled.
-        failures: why others could not be -> how many.
+        step: the graph, as it was read, with what the backward makes again in its kernels.
+        kernels: that are used.
+        failures: why other groups could not be compiled -> how many.
     """
 
     def __init__(
-        self, module: fx.GraphModule, num_forward_outputs: int, measure: Measure, *, is_exact: bool
+        self,
+        module: fx.GraphModule,
+        num_forward_outputs: int,
+        measure: Measure,
+        *,
+        is_exact: bool,
+        left_out: Collection[str] = (),
     ) -> None:
         self.is_exact = is_exact
-        module = with_masks_apart(module)
-        self.step = read_joint_graph(module, num_forward_outputs, measure)
-        self.kernels: dict[GroupGraph, Kernel] = {}
-        self.failures: Counter[str] = Counter()
-        for group in groups_of(self.step, self._may_join()):
-            graph = GroupGraph(self.step, group, rounds_as_eager=is_exact)
-            try:
-                self.kernels[graph] = kernel_of(graph.region)
-            except CompileError as error:
-                self.failures[str(error)] += 1
 
-    def _may_join(self) -> Callable[[fx.Node, Kind], bool]:
+        def read(module: fx.GraphModule) -> JointStep:
+            return read_joint_graph(module, num_forward_outputs, measure)
+
+        plain = read(with_masks_apart(module))
+        may_join = self._may_join(plain)
+        banned: set[str] = set()
+        while True:
+            self.step = read(with_rereads(plain, may_join, banned))
+            self.kernels: dict[GroupGraph, Kernel] = {}
+            self.failures: Counter[str] = Counter()
+            for group in groups_of(self.step, may_join):
+                graph = GroupGraph(self.step, group, rounds_as_eager=is_exact)
+                if graph.name in left_out:
+                    continue
+                try:
+                    self.kernels[graph] = kernel_of(graph.region)
+                except CompileError as error:
+                    self.failures[str(error)] += 1
+            lost = self._made_again_for_nothing()
+            if not lost:
+                return
+            banned |= lost
+
+    def _made_again_for_nothing(self) -> set[str]:
+        """Return the names of calls that the backward makes again outside of kernels."""
+        inside = {node for graph in self.kernels for node in graph.members}
+        nodes = (node for node in self.step.module.graph.nodes if node not in inside)
+        return {node.meta[REREAD_KEY] for node in nodes if REREAD_KEY in node.meta}
+
+    def _may_join(self, step: JointStep) -> Callable[[fx.Node, Kind], bool]:
         if not self.is_exact:
             return lambda node, kind: True
         pointwise = [
-            node for node in self.step.node_of_operation
+            node for node in step.node_of_operation
             if node.op == "call_function" and kind_of(node) is Kind.POINTWISE
             and domain(node) >= MIN_ELEMENTS
         ]
-        kept = keeping_bits(self.step, pointwise)
+        kept = keeping_bits(step, pointwise)
         return lambda node, kind: kind is Kind.POINTWISE and literals(node) in kept
 
     @property
@@ -68,13 +96,9 @@ class Groups:
         """The names of all kernels; equal groups share one."""
         return {graph.name for graph in self.kernels}
 
-    def used(self, left_out: Collection[str]) -> dict[GroupGraph, Kernel]:
-        """Return the kernels without those of some names."""
-        return {g: kernel for g, kernel in self.kernels.items() if g.name not in left_out}
-
-    def module(self, left_out: Collection[str] = ()) -> fx.GraphModule:
-        """Return the joint graph with its groups in kernels, but those of some names."""
-        return fused(self.step, self.used(left_out))
+    def module(self) -> fx.GraphModule:
+        """Return the joint graph with its groups in kernels."""
+        return fused(self.step, self.kernels)
 
     def why_none(self) -> str:
         """Return why there are no kernels."""

@@ -37,15 +37,17 @@ class Fuse(Move):
         if problem is not None:
             yield Refusal(f"nothing can be compiled here: {problem}")
             return
-        groups = cls._groups(draft)
-        left_out = groups.not_worth_it()
-        if not groups.kernels:
-            yield Refusal(groups.why_none())
-        elif left_out == groups.names:
+        left_out: frozenset[str] = frozenset()
+        while not_worth_it := cls._groups(draft, left_out).not_worth_it():
+            left_out |= not_worth_it  # without them, groups may be others
+        groups = cls._groups(draft, left_out)
+        if groups.kernels:
+            yield cls(tuple(sorted(left_out)))
+        elif left_out:
             reason = "faster in one kernel" + (" with the same bits" if cls.is_exact else "")
             yield Refusal(f"no group of calls is {reason}")
         else:
-            yield cls(tuple(sorted(left_out)))
+            yield Refusal(groups.why_none())
 
     def apply(self, draft: Draft) -> Draft:
         """Return the draft with its graph rewritten.
@@ -59,12 +61,13 @@ class Fuse(Move):
                 "machine", "it has fused kernels", f"one that compiles them: {problem}",
                 "leave way= out, and a way without them is looked for",
             )
-        return draft.changed(module=self._groups(draft).module(self.left_out))
+        groups = self._groups(draft, frozenset(self.left_out))
+        return draft.changed(module=groups.module())
 
     def describe(self, draft: Draft) -> str:
         """Return what is fused, what that saves and what it cost."""
-        groups = self._groups(draft)
-        used = groups.used(self.left_out)
+        groups = self._groups(draft, frozenset(self.left_out))
+        used = groups.kernels
         kernels = {graph.name: kernel for graph, kernel in used.items()}
         num_calls = sum(len(graph.members) for graph in used)
         seconds = sum(kernel.compile_seconds for kernel in kernels.values())
@@ -80,15 +83,15 @@ class Fuse(Move):
         return ", ".join(words)
 
     @classmethod
-    def _groups(cls, draft: Draft) -> Groups:
+    def _groups(cls, draft: Draft, left_out: frozenset[str]) -> Groups:
         def make() -> Groups:
             assert draft.profiler is not None, "calls are observed while a draft is shaped"
             return Groups(
                 draft.graph_module, draft.loss.num_forward_outputs, draft.profiler.measure,
-                is_exact=cls.is_exact,
+                is_exact=cls.is_exact, left_out=left_out,
             )
 
-        return draft.once(cls, make)
+        return draft.once((cls, left_out), make)
 
 
 @dataclass(frozen=True)
