@@ -36,7 +36,8 @@ class Options(TypedDict, total=False):
     """What `fit`, `plan` and `profile` take by name; all of it may be left out.
 
     Attributes:
-        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None.
+        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None. Those
+            that compile have to be named: (*MOVES, "fuse"), (*EXACT_MOVES, "fuse-exactly").
         allow: names of approximate techniques. "bf16" or "fp16" run the loss under
             `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
             keep their dtype.

@@ -36,6 +36,7 @@ from packlight.updates.accounting import (
     batch_bytes,
     measure_optimizer,
     refuse_closure,
+    refuse_uneven_steps,
     tensors_bytes,
 )
 from packlight.updates.several import SeveralUpdates, parts_of, updates_of
@@ -66,6 +67,7 @@ class StepCosts:
         self.updates: ParameterUpdates | SeveralUpdates | None = None
         for part in parts_of(optimizer):
             refuse_closure(part)
+            refuse_uneven_steps(part)
         if optimizer is not None:
             self.updates = updates_of(optimizer)
         self.name_of = {id(p): name for name, p in model.named_parameters()}

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from packlight.after_step import hooks_after_step
 from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
 from packlight.torch_internals.optimizers import mark_stepped
@@ -92,6 +93,7 @@ class ParameterUpdates:
             DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
         )
         self._num_states = 0
+        self._has_applied = False
         self._remembered = RememberedSteps(optimizer)
         self._observe()
 
@@ -199,6 +201,7 @@ class ParameterUpdates:
             gradient: the complete gradient, of the parameter's shape and dtype, in any layout. The
                 optimizer may overwrite it.
         """
+        self._has_applied = True
         group_index = self._group_index[parameter]
         group = self.optimizer.param_groups[group_index]
         slices = self._slices_of(group_index, parameter)
@@ -208,8 +211,15 @@ class ParameterUpdates:
         """Say that all parameters were updated.
 
         New states are put in the order in which `optimizer.step()` makes them, which is the order
-        in `state_dict()` and so in checkpoints.
+        in `state_dict()` and so in checkpoints. Hooks that need no gradients are called.
         """
+        self._order_states()
+        if self._has_applied:  # else `optimizer.step()` has called them
+            self._has_applied = False
+            for hook in hooks_after_step(self.optimizer):
+                hook.call()
+
+    def _order_states(self) -> None:
         states = self.optimizer.state
         if len(states) == self._num_states:
             return
