@@ -98,7 +98,9 @@ class Room:
 
     @property
     def has_plain(self) -> bool:
-        """Whether the step fits without anything that costs time."""
+        """Whether the step fits without anything that costs time, or that anybody asked to save."""
+        if self.left_bytes is None:
+            return bool(self.found)
         return any(way.is_plain for way in self.found.values())
 
 
