@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import nn
 import packlight
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.read_joint import read_joint_graph
+from packlight.cli import options
 from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, WayError
@@ -254,6 +256,12 @@ def test_nothing_is_fused_unless_it_is_asked_for() -> None:
     assert not {"fuse", "fuse-exactly"} & {*packlight.MOVES, *packlight.EXACT_MOVES}
     step, _ = fitted()
     assert "fuse" not in step.describe()
+
+
+def test_the_command_line_names_it() -> None:
+    for is_exact, name in ((False, "fuse"), (True, "fuse-exactly")):
+        names = options.moves(argparse.Namespace(exact=is_exact, fuse=True))
+        assert names == (*(packlight.EXACT_MOVES if is_exact else packlight.MOVES), name)
 
 
 # -- what cannot be compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from torch import fx
 
@@ -13,7 +13,7 @@ from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.kernels.kernel import CompileError, Kernel, kernel_of
 from packlight.moves.fuse.bits import equal_results, keeping_bits
 from packlight.moves.fuse.fusable import Kind, domain, kind_of, literals
-from packlight.moves.fuse.partition import MIN_ELEMENTS, groups_of
+from packlight.moves.fuse.partition import MIN_ELEMENTS, MayJoin, groups_of
 from packlight.moves.fuse.reread import REREAD_KEY, with_rereads
 from packlight.moves.fuse.rewrite import GroupGraph, fused
 from packlight.moves.fuse.verdicts import Verdicts
@@ -80,7 +80,7 @@ class Groups:
         nodes = (node for node in self.step.module.graph.nodes if node not in inside)
         return {node.meta[REREAD_KEY] for node in nodes if REREAD_KEY in node.meta}
 
-    def _may_join(self, step: JointStep) -> Callable[[fx.Node, Kind], bool]:
+    def _may_join(self, step: JointStep) -> MayJoin:
         if not self.is_exact:
             return lambda node, kind: True
         pointwise = [
