@@ -159,6 +159,13 @@ def test_groups_are_closed_and_have_one_large_result_in_the_forward() -> None:
             assert not (downstream - made) & set(graph.operations[o].reads)
 
 
+def test_no_more_kernels_are_compiled_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_groups, "MOST_KERNELS", 1)
+    groups = grouped(joint_of(normed, ROWS, WIDTH), is_exact=False)
+    assert len({graph.name for graph in groups.kernels}) == 1
+    assert "no more than 1 kernels are compiled" in groups.failures
+
+
 # -- in fit
 
 
