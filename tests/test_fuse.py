@@ -237,6 +237,7 @@ def test_a_fused_step_trains_like_eager_and_is_described_saved_and_loaded(
     assert again.plan.schedule == step.plan.schedule
 
 
+@pytest.mark.slow
 def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None) -> None:
     moves = ("update-in-backward", "fuse")
     plain, batch = fitted(moves=moves)
