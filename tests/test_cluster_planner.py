@@ -189,3 +189,18 @@ def test_a_model_that_does_not_fit_is_told_by_how_much_and_what_does() -> None:
 def test_numbers_that_make_no_layout_are_refused() -> None:
     with pytest.raises(OptionError, match="a batch that is a multiple of"):
         plan_cluster(Transformer(5, 1024, 16), cluster_of("a100-80gb", 56), 3)
+
+
+def test_thin_links_between_racks_keep_what_talks_most_within_one() -> None:
+    flat = cluster_of("a100-80gb", 32, per_node=4)
+    slow = replace(flat.network, bytes_per_second=flat.network.bytes_per_second / 200)
+    racks = replace(flat, nodes_per_rack=2, rack_link=slow)
+    near, far = (plan_cluster(SMALL, machines, 128) for machines in (flat, racks))
+    assert far.prediction.seconds > near.prediction.seconds
+
+    def crossing(layout: Layout) -> float:
+        """Return the bytes of each rank's gradients that go from rack to rack."""
+        reach = layout.tensor * (layout.data - 1) + 1
+        return SMALL.parameters / layout.pipeline / layout.tensor * (reach > 8)
+
+    assert crossing(far.layout) < crossing(near.layout)
