@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +109,13 @@ def test_a_pipeline_that_never_flushes_has_one_bubble_for_all_batches() -> None:
     endless = simulate_pipeline(pipedream_2bw(p, m * batches, m), [UNIT] * p).total_seconds
     flushed = simulate_pipeline(one_f_one_b(p, m), [UNIT] * p).total_seconds
     assert endless == pytest.approx(batches * flushed - (batches - 1) * 3 * (p - 1))
+
+
+def test_the_page_shows_what_its_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"^```python\n(.*?)^```\n\n((?:    [^\n]*\n)+)", page, re.M | re.S)[0]
+    exec(code, {})
+    assert capsys.readouterr().out == textwrap.dedent(shown)
 
 
 def swapped(schedule: PipelineSchedule, rank: int, a: int, b: int) -> PipelineSchedule:
