@@ -19,6 +19,7 @@ from packlight.cluster.instructions import (
     weight_versions,
 )
 from packlight.cluster.schedules import (
+    bidirectional,
     gpipe,
     interleaved,
     one_f_one_b,
@@ -37,7 +38,7 @@ UNIT = StageCosts(1.0, 1.0, 1.0, kept_bytes=10, held_bytes=6, static_bytes=100, 
 
 def all_schedules(p: int, m: int) -> list[PipelineSchedule]:
     found = [f(p, m) for f in (gpipe, one_f_one_b, varuna, zero_bubble_h1, pipedream)]
-    found.append(pipedream_2bw(p, m, m))
+    found += [pipedream_2bw(p, m, m), bidirectional(p, m)]
     if m % p == 0:
         found += [interleaved(p, m, 2), interleaved(p, m, 3)]
     return found
@@ -75,6 +76,16 @@ def test_frames_in_flight_are_those_of_the_papers(p: int, m: int) -> None:
     assert frames(one_f_one_b(p, m)) == [p - r for r in range(p)]
     assert frames(zero_bubble_h1(p, m)) == [p] * p
     assert frames(interleaved(p, m, 2)) == [min(2 * m, 2 * (p - r - 1) + p + 1) for r in range(p)]
+
+
+@pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 8), (8, 16)])
+def test_two_ways_have_a_smaller_bubble_than_one_for_one_more_microbatch(p: int, m: int) -> None:
+    both = simulate_pipeline(bidirectional(p, m), [UNIT] * 2 * p)
+    one = simulate_pipeline(zero_bubble_h1(p, 2 * m), [UNIT] * p)
+    assert max(both.frames) <= p + 1
+    assert sum(both.busy_seconds) == sum(one.busy_seconds) == pytest.approx(2 * m * 3 * p)
+    assert one.total_seconds - 6 * m == pytest.approx(p - 1)
+    assert both.total_seconds - 6 * m == pytest.approx(p / 2 - 1)
 
 
 def test_peaks_count_what_each_instruction_holds() -> None:
