@@ -372,3 +372,31 @@ class OptimizerStateError(PacklightError, ValueError):
             f"{what} of the saved optimizer state is {saved!r}, that of this optimizer {expected!r}"
             "; nothing was loaded" + (f"\nhint: {hint}" if hint else "")
         )
+
+
+class SparsityError(PacklightError, ValueError):
+    """A model, a setting or an optimizer with which there is no sparse training."""
+
+
+class SparsePatternError(PacklightError, ValueError):
+    """Values and an index that are no pattern of a weight.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight.
+        problem: what does not fit.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], problem: str, hint: str = "") -> None:
+        self.name, self.shape, self.problem = name, shape, problem
+        super().__init__(
+            f"the pattern of {name!r}, of shape {shape}, does not fit: {problem}"
+            + (f"\nhint: {hint}" if hint else "")
+        )
+
+
+class SparseTensorError(PacklightError, ValueError):
+    """A tensor that the kernels of `packlight.sparse` do not take."""
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(f"packlight.sparse got {problem}" + (f"\nhint: {hint}" if hint else ""))
