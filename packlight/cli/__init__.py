@@ -20,7 +20,7 @@ _COMMANDS = {
 }
 
 _EPILOG = """\
-FILE (of profile, plan and train) is a Python file with plain functions:
+FILE is a Python file with plain functions:
   model() -> nn.Module
   loss(model, batch) -> scalar tensor
   optimizer(model) -> torch.optim.Optimizer
