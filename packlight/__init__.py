@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
     from packlight.run.train_step import TrainStep
+    from packlight.sparse.sparsify import sparsify
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
@@ -58,10 +59,11 @@ _HOMES = {
     "measure_peak": "packlight.costs.peak",
     "plan": "packlight.fitting",
     "profile": "packlight.fitting",
+    "sparsify": "packlight.sparse.sparsify",
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("optim",)
+_FOLDERS = ("cluster", "comm", "compress", "optim", "sparse")
 
 __all__ = [
     "EXACT_MOVES",
@@ -76,6 +78,7 @@ __all__ = [
     "measure_peak",
     "plan",
     "profile",
+    "sparsify",
 ]
 
 
