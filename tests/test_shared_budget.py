@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
 from packlight.planner.pieces import keeping_little, order_of, piece_schedule
 from packlight.planner.plain import plain_schedule
 from packlight.planner.shrink import backward_peak_bytes, with_smaller_backward
@@ -211,6 +211,27 @@ def test_forwards_that_transfer_are_refused_beside_one_another(tmp_path: Path) -
     model.zero_grad()
     with pytest.raises(InfeasibleBudgetError, match="forward 2 before a backward"):
         scored_together(net, batches)
+
+
+def test_hooks_on_what_autograd_saves_change_no_bit_or_are_refused() -> None:
+    """`save_on_cpu` saves the same memory on a CPU; what copies is named before it is wrong."""
+    torch.manual_seed(0)
+    eager = Scored()
+    model, batch = copy.deepcopy(eager), torch.randn(64, 48)
+    torch._dynamo.reset()
+    net = compiled(model, 2**24)
+    for forward in (eager, net):
+        torch.manual_seed(1)
+        with torch.autograd.graph.save_on_cpu(pin_memory=False):
+            loss = forward(batch)
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        loss = net(batch)
+    with pytest.raises(UnsupportedModelError, match="hooks that copy what autograd saves"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(
