@@ -201,6 +201,7 @@ def test_what_does_not_fit_beside_the_rest_of_a_loop_is_refused(loop: Loop, what
     assert refused.value.smallest_bytes > refused.value.budget_bytes
 
 
+@pytest.mark.slow
 def test_forwards_that_transfer_are_refused_beside_one_another(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, batches = Scored(), [torch.randn(512, 48) for _ in range(2)]
