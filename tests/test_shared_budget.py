@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -199,19 +198,6 @@ def test_what_does_not_fit_beside_the_rest_of_a_loop_is_refused(loop: Loop, what
     with pytest.raises(InfeasibleBudgetError, match=what) as refused:
         loop(net, batches)
     assert refused.value.smallest_bytes > refused.value.budget_bytes
-
-
-@pytest.mark.slow
-def test_forwards_that_transfer_are_refused_beside_one_another(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model, batches = Scored(), [torch.randn(512, 48) for _ in range(2)]
-    torch._dynamo.reset()
-    budget = int(0.8 * smallest_bytes(model, batches[0]))
-    net = compiled(model, budget, offload_directory=tmp_path)
-    net(batches[0]).backward()
-    model.zero_grad()
-    with pytest.raises(InfeasibleBudgetError, match="forward 2 before a backward"):
-        scored_together(net, batches)
 
 
 def test_hooks_on_what_autograd_saves_change_no_bit_or_are_refused() -> None:
