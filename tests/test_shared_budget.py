@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -198,6 +199,29 @@ def test_what_does_not_fit_beside_the_rest_of_a_loop_is_refused(loop: Loop, what
     with pytest.raises(InfeasibleBudgetError, match=what) as refused:
         loop(net, batches)
     assert refused.value.smallest_bytes > refused.value.budget_bytes
+
+
+def test_a_forward_that_transfers_runs_beside_another_one_where_that_fits(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, batches = Scored(), [torch.randn(512, 48) for _ in range(2)]
+    torch._dynamo.reset()
+    backend = PacklightBackend(
+        int(0.8 * smallest_bytes(model, batches[0])), progress=False, offload_directory=tmp_path
+    )
+    net = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    net(batches[0]).backward()
+    model.zero_grad()
+    plan = backend.compilations[-1].plan
+    assert plan.lane_seconds > 0
+    backend.budget_bytes = plan.peak_bytes
+    message = "forward 2 before a backward"
+    with plain_errors(), pytest.raises(InfeasibleBudgetError, match=message) as refused:
+        scored_together(net, batches)
+    backend.budget_bytes = refused.value.smallest_bytes
+    del refused
+    model.zero_grad()
+    measured = measure_peak(lambda: scored_together(net, batches))
+    assert plan.peak_bytes < measured.peak_bytes <= backend.budget_bytes
 
 
 def test_hooks_on_what_autograd_saves_change_no_bit_or_are_refused() -> None:
