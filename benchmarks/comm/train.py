@@ -23,7 +23,7 @@ from packlight.comm import WireCounter
 
 TEXT = Path(__file__).resolve().parents[2] / "examples" / "data" / "tinyshakespeare.txt"
 NUM_LAYERS, NUM_HEADS, WIDTH, CONTEXT = 2, 4, 64, 32
-BATCH_PER_WORKER = 4
+BATCH_PER_WORKER = 16
 WARMUP_SHARE, LAST_SHARE = 0.1, 0.05  # of steps in which the rate rises, of the rate at the end
 VALIDATION_BATCHES, VALIDATION_ROWS = 16, 64
 TIMEOUT_SECONDS = 300
