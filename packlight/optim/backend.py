@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from packlight.errors import MissingExtraError, UnsupportedParameterError
 from packlight.optim.formats import RESIDUAL, WEIGHT_FORMATS, state_format
 from packlight.optim.rules import Coefficients, coefficients, kind_of, moments_of
 from packlight.optim.trust import LAMB, gradient_factor, step_by_lamb
+from packlight.threads import run_in_threads
 
 # Below this, waking a thread takes longer than what it would do.
 MIN_ELEMENTS_PER_THREAD = 2**16
@@ -218,12 +217,7 @@ def _step_on_cpu(update: Update) -> None:
     pieces = [
         (bounds[i], bounds[i + 1], *shared, scratch[i].data_ptr()) for i in range(num_threads)
     ]
-    others = [_threads(num_threads - 1).submit(kernel, *piece) for piece in pieces[1:]]
-    try:
-        kernel(*pieces[0])
-    finally:  # nothing may be freed under a running kernel
-        for other in others:
-            other.result()
+    run_in_threads(kernel, pieces)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -245,18 +239,6 @@ def _compiled() -> tuple[Callable[..., None], int, int]:
 
         _kernel = (cpu_kernel.step_tiles, cpu_kernel.TILE, cpu_kernel.NUM_SCRATCH_ROWS)
     return _kernel
-
-
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
-
-
-def _threads(num_threads: int) -> ThreadPoolExecutor:
-    """Return a pool of at least so many threads, made once in each process."""
-    global _pool
-    if _pool is None or _pool[0] != os.getpid() or _pool[1] < num_threads:
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="packlight-optim")
-        _pool = (os.getpid(), num_threads, pool)
-    return _pool[2]
 
 
 # -- CUDA

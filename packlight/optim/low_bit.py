@@ -17,6 +17,7 @@ from packlight.optim.formats import (
     state_bytes,
     state_layout,
 )
+from packlight.optim.rearrange import rearranged_state
 from packlight.optim.rules import Rule, check_group
 from packlight.optim.trust import check_layer_rate
 from packlight.units import format_bytes
@@ -162,6 +163,30 @@ class LowBit(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step_one(group, parameter)
         return loss
+
+    @torch.no_grad()
+    def rearrange_state(self, parameter: torch.Tensor, source: torch.Tensor) -> None:
+        """Let a parameter's state follow elements that change places, before they do.
+
+        Blocks of quantized moments are encoded anew. Costs some 20 bytes per element for a moment.
+
+        Args:
+            parameter: one of this optimizer's, a vector.
+            source: for each new element which old one it is; -1 for one whose state starts at zero.
+                There may be more or fewer than before.
+        """
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state = self.state.get(parameter)
+        if not state:
+            return
+        for name, new in rearranged_state(group, state, parameter.numel(), source).items():
+            old = state.get(name)
+            if isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype:
+                old.copy_(new)  # keeps its place in memory
+            else:
+                state[name] = new
+        for name in set(state) - {"step", *state_layout(group, len(source))}:
+            del state[name]  # the scales of a parameter that is now too small to be quantized
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over hyperparameters and state, bit for bit.
