@@ -56,8 +56,8 @@ def test_codecs_are_measured_with_their_share(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_counts_what_the_kernel_saw(tmp_path: Path) -> None:
     out = tmp_path / "lines.jsonl"
-    assert run([ADAMW, "local, 10 steps, 1% q1"], 2, 10, [0], out, "test")
+    assert run([ADAMW, "local, 10 steps, 3% q1"], 2, 10, [0], out, "test")
     plain, less = read_lines(out, Record)
     dense = 4 * plain.num_parameters  # a ring of two sends half twice
     assert dense <= plain.bytes_per_step <= 1.02 * dense
-    assert less.bytes_per_step < plain.bytes_per_step / 1000
+    assert less.bytes_per_step < plain.bytes_per_step / 300

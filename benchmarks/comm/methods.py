@@ -142,20 +142,20 @@ METHODS: dict[str, Method] = {
     "qsgd:4+ans": _hook("qsgd:4+ans"),
     "powersgd:1": _hook("powersgd:1"),
     "gradzip:1": _hook("gradzip:1"),
-    "randk:0.02+q1, together": _hook("randk:0.02+q1", together=True),
-    "topk:0.01+q2, together": _hook("topk:0.01+q2", together=True),
-    "topk:0.002+q1, together": _hook("topk:0.002+q1", together=True),
+    "topk:0.01+q2": _hook("topk:0.01+q2", together=True),
+    "topk:0.0015+q1": _hook("topk:0.0015+q1", together=True),
     SGD: Method("torch", SGD, _sgd, _ddp()),
-    "dgc:0.01, together": _hook(comm.dgc(0.01), _sgd_without_momentum, together=True),
-    "dgc:0.002+q1, together": _hook(
-        comm.dgc(0.002, values="q1"), _sgd_without_momentum, together=True
+    "dgc:0.01": _hook(comm.dgc(0.01), _sgd_without_momentum, together=True),
+    "dgc:0.0015+q1": _hook(
+        comm.dgc(0.0015, values="q1"), _sgd_without_momentum, together=True
     ),
     "sketch:0.01": _hook("sketch:0.01+momentum:0.9", _sgd_without_momentum, together=True),
     "post-local SGD, 8 steps": _local(comm.post_local_sgd, POST_LOCAL_STEPS, WARMUP_STEPS),
-    "DiLoCo, 10 steps": _local(comm.diloco, 10),
-    "streaming DiLoCo, 10 steps": _local(comm.streaming_diloco, 10, fragments=2, overlap=1),
+    "DiLoCo, 20 steps": _local(comm.diloco, 20),
+    "streaming DiLoCo, 20 steps": _local(comm.streaming_diloco, 20, fragments=2, overlap=1),
+    "local, 20 steps, fp32": _local(comm.diloco, 20, 1.0, 0.0),
+    "local, 40 steps, q1": _local(comm.diloco, 40, 1.0, 0.0, _bits(1), together=True),
     "local, 20 steps, 8% q1": _local(comm.diloco, 20, 1.0, 0.0, _sparse(0.08), together=True),
     "local, 10 steps, 3% q1": _local(comm.diloco, 10, 1.0, 0.0, _sparse(0.03), together=True),
     "local, 60 steps, 3% q1": _local(comm.diloco, 60, 1.0, 0.0, _sparse(0.03), together=True),
-    "local, 20 steps, 8% q1, nesterov": _local(comm.diloco, 20, 0.9, 0.3, _sparse(0.08), together=True),
 }
