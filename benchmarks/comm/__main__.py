@@ -2,10 +2,12 @@
 
     python -m benchmarks.comm
     python -m benchmarks.comm --steps 40 --seeds 0 --only q8 powersgd:1 --out lines.jsonl
+    python -m benchmarks.comm --steps 20
     python -m benchmarks.comm --codecs
     python -m benchmarks.comm --rate 100mbit --steps 20
 
 Without --out, lines are added to those that are committed, and the README's tables written anew.
+Runs of few steps are for their bytes alone and have lines of their own.
 --codecs measures codecs alone, on one core. --rate gives each worker a link of its own (root).
 """
 
@@ -24,14 +26,17 @@ from benchmarks.common import read_lines
 
 MODULE = "benchmarks.comm"
 FOLDER = Path(__file__).parent
-RESULTS, CODECS = FOLDER / "results.jsonl", FOLDER / "codecs.jsonl"
+RESULTS, SHORT, CODECS = (FOLDER / f"{n}.jsonl" for n in ("results", "short", "codecs"))
+SHORT_STEPS = 100
 
 
 def main() -> int:
     """Run the benchmark; 1 if a worker failed."""
     arguments = _parser().parse_args()
     command = " ".join([f"python -m {MODULE}", *sys.argv[1:]])
-    out: Path = arguments.out or (CODECS if arguments.codecs else RESULTS)
+    is_short = arguments.steps < SHORT_STEPS and not arguments.rate
+    lines = CODECS if arguments.codecs else SHORT if is_short else RESULTS
+    out: Path = arguments.out or lines
     if arguments.rank is not None:
         work(
             arguments.rank, arguments.workers, arguments.only, arguments.steps, arguments.seeds,
@@ -39,7 +44,7 @@ def main() -> int:
         )
         return 0
     if arguments.report:
-        report.write(RESULTS, CODECS)
+        report.write(RESULTS, SHORT, CODECS)
         return 0
     if arguments.codecs:
         codecs.measure(out, arguments.rounds, arguments.elements, command)
@@ -51,7 +56,7 @@ def main() -> int:
             arguments.only, arguments.workers, arguments.steps, arguments.seeds, out, command
         )
     if arguments.out is None:
-        report.write(RESULTS, CODECS)
+        report.write(RESULTS, SHORT, CODECS)
     elif not arguments.codecs:
         print("\n".join(report.table_of_methods(read_lines(out, report.Record))))
     return 0 if is_done else 1
