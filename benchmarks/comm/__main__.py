@@ -33,7 +33,7 @@ SHORT_STEPS = 100
 def main() -> int:
     """Run the benchmark; 1 if a worker failed."""
     arguments = _parser().parse_args()
-    command = " ".join([f"python -m {MODULE}", *sys.argv[1:]])
+    command = arguments.command or " ".join([f"python -m {MODULE}", *sys.argv[1:]])
     is_short = arguments.steps < SHORT_STEPS and not arguments.rate
     lines = CODECS if arguments.codecs else SHORT if is_short else RESULTS
     out: Path = arguments.out or lines
@@ -50,7 +50,7 @@ def main() -> int:
         codecs.measure(out, arguments.rounds, arguments.elements, command)
         is_done = True
     elif arguments.rate:
-        is_done = _on_network(arguments, out)
+        is_done = _on_network(arguments, out, command)
     else:
         is_done = run(
             arguments.only, arguments.workers, arguments.steps, arguments.seeds, out, command
@@ -62,7 +62,7 @@ def main() -> int:
     return 0 if is_done else 1
 
 
-def _on_network(arguments: argparse.Namespace, out: Path) -> bool:
+def _on_network(arguments: argparse.Namespace, out: Path, command: str) -> bool:
     with tempfile.TemporaryDirectory() as folder, namespaces(
         arguments.workers, arguments.rate
     ) as names:
@@ -71,7 +71,7 @@ def _on_network(arguments: argparse.Namespace, out: Path) -> bool:
                 MODULE, "--rank", str(rank), "--workers", str(arguments.workers),
                 "--steps", str(arguments.steps), "--rate", arguments.rate, "--out", str(out),
                 "--store", str(Path(folder, "store")), "--seeds", *map(str, arguments.seeds),
-                "--only", *arguments.only,
+                "--command", command, "--only", *arguments.only,
             ])
             for rank, name in enumerate(names)
         ]
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="lines are added to it")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--command", default="", help=argparse.SUPPRESS)
     return parser
 
 
