@@ -14,6 +14,7 @@ Runs of few steps are for their bytes alone and have lines of their own.
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +34,7 @@ SHORT_STEPS = 100
 def main() -> int:
     """Run the benchmark; 1 if a worker failed."""
     arguments = _parser().parse_args()
-    command = arguments.command or " ".join([f"python -m {MODULE}", *sys.argv[1:]])
+    command = arguments.command or shlex.join(["python", "-m", MODULE, *sys.argv[1:]])
     is_short = arguments.steps < SHORT_STEPS and not arguments.rate
     lines = CODECS if arguments.codecs else SHORT if is_short else RESULTS
     out: Path = arguments.out or lines

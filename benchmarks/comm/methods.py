@@ -156,6 +156,9 @@ METHODS: dict[str, Method] = {
     "local, 20 steps, fp32": _local(comm.diloco, 20, 1.0, 0.0),
     "local, 40 steps, q1": _local(comm.diloco, 40, 1.0, 0.0, _bits(1), together=True),
     "local, 20 steps, 8% q1": _local(comm.diloco, 20, 1.0, 0.0, _sparse(0.08), together=True),
+    "local, 20 steps, 8% q1, nesterov": _local(
+        comm.diloco, 20, 0.9, 0.3, _sparse(0.08), together=True
+    ),
     "local, 10 steps, 3% q1": _local(comm.diloco, 10, 1.0, 0.0, _sparse(0.03), together=True),
     "local, 60 steps, 3% q1": _local(comm.diloco, 60, 1.0, 0.0, _sparse(0.03), together=True),
 }
