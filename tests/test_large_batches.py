@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import packlight
 from packlight.errors import OptionError
 from packlight.optim import (
     LowBit,
@@ -198,3 +199,29 @@ def test_the_noise_scale_is_infinite_where_all_is_noise_and_zero_where_none_is()
 def test_what_makes_no_sense_is_refused_with_the_reason(make: Any, words: str) -> None:
     with pytest.raises(OptionError, match=words):
         make()
+
+
+@pytest.mark.parametrize("kind", ["lars", "lamb"])
+def test_planned_steps_keep_the_bits_of_rules_that_are_not_elementwise(kind: str) -> None:
+    """Norms are of whole parameters, so `fit` may not step them in slices, and sees that."""
+    ends = []
+    for is_planned in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 300), nn.Tanh(), nn.Linear(300, 4))
+        optimizer = LowBit(model.parameters(), RULES[kind], states="8bit")
+        batches = [torch.randn(16, 64) for _ in range(3)]
+
+        def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+            return model(batch).square().mean()
+
+        if is_planned:
+            step = packlight.fit(model, loss_fn, optimizer, batches[0])
+        for batch in batches:
+            if is_planned:
+                step(batch)
+                continue
+            optimizer.zero_grad()
+            loss_fn(model, batch).backward()
+            optimizer.step()
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))

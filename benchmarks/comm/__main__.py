@@ -2,16 +2,19 @@
 
     python -m benchmarks.comm
     python -m benchmarks.comm --steps 40 --seeds 0 --only q8 powersgd:1 --out lines.jsonl
+    python -m benchmarks.comm --steps 20
     python -m benchmarks.comm --codecs
     python -m benchmarks.comm --rate 100mbit --steps 20
 
 Without --out, lines are added to those that are committed, and the README's tables written anew.
+Runs of few steps are for their bytes alone and have lines of their own.
 --codecs measures codecs alone, on one core. --rate gives each worker a link of its own (root).
 """
 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -24,14 +27,17 @@ from benchmarks.common import read_lines
 
 MODULE = "benchmarks.comm"
 FOLDER = Path(__file__).parent
-RESULTS, CODECS = FOLDER / "results.jsonl", FOLDER / "codecs.jsonl"
+RESULTS, SHORT, CODECS = (FOLDER / f"{n}.jsonl" for n in ("results", "short", "codecs"))
+SHORT_STEPS = 100
 
 
 def main() -> int:
     """Run the benchmark; 1 if a worker failed."""
     arguments = _parser().parse_args()
-    command = " ".join([f"python -m {MODULE}", *sys.argv[1:]])
-    out: Path = arguments.out or (CODECS if arguments.codecs else RESULTS)
+    command = arguments.command or shlex.join(["python", "-m", MODULE, *sys.argv[1:]])
+    is_short = arguments.steps < SHORT_STEPS and not arguments.rate
+    lines = CODECS if arguments.codecs else SHORT if is_short else RESULTS
+    out: Path = arguments.out or lines
     if arguments.rank is not None:
         work(
             arguments.rank, arguments.workers, arguments.only, arguments.steps, arguments.seeds,
@@ -39,25 +45,25 @@ def main() -> int:
         )
         return 0
     if arguments.report:
-        report.write(RESULTS, CODECS)
+        report.write(RESULTS, SHORT, CODECS)
         return 0
     if arguments.codecs:
         codecs.measure(out, arguments.rounds, arguments.elements, command)
         is_done = True
     elif arguments.rate:
-        is_done = _on_network(arguments, out)
+        is_done = _on_network(arguments, out, command)
     else:
         is_done = run(
             arguments.only, arguments.workers, arguments.steps, arguments.seeds, out, command
         )
     if arguments.out is None:
-        report.write(RESULTS, CODECS)
+        report.write(RESULTS, SHORT, CODECS)
     elif not arguments.codecs:
         print("\n".join(report.table_of_methods(read_lines(out, report.Record))))
     return 0 if is_done else 1
 
 
-def _on_network(arguments: argparse.Namespace, out: Path) -> bool:
+def _on_network(arguments: argparse.Namespace, out: Path, command: str) -> bool:
     with tempfile.TemporaryDirectory() as folder, namespaces(
         arguments.workers, arguments.rate
     ) as names:
@@ -66,7 +72,7 @@ def _on_network(arguments: argparse.Namespace, out: Path) -> bool:
                 MODULE, "--rank", str(rank), "--workers", str(arguments.workers),
                 "--steps", str(arguments.steps), "--rate", arguments.rate, "--out", str(out),
                 "--store", str(Path(folder, "store")), "--seeds", *map(str, arguments.seeds),
-                "--only", *arguments.only,
+                "--command", command, "--only", *arguments.only,
             ])
             for rank, name in enumerate(names)
         ]
@@ -87,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="lines are added to it")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--store", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--command", default="", help=argparse.SUPPRESS)
     return parser
 
 

@@ -14,7 +14,6 @@ from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import (
     post_localSGD_hook,
 )
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
-from torch.distributed.optim import PostLocalSGDOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from packlight import comm
@@ -87,6 +86,9 @@ def _torch_fp16(model: DistributedDataParallel) -> None:
 
 
 def _torch_post_local(model: nn.Module, optimizer: torch.optim.Optimizer) -> Started:
+    # Importing it warns of what torch itself uses and deprecates.
+    from torch.distributed.optim import PostLocalSGDOptimizer
+
     wrapped = DistributedDataParallel(model)
     state = PostLocalSGDState(None, None, WARMUP_STEPS, post_local_gradient_allreduce=False)
     wrapped.register_comm_hook(state, post_localSGD_hook)
@@ -140,22 +142,23 @@ METHODS: dict[str, Method] = {
     "qsgd:4+ans": _hook("qsgd:4+ans"),
     "powersgd:1": _hook("powersgd:1"),
     "gradzip:1": _hook("gradzip:1"),
-    "randk:0.02+q1, together": _hook("randk:0.02+q1", together=True),
-    "topk:0.01+q2, together": _hook("topk:0.01+q2", together=True),
-    "topk:0.002+q1, together": _hook("topk:0.002+q1", together=True),
+    "topk:0.01+q2": _hook("topk:0.01+q2", together=True),
+    "topk:0.0015+q1": _hook("topk:0.0015+q1", together=True),
     SGD: Method("torch", SGD, _sgd, _ddp()),
-    "dgc:0.01, together": _hook(comm.dgc(0.01), _sgd_without_momentum, together=True),
-    "dgc:0.002+q1, together": _hook(
-        comm.dgc(0.002, values="q1"), _sgd_without_momentum, together=True
+    "dgc:0.01": _hook(comm.dgc(0.01), _sgd_without_momentum, together=True),
+    "dgc:0.0015+q1": _hook(
+        comm.dgc(0.0015, values="q1"), _sgd_without_momentum, together=True
     ),
     "sketch:0.01": _hook("sketch:0.01+momentum:0.9", _sgd_without_momentum, together=True),
     "post-local SGD, 8 steps": _local(comm.post_local_sgd, POST_LOCAL_STEPS, WARMUP_STEPS),
-    "DiLoCo, 10 steps": _local(comm.diloco, 10),
-    "streaming DiLoCo, 10 steps": _local(comm.streaming_diloco, 10, fragments=2, overlap=1),
-    "local, 40 steps, fp32": _local(comm.diloco, 40, 1.0, 0.0),
+    "DiLoCo, 20 steps": _local(comm.diloco, 20),
+    "streaming DiLoCo, 20 steps": _local(comm.streaming_diloco, 20, fragments=2, overlap=1),
+    "local, 20 steps, fp32": _local(comm.diloco, 20, 1.0, 0.0),
     "local, 40 steps, q1": _local(comm.diloco, 40, 1.0, 0.0, _bits(1), together=True),
-    "local, 20 steps, 10% q1": _local(comm.diloco, 20, 1.0, 0.0, _sparse(0.1), together=True),
-    "local, 12 steps, 5% q1": _local(comm.diloco, 12, 1.0, 0.0, _sparse(0.05), together=True),
-    "local, 10 steps, 1% q1": _local(comm.diloco, 10, 1.0, 0.0, _sparse(0.01), together=True),
-    "local, 30 steps, 2% q1": _local(comm.diloco, 30, 1.0, 0.0, _sparse(0.02), together=True),
+    "local, 20 steps, 8% q1": _local(comm.diloco, 20, 1.0, 0.0, _sparse(0.08), together=True),
+    "local, 20 steps, 8% q1, nesterov": _local(
+        comm.diloco, 20, 0.9, 0.3, _sparse(0.08), together=True
+    ),
+    "local, 10 steps, 3% q1": _local(comm.diloco, 10, 1.0, 0.0, _sparse(0.03), together=True),
+    "local, 60 steps, 3% q1": _local(comm.diloco, 60, 1.0, 0.0, _sparse(0.03), together=True),
 }

@@ -13,12 +13,13 @@ from benchmarks.common import read_lines, replace_between_markers, table
 README = Path(__file__).parent / "README.md"
 
 
-def write(results: Path, codecs: Path) -> None:
+def write(results: Path, short: Path, codecs: Path) -> None:
     """Write the tables of all lines that there are into the README."""
     records = read_lines(results, Record)
     local = [r for r in records if not r.network]
     shaped = [r for r in records if r.network]
     replace_between_markers(README, "methods", table_of_methods(local))
+    replace_between_markers(README, "bytes", table_of_bytes(read_lines(short, Record)))
     replace_between_markers(README, "network", table_of_network(shaped))
     replace_between_markers(README, "codecs", table_of_codecs(read_lines(codecs, Speed)))
 
@@ -45,6 +46,19 @@ def table_of_methods(records: Sequence[Record]) -> list[str]:
         "method", "library", "bytes a step and worker", "of DDP's", "validation loss",
         "beside DDP", "spread", "seeds",
     ]
+    return [*table(header, rows, right_from=2), "", *_made(records)]
+
+
+def table_of_bytes(records: Sequence[Record]) -> list[str]:
+    """Return what each method sends in a step, of runs too short for their losses to say much."""
+    rows = []
+    for r in records:
+        dense = next(b.bytes_per_step for b in records if b.method == r.baseline)
+        rows.append([
+            r.method, r.library, f"{r.bytes_per_step:,.0f}",
+            f"1/{dense / r.bytes_per_step:,.3g}", str(r.num_steps),
+        ])
+    header = ["method", "library", "bytes a step and worker", "of DDP's", "steps"]
     return [*table(header, rows, right_from=2), "", *_made(records)]
 
 

@@ -97,7 +97,8 @@ class Communication:
         if bucket.is_last() or not self._together:
             buckets, self._waiting = self._waiting, []
             self._thread.submit(self._finish, buckets)
-        return future
+        # A future's exception is a value to DDP, which fails to cast it; what `then` raises is not.
+        return future.then(lambda done: done.value())
 
     def _finish(self, buckets: list[_Bucket]) -> None:
         try:

@@ -17,7 +17,7 @@ class Dense(Compressor):
     """Every element, in fp32, bf16 or fp16.
 
     fp32 is summed on the way, as DDP does. The others are rounded once, then averaged in float32,
-    which torch's fp16 hook does in fp16.
+    which torch's fp16 hook does in fp16, where a sum of gradients overflows sooner.
 
     Attributes:
         dtype: "fp32", "bf16" or "fp16".

@@ -62,8 +62,8 @@ def compressor_of(wanted: str | Compressor) -> Compressor:
     Raises:
         OptionError: an unknown word, or words that do not go together.
 
-    >>> compressor_of("topk:0.001+q2")
-    ErrorFeedback(inner=TopK(density=0.001, values='q2', warmup_steps=0, first_density=0.25))
+    >>> compressor_of("powersgd:2")
+    ErrorFeedback(inner=PowerSGD(rank=2, seed=0), decay=1.0)
     """
     if isinstance(wanted, Compressor):
         return wanted

@@ -1,9 +1,11 @@
 """Carries messages between ranks: packed ones to everybody, linear ones summed on the way.
 
-On torch.distributed with gloo. What is packed has another size on each rank, in each step, so sizes
-go first, 8 bytes a rank. What is linear is cut into a piece for each rank, which adds up that piece
-of all and sends it to all: as many bytes as a ring sends, in the order of ranks at any number of
-them, so that the sums are those of one process.
+On torch.distributed with gloo. What is packed has another size on each rank and in each step, but
+seldom a very different one: it goes in a slot that is a little larger than the largest of the last
+time, with its size in front, and only what does not fit goes in a second exchange. What is linear
+is cut into a piece for each rank, which adds up that piece of all and sends it to all: as many
+bytes as a ring sends, in the order of ranks at any number of them, so that the sums are those of
+one process.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from packlight.errors import OptionError
 from packlight.ranks.group import Ranks, Sent
 
 SIZE_BYTES = 8
+# What a slot has beside the largest payload of the last time.
+SPARE_SHARE, SPARE_BYTES = 1 / 64, 4
 
 
 class Transport(Ranks):
@@ -50,6 +54,7 @@ class Transport(Ranks):
         members = dist.get_process_group_ranks(group or dist.group.WORLD)
         super().__init__(members, torch.device("cpu"), timeout_seconds)
         self.sent_bytes = self.num_rounds = 0
+        self._slots: dict[tuple[torch.Size, ...], int] = {}  # by what is sent: bytes
 
     def share(self, tensors: Sequence[torch.Tensor]) -> None:
         """Overwrite tensors by those of rank 0."""
@@ -91,8 +96,7 @@ class Transport(Ranks):
     def _gather(self, messages: Sequence[Message]) -> list[list[Message]]:
         sizes = np.concatenate([integer(message.payload.numel()) for message in messages])
         payload = torch.cat([torch.from_numpy(sizes), *(m.payload for m in messages)])
-        totals = self._swap([torch.tensor([len(payload)])] * self.size, [1] * self.size)
-        arrived = self._swap([payload] * self.size, [int(total) for total in totals])
+        arrived = self._through_slots(payload, tuple(message.shape for message in messages))
         everybody: list[list[Message]] = [[] for _ in messages]
         for content in arrived:
             reader = Reader(content.numpy())
@@ -101,6 +105,27 @@ class Transport(Ranks):
                 part = torch.from_numpy(reader.take(length))
                 found.append(replace(message, payload=part))
         return everybody
+
+    def _through_slots(
+        self, payload: torch.Tensor, what: tuple[torch.Size, ...]
+    ) -> list[torch.Tensor]:
+        """Return everybody's payload, whose sizes nobody knows before."""
+        room = self._slots.get(what, 0)
+        slot = torch.zeros(SIZE_BYTES + room, dtype=torch.uint8)
+        slot[:SIZE_BYTES] = torch.tensor([len(payload)]).view(torch.uint8)
+        slot[SIZE_BYTES : SIZE_BYTES + len(payload)] = payload[:room]
+        slots = self._swap([slot] * self.size, [len(slot)] * self.size)
+        sizes = [int(other[:SIZE_BYTES].clone().view(torch.int64)) for other in slots]
+        arrived = [
+            other[SIZE_BYTES : SIZE_BYTES + size]
+            for other, size in zip(slots, sizes, strict=True)
+        ]
+        if max(sizes) > room:
+            more = [max(size - room, 0) for size in sizes]
+            rests = self._swap([payload[room:]] * self.size, more)
+            arrived = [torch.cat(parts) for parts in zip(arrived, rests, strict=True)]
+        self._slots[what] = max(sizes) + int(SPARE_SHARE * max(sizes)) + SPARE_BYTES
+        return arrived
 
     def _swap(self, pieces: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[torch.Tensor]:
         """Return a piece of each rank; what a rank has for itself does not travel.
