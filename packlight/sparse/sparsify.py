@@ -51,8 +51,8 @@ def sparsify(
         method: a name ("dsr", "set", "deepr", "rigl", "gse", "static", "pruning", "thin") or a
             `Method` with settings of your own.
         exclude: names of layers, or of modules that contain them, that stay dense.
-        rescale: multiply values at the start by sqrt(columns / nonzeros in a row), on average over a
-            weight's rows, so that outputs vary as the dense layer's do (Evci et al. 2022): for
+        rescale: multiply values at the start by sqrt(columns / nonzeros in a row), on average over
+            a weight's rows, so that outputs vary as the dense layer's do (Evci et al. 2022): for
             models without norms that are trained from scratch. Embeddings stay as they are.
         seed: of random places.
 
