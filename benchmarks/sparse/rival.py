@@ -45,7 +45,8 @@ def measured(case: str, density: float, num_rounds: int) -> dict[str, Any]:
     layers = (dense, theirs, ours)
     for layer in layers:
         step(layer)
-    rounds = [[processor_seconds(partial(step, layer)) for layer in layers] for _ in range(num_rounds)]
+    steps = [partial(step, layer) for layer in layers]
+    rounds = [[processor_seconds(one) for one in steps] for _ in range(num_rounds)]
     over_theirs = [mine / rival for _, rival, mine in rounds]
     (transposed,) = [entry for entry in _transpose_cache.values() if entry[1] == (outer, inner)]
     their_bytes = _bytes_of(theirs._csr) + _bytes_of(transposed[2]) + transposed[3].nbytes
