@@ -65,6 +65,35 @@ class ScheduleError(PacklightError, ValueError):
         super().__init__(f"instruction {instruction_index}: {message}")
 
 
+class PipelineError(PacklightError, ValueError):
+    """A pipeline's schedule that cannot run: found before anything does.
+
+    Attributes:
+        rank: whose instruction it is.
+        position: in that rank's instructions; None where one is missing.
+    """
+
+    def __init__(self, rank: int, position: int | None, message: str) -> None:
+        self.rank = rank
+        self.position = position
+        where = f"rank {rank}" if position is None else f"rank {rank}, instruction {position}"
+        super().__init__(f"{where}: {message}")
+
+
+class ClusterPlanError(PacklightError, ValueError):
+    """No layout of a model fits on a cluster.
+
+    Attributes:
+        least_bytes: what the first stage of the layout that comes closest takes on each GPU.
+        budget_bytes: what there is.
+    """
+
+    def __init__(self, message: str, *, least_bytes: int, budget_bytes: int) -> None:
+        self.least_bytes = least_bytes
+        self.budget_bytes = budget_bytes
+        super().__init__(message)
+
+
 class GraphBreakError(PacklightError, ValueError):
     """The model does not trace into one graph, so its step cannot be planned as a whole.
 

@@ -52,7 +52,8 @@ def described(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["packlight", "packlight.optim", "packlight.sparse", "packlight.step"]
+    "module",
+    ["packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step"],
 )
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     public = set(importlib.import_module(module).__all__) - {"__version__"}

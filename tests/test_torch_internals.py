@@ -9,6 +9,7 @@ import ast
 import copy
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -28,6 +29,7 @@ from packlight.torch_internals import (
     calling,
     dispatch,
     dynamo,
+    inductor,
     modules,
     optimizers,
     processes,
@@ -721,6 +723,37 @@ def test_every_allocation_and_free_is_an_event() -> None:
         del first
         del second
     assert memory_events(profiler) == [100, 21, -100, -21]
+
+
+# -- inductor
+
+
+def test_a_graph_becomes_source_that_runs_by_itself() -> None:
+    def write(x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        written = torch.ops.aten.copy_(out, x * 2 + 1)
+        torch.ops.aten.copy_(x, written.relu())  # what was written is read there
+        return ()
+
+    assert inductor.compiler_problem(torch.device("cpu")) is None
+    with dispatch.FakeTensorMode():
+        fakes = [torch.empty(8, 8) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = inductor.compiled_source(write, fakes, rounds_as_eager=True)
+        call = inductor.loaded(source, "kernel")
+    x, out = torch.randn(8, 8), torch.empty(8, 8)
+    expected = x * 2 + 1
+    arguments = [x, out]
+    call(arguments)
+    assert arguments == [] and torch.equal(out, expected) and torch.equal(x, expected.relu())
+
+
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    problem = inductor.compiler_problem(torch.device("cpu"))
+    assert problem is not None
 
 
 # -- the rest

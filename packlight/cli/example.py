@@ -47,6 +47,7 @@ class Example:
     batches: Callable[[str], Iterator[Any]]
     tokens_per_batch: Callable[[Any], int] | None
     sample: Callable[[torch.nn.Module], str] | None
+    error: Callable[[torch.nn.Module, Any], Any] | None = None
 
 
 def load_example(file: str) -> Example:
@@ -91,6 +92,7 @@ def load_example(file: str) -> Example:
         batches=named("batches"),
         tokens_per_batch=named("tokens_per_batch") if hasattr(module, "tokens_per_batch") else None,
         sample=named("sample") if hasattr(module, "sample") else None,
+        error=named("error") if hasattr(module, "error") else None,
     )
 
 

@@ -25,6 +25,11 @@ LAYER_BAR_WIDTH = 12
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     options.add_common(parser, with_budget=False)
+    parser.add_argument(
+        "--energy",
+        action="store_true",
+        help="estimate the step's energy from counted operations and published prices",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(kind_table(breakdown.peak_breakdown(profile), profile))
     rows = breakdown.layer_rows(profile, parameter_bytes)
     console.print(layer_table(rows))
+    if arguments.energy:
+        console.print(energy_table(profile, *counted(arguments)))
     if report is not None:
         from packlight.report import write_report
 
@@ -49,6 +56,48 @@ def capture(arguments: argparse.Namespace) -> tuple[StepProfile, dict[str, int]]
     """Return the profile of the example's plain step, and the bytes of each parameter by name."""
     step = planned(arguments, None, moves=())
     return step.profile, {name: p.nbytes for name, p in step.model.named_parameters()}
+
+
+def counted(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return the multiply-adds of the example's forward and of its backward."""
+    from packlight.capture.returned import loss_of
+    from packlight.cli.example import BatchStream, build, load_example
+    from packlight.costs.energy import count_multiply_adds
+
+    example = load_example(arguments.file)
+    model, _ = build(example, arguments.device, arguments.seed)
+    batch = next(BatchStream(example, "train", arguments.device, arguments.seed))
+    losses: list[Any] = []
+    forward = count_multiply_adds(lambda: losses.append(loss_of(example.loss(model, batch))))
+    return forward, count_multiply_adds(lambda: losses[0].backward())
+
+
+def energy_table(profile: StepProfile, forward: int, backward: int) -> Table:
+    """Return the energy of the plain step's phases, compute and memory apart."""
+    from packlight.costs.energy import step_energy
+    from packlight.step import Phase
+
+    memory = profile.memory
+    # Parameters and state are read and written, gradients read.
+    held = memory.parameter_bytes + memory.optimizer_bytes
+    update_bytes = 2 * held + memory.gradient_bytes
+    phases = step_energy(profile.graph, forward, backward, update_bytes)
+    table = Table(
+        title="Energy of the plain step, estimated",
+        caption="operations counted, each at its price in 45 nm (Horowitz 2014): multiply-add 4.6 "
+        "pJ, 32 bits from DRAM 640 pJ, as if nothing stayed in a cache; compare shares, not joules",
+    )
+    for name in ("phase", "multiply-adds", "traffic", "compute", "memory", "share"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    total = sum(phase.joules for phase in phases.values())
+    for phase in Phase:
+        energy = phases[phase]
+        table.add_row(
+            phase.value, f"{energy.multiply_adds:.3g}", format_bytes(energy.traffic_bytes),
+            f"{1e3 * energy.compute_joules:.3g} mJ", f"{1e3 * energy.memory_joules:.3g} mJ",
+            f"{energy.joules / total:.1%}" if total else "-",
+        )  # fmt: skip
+    return table
 
 
 def planned(

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from packlight.capture.joint import CPU_GENERATOR_BYTES, JointStep
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.measure import in_place_call
+from packlight.kernels.kernel import direct_call
 from packlight.lower.crossing import Bounds, Crossing, crossings
 from packlight.lower.facts import Facts
 from packlight.lower.program import OPERATION_KEY, Program, Section
@@ -187,7 +188,7 @@ class _Emitter:
             replayed: Any = (self.values.whole(state), _device(node), target, *args)
             new = self.graph.call_function(replay, replayed, kwargs)
         else:
-            new = self.graph.call_function(target, args, kwargs)
+            new = self.graph.call_function(direct_call(target), args, kwargs)
         new.meta = {**plain_meta(node.meta), OPERATION_KEY: index}
         if instruction.overwrite is not None:
             self.values.forget(instruction.overwrite[1])

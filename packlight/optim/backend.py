@@ -10,6 +10,7 @@ import torch
 from packlight.errors import MissingExtraError, UnsupportedParameterError
 from packlight.optim.formats import RESIDUAL, WEIGHT_FORMATS, state_format
 from packlight.optim.rules import Coefficients, coefficients, kind_of, moments_of
+from packlight.optim.trust import LAMB, gradient_factor, step_by_lamb
 from packlight.threads import run_in_threads
 
 # Below this, waking a thread takes longer than what it would do.
@@ -39,7 +40,7 @@ class Update(NamedTuple):
         weight_code, gradient_code: codes of formats.
         first, second: moments.
         rule: see `packlight.optim.rules.kind_of`.
-        sign: -1 to maximize.
+        sign: -1 to maximize; or what else the gradient is multiplied by.
         numbers: see `packlight.optim.rules.Coefficients`.
         seed, number, step: what random bits depend on beside the element.
     """
@@ -88,8 +89,17 @@ def update_parameter(
     ]
     none = StoredMoment(-1, None, None)
     first, second = (*stored, none, none)[:2]
+    factor = gradient_factor(group, parameter, gradient)
+    numbers = coefficients(group, state["step"])
+    numbers = numbers._replace(l2=factor * numbers.l2)
+    is_lamb = group.get("layer_rate") == LAMB
+    stepped = parameter
+    if is_lamb:  # Adam's step of lr = 1 from zero is its direction
+        lr = float(group["lr"])
+        stepped = torch.zeros_like(parameter, requires_grad=False)
+        numbers = numbers._replace(decay=1.0, rate=numbers.rate / lr if lr else 0.0)
     update = Update(
-        parameter,
+        stepped,
         gradient,
         state.get(RESIDUAL),
         WEIGHT_FORMATS[group["weights"]].code,
@@ -97,13 +107,16 @@ def update_parameter(
         first,
         second,
         kind_of(group),
-        -1.0 if group["maximize"] else 1.0,
-        coefficients(group, state["step"]),
+        -factor if group["maximize"] else factor,
+        numbers,
         group["seed"],
         number,
         state["step"],
     )
     _KERNELS[parameter.device.type](update)
+    if is_lamb:
+        step_by_lamb(group, parameter, stepped)
+        return
     # Kernels write through addresses; autograd has to know.
     torch.autograd.graph.increment_version(parameter)
 

@@ -19,6 +19,7 @@ from packlight.optim.formats import (
 )
 from packlight.optim.rearrange import rearranged_state
 from packlight.optim.rules import Rule, check_group
+from packlight.optim.trust import check_layer_rate
 from packlight.units import format_bytes
 
 States = str | Mapping[str, str]
@@ -129,7 +130,8 @@ class LowBit(torch.optim.Optimizer):
         """
         rule = param_group.get("rule")
         if isinstance(rule, Rule):
-            param_group = {**rule.hyperparameters, **param_group, "rule": rule.name}
+            of_rule = {"layer_rate": None, **rule.hyperparameters}  # not what others have
+            param_group = {**of_rule, **param_group, "rule": rule.name}
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -271,6 +273,7 @@ class LowBit(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
         check_formats(group)
+        check_layer_rate(group)
         seed = group["seed"]
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise OptionError(f"seed={seed!r}; it must be an integer from 0 to 2^32 - 1")

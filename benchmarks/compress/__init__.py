@@ -1,0 +1,1 @@
+"""How small does a trained model become, as a file, and at which error?"""
