@@ -1,6 +1,6 @@
 """Linear layers beside sparselab's, the one package with real sparse storage, in the same rounds.
 
-`pip install --no-deps sparselab==0.2.2`. Its vector kernels are written for ARM.
+`pip install --no-deps sparselab==0.2.2`.
 """
 
 from __future__ import annotations
