@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from packlight.torch_internals.optimizers import step_post_hooks
+
 
 class AfterStep:
     """A step post-hook that needs no gradients: `optimizer.register_step_post_hook(AfterStep(f))`.
@@ -29,5 +31,4 @@ class AfterStep:
 
 def hooks_after_step(optimizer: torch.optim.Optimizer) -> list[AfterStep]:
     """Return the hooks of this kind that an optimizer has, in order."""
-    hooks = optimizer.__dict__.get("_optimizer_step_post_hooks", {}).values()
-    return [hook for hook in hooks if isinstance(hook, AfterStep)]
+    return [hook for hook in step_post_hooks(optimizer) if isinstance(hook, AfterStep)]

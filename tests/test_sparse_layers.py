@@ -19,7 +19,7 @@ pytest.importorskip("numba", reason="sparse kernels need the extra 'sparse'")
 CASES: list[tuple[Any, tuple[int, ...]]] = [
     (lambda: nn.Linear(37, 11), (5, 37)),
     (lambda: nn.Linear(600, 9, bias=False), (3, 4, 600)),
-    (lambda: nn.Linear(300, 300), (130, 300)),
+    (lambda: nn.Linear(1100, 40), (130, 1100)),  # several groups of blocks, several tiles
     (lambda: nn.Conv2d(6, 8, 3, padding=1), (5, 6, 9, 7)),
     (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1, bias=False), (3, 6, 9, 8)),
     (lambda: nn.Conv2d(4, 6, 1, stride=2), (3, 4, 7, 7)),

@@ -259,6 +259,19 @@ def test_a_thin_network_is_a_dense_one_of_fewer_channels() -> None:
     assert (last[:9, : width - 1] != 0).all()
 
 
+@pytest.mark.parametrize("method", ["static", "thin"])
+def test_rescaled_weights_let_outputs_vary_as_the_dense_ones(method: str) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(400, 300, bias=False), nn.Linear(300, 200, bias=False))
+    x = torch.randn(64, 400)
+    expected = dense[0](x).std()
+    model = copy.deepcopy(dense)
+    packlight.sparsify(model, 0.1, method, rescale=True)
+    out = model[0](x)
+    ratio = out[:, out.abs().sum(0) > 0].std() / expected
+    assert ratio.item() == pytest.approx(1, abs=0.1)
+
+
 def test_shares_are_exact_and_respect_rooms() -> None:
     assert apportioned(7, [1.0, 1.0, 1.0], [5, 5, 5]) == [3, 2, 2]
     assert apportioned(12, [10.0, 1.0, 1.0], [3, 50, 50]) == [3, 5, 4]

@@ -624,6 +624,13 @@ def test_a_step_without_its_wrapper_runs_no_hooks(optimizer: torch.optim.Optimiz
     assert parameter.tolist() == [0.0, 0.0], "both steps have stepped"
 
 
+def test_hooks_after_a_step_are_found_in_order(optimizer: torch.optim.Optimizer) -> None:
+    hooks = [lambda *_: None, lambda *_: None]
+    for hook in hooks:
+        optimizer.register_step_post_hook(hook)
+    assert optimizers.step_post_hooks(optimizer) == hooks
+
+
 def test_hooks_on_all_optimizers_are_seen() -> None:
     assert not optimizers.has_global_step_hooks()
     handle = register_optimizer_step_pre_hook(lambda *_: None)

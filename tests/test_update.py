@@ -13,6 +13,7 @@ import torch
 from torch import nn, optim
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from packlight.after_step import AfterStep
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
 from packlight.updates import update
@@ -461,6 +462,23 @@ def test_what_needs_all_gradients_at_once_is_refused(maker: OptimizerMaker, word
     with pytest.raises(UnsupportedModelError, match=words):
         updates.cost(model.weight)
     assert_same(dict(values), dict(model.state_dict()))
+
+
+def test_hooks_that_need_no_gradients_are_called_once_after_each_step() -> None:
+    weights = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=0.5)
+    seen: list[list[float]] = []
+    optimizer.register_step_post_hook(AfterStep(lambda: seen.append(weights[0].tolist())))
+    updates = ParameterUpdates(optimizer)
+    updates.begin_step()
+    for weight in weights:
+        updates.apply(weight, torch.ones(3))
+    updates.end_step()
+    weights[0].grad = torch.ones(3)
+    updates.begin_step()
+    optimizer.step()  # as a loss scaler calls it: that runs hooks by itself
+    updates.end_step()
+    assert seen == [[0.5] * 3, [0.0] * 3]
 
 
 def test_hooks_on_the_optimizer_are_refused_also_between_steps() -> None:

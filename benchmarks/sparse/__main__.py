@@ -49,7 +49,7 @@ def _wanted(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str, floa
     if "memory" in arguments.questions:
         for case in memory.CASES:
             yield "memory", case, "dense", 1.0, None
-            for method in ("dsr", "rigl", "deepr"):
+            for method in ("dsr", "rigl"):
                 yield "memory", case, method, 0.1, None
     if "speed" in arguments.questions:
         for case in speed.CASES:

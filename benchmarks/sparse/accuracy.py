@@ -57,7 +57,9 @@ def measured(method: str, density: float, seed: int, num_steps: int) -> dict[str
     sparsity = None
     if method != "dense":
         chosen = methods(num_steps)[method]
-        sparsity = packlight.sparsify(model, density, chosen, exclude=["5"], seed=seed)
+        sparsity = packlight.sparsify(
+            model, density, chosen, exclude=["5"], rescale=True, seed=seed
+        )
     optimizer = torch.optim.SGD(
         model.parameters(), lr=LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=1e-4
     )

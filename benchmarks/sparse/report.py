@@ -44,11 +44,15 @@ def memory_table(records: list[Record]) -> list[str]:
             mebibytes(r.values.get(f"{name}_bytes"))
             for name in ("values", "index", "optimizer_state", "method")
         ]
+        alone = "-"
+        if r.method != "dense":  # values, gradients and state, over those of dense weights
+            like = 2 * r.values["values_bytes"] + r.values["optimizer_state_bytes"]
+            alone = f"{(like + r.values['index_bytes']) / (like / r.density):.2%}"
         resident = mebibytes(r.values["resident_bytes"])
-        rows.append([r.case, r.method, f"{r.density:.0%}", resident, share, of_all, *parts])
+        rows.append([r.case, r.method, f"{r.density:.0%}", resident, share, of_all, alone, *parts])
     header = [
         "model", "method", "density", "between steps, MiB", "of dense", "with gradients, of dense",
-        "values", "index", "optimizer state", "the method's",
+        "the sparse weights alone", "values", "index", "optimizer state", "the method's",
     ]
     return [*table(header, rows), "", *_made(records)]
 
@@ -71,7 +75,7 @@ def speed_table(records: list[Record]) -> list[str]:
 def rival_table(records: list[Record]) -> list[str]:
     """Return bytes and times beside sparselab's."""
     header = [
-        "layer", "density", "ours, of dense bytes", "sparselab's", "... without its transposed copy",
+        "layer", "density", "ours, of dense bytes", "sparselab's", "... without transposed copy",
         "our time over theirs", "ours over dense", "theirs over dense",
     ]
     rows = []

@@ -1,19 +1,20 @@
 """Linear layers beside sparselab's, the one package with real sparse storage, in the same rounds.
 
-`pip install --no-deps sparselab==0.2.2`. Its vector kernels are written for ARM.
+`pip install --no-deps sparselab==0.2.2`.
 """
 
 from __future__ import annotations
 
 import statistics
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.common import quartiles, timed
-from benchmarks.sparse.speed import BATCH, CPU
+from benchmarks.common import quartiles
+from benchmarks.sparse.speed import BATCH, processor_seconds
 from packlight.sparse import SparseLinear
 
 CASES = {"linear 1024 x 1024": (1024, 1024), "linear 4096 x 1024": (4096, 1024)}
@@ -44,7 +45,8 @@ def measured(case: str, density: float, num_rounds: int) -> dict[str, Any]:
     layers = (dense, theirs, ours)
     for layer in layers:
         step(layer)
-    rounds = [[timed(lambda: step(layer), CPU) for layer in layers] for _ in range(num_rounds)]  # noqa: B023
+    steps = [partial(step, layer) for layer in layers]
+    rounds = [[processor_seconds(one) for one in steps] for _ in range(num_rounds)]
     over_theirs = [mine / rival for _, rival, mine in rounds]
     (transposed,) = [entry for entry in _transpose_cache.values() if entry[1] == (outer, inner)]
     their_bytes = _bytes_of(theirs._csr) + _bytes_of(transposed[2]) + transposed[3].nbytes

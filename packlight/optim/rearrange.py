@@ -1,7 +1,7 @@
 """A state whose elements change places: decoded, put in another order, encoded again.
 
-Blocks of quantized states get new scales. A value is given the nearest level, so that one which
-keeps its block and is a level already stays what it is.
+Blocks of quantized states get new scales. A value is given the nearest level, and the largest of a
+block is a level exactly, so that a block which stays what it is keeps its codes.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ def _encoded(
     count = len(values)
     blocks = torch.nn.functional.pad(values.float(), (0, -count % form.block_elements))
     blocks = blocks.view(-1, form.block_elements)
-    scales = blocks.abs().amax(1)
     levels = _levels(form, is_signed).to(values.device)
+    scales = blocks.amax(1)
+    if is_signed:  # there is no level -1: of the largest magnitude, scales would shrink each time
+        scales = torch.maximum(scales, blocks.amin(1) / levels[0])
     shares = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
     codes = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2)
     if not is_signed:  # a second moment that becomes zero makes the next update explode

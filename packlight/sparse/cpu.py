@@ -209,7 +209,8 @@ def _shared(
 ) -> tuple[Any, ...]:
     rows = laid_x.shape[-1]
     return (
-        geometry.chunk(rows), geometry.vector(rows), *weight.arrays(), places(geometry, rows),
+        geometry.group(rows), geometry.chunk(rows), geometry.vector(rows), *weight.arrays(),
+        places(geometry, rows),
         geometry.weight_shape[0] // geometry.groups, geometry.group_pitch(rows),
         laid_x.view(-1).numpy(), laid_y.view(len(laid_y), -1).numpy(),
     )

@@ -1,9 +1,10 @@
 """Products with a weight of which only nonzeros are stored, on the CPU.
 
 A row of the weight is read block by block: its nonzeros' places are decoded into a few hundred
-bytes, then four nonzeros at a time are multiplied with contiguous vectors (see `geometry`). Nothing
-dense is ever made of the weight. Each result is summed in an order that depends on the sizes
-alone, so the number of threads changes no bit.
+bytes, then four nonzeros at a time are multiplied with contiguous vectors (see `geometry`). A few
+blocks of columns are done for all rows before the next, so that their vectors stay in cache.
+Nothing dense is ever made of the weight. Each result is summed in an order that depends on the
+sizes alone, so the number of threads changes no bit.
 
 Numba compiles this file once per machine (some seconds) and keeps the result on disk, until this
 very file changes; so it imports no constants.
@@ -59,19 +60,24 @@ def _dot_one(y, a):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply(
-    first_row, last_row, chunk, length, values, counts, offsets, row_starts, places, group_rows,
-    group_pitch, x, y,
+    first_row, last_row, group, chunk, length, values, counts, offsets, row_starts, places,
+    group_rows, group_pitch, x, y,
 ):  # fmt: skip
     """Add to rows `first_row` to `last_row` (not included) of y (rows, pitch) their products."""
     num_blocks = counts.shape[1]
+    num_groups = (num_blocks + group - 1) // group
+    num_steps = num_groups * ((length + chunk - 1) // chunk)
     where = np.empty(BLOCK, np.int64)
-    for begin in range(0, length, chunk):
-        size = min(chunk, length - begin)
+    for step in range(num_steps):
+        first, begin = (step % num_groups) * group, (step // num_groups) * chunk
+        last, size = min(first + group, num_blocks), min(chunk, length - begin)
         for row in range(first_row, last_row):
             out = y[row, begin : begin + size]
             base = (row // group_rows) * group_pitch + begin
             p = np.int64(row_starts[row])
-            for block in range(num_blocks):
+            for block in range(first):
+                p += np.int64(counts[row, block])
+            for block in range(first, last):
                 count = np.int64(counts[row, block])
                 _decode(offsets, p, count, block, places, base, where)
                 i = 0
@@ -91,22 +97,25 @@ def multiply(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_transposed(
-    first_column, last_column, chunk, length, values, counts, offsets, row_starts, places,
+    first_column, last_column, group, chunk, length, values, counts, offsets, row_starts, places,
     group_rows, group_pitch, dx, dy,
 ):  # fmt: skip
     """Add to the vectors of columns `first_column` to `last_column` (not included) of dx."""
     num_blocks = counts.shape[1]
     first_block, last_block = first_column // BLOCK, min((last_column - 1) // BLOCK + 1, num_blocks)
+    num_groups = (last_block - first_block + group - 1) // group
+    num_steps = num_groups * ((length + chunk - 1) // chunk)
     where = np.empty(BLOCK, np.int64)
-    for begin in range(0, length, chunk):
-        size = min(chunk, length - begin)
+    for step in range(num_steps):
+        first, begin = first_block + (step % num_groups) * group, (step // num_groups) * chunk
+        last, size = min(first + group, last_block), min(chunk, length - begin)
         for row in range(counts.shape[0]):
             grown = dy[row, begin : begin + size]
             base = (row // group_rows) * group_pitch + begin
             p = np.int64(row_starts[row])
-            for block in range(first_block):
+            for block in range(first):
                 p += np.int64(counts[row, block])
-            for block in range(first_block, last_block):
+            for block in range(first, last):
                 count = np.int64(counts[row, block])
                 _decode(offsets, p, count, block, places, base, where)
                 for i in range(count):
@@ -119,19 +128,24 @@ def multiply_transposed(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def multiply_at_pattern(
-    first_row, last_row, chunk, length, gradient, counts, offsets, row_starts, places, group_rows,
-    group_pitch, x, dy,
+    first_row, last_row, group, chunk, length, gradient, counts, offsets, row_starts, places,
+    group_rows, group_pitch, x, dy,
 ):  # fmt: skip
     """Add to each nonzero's gradient the dot product of its row of dy with its column's vector."""
     num_blocks = counts.shape[1]
+    num_groups = (num_blocks + group - 1) // group
+    num_steps = num_groups * ((length + chunk - 1) // chunk)
     where = np.empty(BLOCK, np.int64)
-    for begin in range(0, length, chunk):
-        size = min(chunk, length - begin)
+    for step in range(num_steps):
+        first, begin = (step % num_groups) * group, (step // num_groups) * chunk
+        last, size = min(first + group, num_blocks), min(chunk, length - begin)
         for row in range(first_row, last_row):
             grown = dy[row, begin : begin + size]
             base = (row // group_rows) * group_pitch + begin
             p = np.int64(row_starts[row])
-            for block in range(num_blocks):
+            for block in range(first):
+                p += np.int64(counts[row, block])
+            for block in range(first, last):
                 count = np.int64(counts[row, block])
                 _decode(offsets, p, count, block, places, base, where)
                 i = 0

@@ -18,10 +18,14 @@ from math import prod
 import numpy as np
 import torch
 
-# A tile of inputs of so many bytes stays in a core's second cache while outputs are computed.
+from packlight.sparse.pattern import BLOCK
+
+# Inputs are laid out so many bytes at a time, if vectors are then long enough.
 TILE_BYTES = 2**19
+# Vectors that are used together stay in a core's second cache.
+CACHED_BYTES = 2**18
 # Vectors shorter than this spend their time on loops, longer than the latter in no first cache.
-MIN_VECTOR, MAX_VECTOR = 64, 2048
+MIN_VECTOR, MAX_VECTOR = 128, 2048
 
 
 @dataclass(frozen=True)
@@ -126,9 +130,14 @@ class Geometry:
         return ((self.output_size[0] - 1) * self.plane[1] + self.output_size[1]) * rows
 
     def chunk(self, rows: int) -> int:
-        """Return how much of that vector is computed at a time, so that inputs stay in cache."""
-        cached = TILE_BYTES // (4 * self.channels * len(self.phases))
-        return min(self.vector(rows), max(256, min(cached, MAX_VECTOR)))
+        """Return how much of that vector is computed at a time."""
+        return min(self.vector(rows), MAX_VECTOR)
+
+    def group(self, rows: int) -> int:
+        """Return how many blocks of columns are computed at a time."""
+        taps = self.kernel[0] * self.kernel[1]
+        channels = -(-BLOCK // taps)
+        return max(1, CACHED_BYTES // (4 * channels * len(self.phases) * self.chunk(rows)))
 
     def input_shape(self, rows: int) -> tuple[int, ...]:
         """Return the shape of laid out inputs."""

@@ -114,18 +114,26 @@ class _SparseConvolution(SparseLayer):
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
+    padding: Any  # numbers, "same" or "valid"
     dilation: tuple[int, ...]
     groups: int
     padding_mode: str
 
     def _take(self, dense: nn.Module, weight: SparseWeight, bias: Any) -> None:
         super()._take(dense, weight, bias)
-        # (left, right) of each dimension, the last one first, as `nn.functional.pad` wants it.
-        sides = list(dense._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-        is_even = all(a == b for a, b in zip(sides[::2], sides[1::2], strict=True))
-        zeros = self.padding_mode == "zeros" and is_even
-        self._padded = None if zeros else sides
-        self._padding = sides[::-2] if zeros else [0] * len(self.kernel_size)
+        if self.padding == "same":
+            sizes = zip(self.kernel_size, self.dilation, strict=True)
+            totals = [spread * (taps - 1) for taps, spread in sizes]
+            sides = [(total // 2, total - total // 2) for total in totals]
+        elif self.padding == "valid":
+            sides = [(0, 0) for _ in self.kernel_size]
+        else:
+            sides = [(pad, pad) for pad in self.padding]
+        # The kernels pad with zeros, as many on both sides; else inputs are padded before them,
+        # the last dimension first, as `nn.functional.pad` wants it.
+        is_own = self.padding_mode == "zeros" and all(a == b for a, b in sides)
+        self._padding = [a if is_own else 0 for a, _ in sides]
+        self._padded = None if is_own else [pad for pair in reversed(sides) for pad in pair]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the convolution of (n, in_channels, *size), of x's dtype."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from packlight.errors import OptionError, SparsityError
+from packlight.sparse import pattern
 from packlight.sparse.cpu import FLOATS
 from packlight.sparse.growth import GuidedExploration, RigL
 from packlight.sparse.layers import LAYERS, SparseLayer
@@ -30,6 +31,7 @@ def sparsify(
     method: str | Method = "dsr",
     exclude: Iterable[str] = (),
     *,
+    rescale: bool = False,
     seed: int = 0,
 ) -> Sparsity:
     """Replace a model's layers by sparse ones, in place; return what trains them.
@@ -49,6 +51,9 @@ def sparsify(
         method: a name ("dsr", "set", "deepr", "rigl", "gse", "static", "pruning", "thin") or a
             `Method` with settings of your own.
         exclude: names of layers, or of modules that contain them, that stay dense.
+        rescale: multiply values at the start by sqrt(columns / nonzeros in a row), on average over
+            a weight's rows, so that outputs vary as the dense layer's do (Evci et al. 2022): for
+            models without norms that are trained from scratch. Embeddings stay as they are.
         seed: of random places.
 
     Raises:
@@ -84,6 +89,8 @@ def sparsify(
     for names, start in zip(owners.values(), starts, strict=True):
         weight = SparseWeight.of_dense(layers[names[0]].weight, start)  # type: ignore[arg-type]
         weight.name = f"{names[0]}.weight"
+        if rescale and type(layers[names[0]]) is not nn.Embedding:
+            _rescale(weight)
         weights[weight.name] = weight
         for name in names:
             layer = layers.pop(name)
@@ -172,6 +179,13 @@ def _refuse_small_layers(
                 f"{place.shape.numel()} elements {density:g} leave none\n"
                 f"hint: exclude=[{place.name!r}]"
             )
+
+
+@torch.no_grad()
+def _rescale(weight: SparseWeight) -> None:
+    nonzeros = pattern.row_starts(weight.index, weight.shape).diff()
+    columns = weight.shape[1:].numel() * int((nonzeros > 0).sum())
+    weight.values.mul_((columns / weight.num_nonzeros) ** 0.5)
 
 
 def _replace(model: nn.Module, name: str, layer: SparseLayer) -> None:

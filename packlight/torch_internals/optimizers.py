@@ -11,6 +11,14 @@ from torch.optim import optimizer as torch_optimizer
 STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 
 
+def step_post_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Return the hooks that run after an optimizer's step, in order.
+
+    Relied upon: they lie in the second of `STEP_HOOKS`, by their handles' numbers.
+    """
+    return list(optimizer.__dict__.get(STEP_HOOKS[1], {}).values())
+
+
 def has_global_step_hooks() -> bool:
     """Whether hooks are registered that run in every optimizer's step."""
     return bool(
