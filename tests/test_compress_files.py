@@ -14,6 +14,7 @@ from torch import nn
 import packlight.compress as compress
 from packlight.compress.container import VERSION
 from packlight.compress.contexts import Values
+from packlight.compress.entries import Entry, parts_of
 from packlight.compress.errors import (
     AlteredFileError,
     CompressionError,
@@ -161,6 +162,25 @@ def test_rows_and_columns_that_differ_take_less_than_if_they_were_alike(tmp_path
         compress.save(tmp_path / "m.plc", {"w": tensor}).file_bytes for tensor in (weight, shuffled)
     ]
     assert sizes[0] < 0.65 * sizes[1]
+
+
+def test_weights_that_keep_together_in_images_take_less(tmp_path: Path) -> None:
+    """Blobs in 14 x 14 images: the pixel beside and the one above tell where weights are."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.avg_pool2d(
+        torch.randn(60, 1, 18, 18, generator=generator), 5, stride=1
+    )
+    weight = torch.where(smooth > 0.3, 0.5, 0.0).reshape(60, 196)
+    order = torch.randperm(196, generator=generator)
+    sizes = [
+        compress.save(tmp_path / "m.plc", {"w": tensor}).file_bytes
+        for tensor in (weight, weight[:, order])
+    ]
+    assert sizes[0] < 0.8 * sizes[1]
+    assert torch.equal(compress.load(tmp_path / "m.plc")["w"], weight[:, order])
+    (line,) = parts_of({"w": weight}, "range", {})
+    assert line.entry.is_transposed and {1, 14} <= set(line.entry.weighing.lags)
+    assert Entry.from_json(line.entry.to_json(), "range") == line.entry
 
 
 def test_every_byte_of_a_file_is_accounted_for(tmp_path: Path) -> None:

@@ -14,7 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from packlight.compress.alphabet import Codes
-from packlight.compress.contexts import WEIGHINGS, Positions, Values, Weighing
+from packlight.compress.contexts import (
+    WEIGHINGS,
+    Positions,
+    Values,
+    Weighing,
+    likely_lags,
+)
 from packlight.compress.packages import constriction
 
 # So many elements at most share a block of the file: what a reader holds of it at one time.
@@ -99,17 +105,22 @@ class RowCoder:
         num_codes: zero included.
         num_nonzeros: in the whole tensor, which the file tells first.
         num_elements: of the whole tensor.
-        weighing: number of how to weigh the past, in `WEIGHINGS`.
+        weighing: of the past.
     """
 
     def __init__(
-        self, num_columns: int, num_codes: int, num_nonzeros: int, num_elements: int, weighing: int
+        self,
+        num_columns: int,
+        num_codes: int,
+        num_nonzeros: int,
+        num_elements: int,
+        weighing: Weighing,
     ) -> None:
         self.num_columns = num_columns
         self.is_empty = num_nonzeros == 0
         self.is_full = num_nonzeros == num_elements
         density = num_nonzeros / max(1, num_elements)
-        self.positions = Positions(num_columns, density, WEIGHINGS[weighing])
+        self.positions = Positions(num_columns, density, weighing)
         self.values = Values(num_codes - 1) if num_codes > 2 else None  # one value: nothing to tell
 
     def encode(self, encoder: Any, row: Codes) -> None:
@@ -151,10 +162,10 @@ class RowCoder:
 
     def _segments(self, is_weight: Any) -> Iterator[tuple[int, int, Any]]:
         """Yield (begin, end, probabilities); a segment's cells are filled in before the next."""
-        columns = self.positions.columns()
+        cells = self.positions.begin_row()
         num_seen = num_expected = 0
         for begin, end in self.positions.segments():
-            expected = columns[begin:end]
+            expected = cells[begin:end]
             yield begin, end, self.positions.likely(expected, num_seen, num_expected)
             num_seen += int(is_weight[begin:end].sum())
             num_expected += int(expected.sum())
@@ -167,31 +178,39 @@ class RowCoder:
             yield begin, end, _categorical(self.values)
 
 
-def estimate_bits(rows: Codes, weighing: int) -> float:
+def estimate_bits(rows: Codes, weighing: Weighing) -> float:
     """Return about how many bits the places of a tensor's weights take under a weighing."""
     coder = RowCoder(rows.shape[1], 1, int(np.count_nonzero(rows)), rows.size, weighing)
     return sum(coder.estimate(row) for row in rows)
 
 
-def choose_weighing(rows: Codes, default_bits: float) -> int:
-    """Return the number of the weighing under which places take fewest bits.
+def choose_weighing(rows: Codes) -> tuple[Weighing, float]:
+    """Return a weighing under which places take few bits, and those bits.
 
-    One setting of a weighing after the other is tried.
+    Lags first, then one setting after the other.
 
     Args:
         rows: codes.
-        default_bits: under `Weighing()`.
     """
-    best, best_bits = WEIGHINGS.index(Weighing()), default_bits
+    best = Weighing()
+    best_bits = estimate_bits(rows, best)
+    lags = likely_lags(rows != 0)
+    for num in range(1, len(lags) + 1):
+        best, best_bits = _better(rows, replace(best, lags=tuple(lags[:num])), best, best_bits)
     for setting in ("row", "column", "neighbours"):
-        start = WEIGHINGS[best]
-        for number, weighing in enumerate(WEIGHINGS):
-            is_near = weighing == replace(start, **{setting: getattr(weighing, setting)})
-            if is_near and weighing != start:
-                bits = estimate_bits(rows, number)
-                if bits < best_bits:
-                    best, best_bits = number, bits
-    return best
+        for value in sorted({getattr(weighing, setting) for weighing in WEIGHINGS}):
+            other = replace(best, **{setting: value})
+            best, best_bits = _better(rows, other, best, best_bits)
+    return best, best_bits
+
+
+def _better(
+    rows: Codes, other: Weighing, best: Weighing, best_bits: float
+) -> tuple[Weighing, float]:
+    if other == best:
+        return best, best_bits
+    bits = estimate_bits(rows, other) + 8 * len(other.lags)
+    return (other, bits) if bits < best_bits else (best, best_bits)
 
 
 # -- tensors without an alphabet: their bytes, each place of an element on its own
