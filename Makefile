@@ -7,7 +7,7 @@ TORCH ?= 2.15.0
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_BIN := $(TORCH_VENV)/bin
 
-.PHONY: help demo test test-all test-torch lint bench-whole-step bench-optim bench-sohoni bench-peers bench-zoo bench-largest docs clean
+.PHONY: $(shell sed -n 's/^\([a-z-]*\):.*##.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -60,9 +60,23 @@ bench-whole-step: $(READY) ## rerun the tables of a whole step's time against it
 bench-optim: $(READY) ## rerun the table of optimizers' bytes and times
 	$(BIN)/python -m benchmarks.optim
 
+bench-comm: $(READY) ## rerun the tables of bytes sent and loss (hours)
+	$(BIN)/python -m benchmarks.comm --codecs
+	$(BIN)/python -m benchmarks.comm
+
+bench-ranks: $(READY) ## rerun the table of two ranks beside DistributedDataParallel and FSDP2
+	$(BIN)/python -m benchmarks.ranks
+
 bench-sohoni: $(READY) ## rerun the table of WRN-28-2's memory and accuracy (needs PACKLIGHT_CIFAR10; hours)
 	$(BIN)/python -m benchmarks.sohoni
 	$(BIN)/python -m benchmarks.sohoni.report
+
+bench-cluster: $(READY) ## rerun the scoreboard of predicted training steps
+	$(BIN)/python -m benchmarks.cluster
+
+bench-sparse: $(READY) ## rerun the tables of sparse weights (needs PACKLIGHT_MNIST; an hour)
+	$(BIN)/python -m benchmarks.sparse
+	$(BIN)/python -m benchmarks.sparse.report
 
 bench-zoo: $(READY) ## rerun the matrix of model families (hours)
 	$(BIN)/python -m benchmarks.zoo

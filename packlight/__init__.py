@@ -18,6 +18,27 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from packlight.costs.peak import MemoryPeak, measure_peak
+    from packlight.errors import BatchError as BatchError
+    from packlight.errors import BudgetFormatError as BudgetFormatError
+    from packlight.errors import FormatError as FormatError
+    from packlight.errors import GraphBreakError as GraphBreakError
+    from packlight.errors import InfeasibleBudgetError as InfeasibleBudgetError
+    from packlight.errors import LossScaleError as LossScaleError
+    from packlight.errors import MicrobatchError as MicrobatchError
+    from packlight.errors import MissingExtraError as MissingExtraError
+    from packlight.errors import MoveError as MoveError
+    from packlight.errors import NonFiniteLossError as NonFiniteLossError
+    from packlight.errors import OffloadError as OffloadError
+    from packlight.errors import OptimizerStateError as OptimizerStateError
+    from packlight.errors import OptionError as OptionError
+    from packlight.errors import PacklightError as PacklightError
+    from packlight.errors import PrecisionError as PrecisionError
+    from packlight.errors import RankError as RankError
+    from packlight.errors import RankMismatchError as RankMismatchError
+    from packlight.errors import ScheduleError as ScheduleError
+    from packlight.errors import UnsupportedModelError as UnsupportedModelError
+    from packlight.errors import UnsupportedParameterError as UnsupportedParameterError
+    from packlight.errors import WayError as WayError
 
     MOVES: tuple[str, ...]
     EXACT_MOVES: tuple[str, ...]
@@ -25,6 +46,7 @@ if TYPE_CHECKING:
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
     from packlight.run.train_step import TrainStep
+    from packlight.sparse.sparsify import sparsify
 
 # Where each public name lives; torch is imported when one of them is first used.
 _HOMES = {
@@ -37,10 +59,11 @@ _HOMES = {
     "measure_peak": "packlight.costs.peak",
     "plan": "packlight.fitting",
     "profile": "packlight.fitting",
+    "sparsify": "packlight.sparse.sparsify",
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("compress", "optim")
+_FOLDERS = ("cluster", "comm", "compress", "optim", "sparse")
 
 __all__ = [
     "EXACT_MOVES",
@@ -55,6 +78,7 @@ __all__ = [
     "measure_peak",
     "plan",
     "profile",
+    "sparsify",
 ]
 
 
@@ -65,6 +89,8 @@ def __getattr__(name: str) -> Any:
         from packlight.moves.registry import exact_move_names, move_names
 
         return move_names() if name == "MOVES" else exact_move_names()
+    if name.endswith("Error"):
+        return getattr(import_module("packlight.errors"), name)
     if name not in _HOMES:
         raise AttributeError(f"module 'packlight' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -19,23 +19,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from packlight.capture.aot import mutations, written_back
-from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
-    native_upsampling,
     prepare_dynamo,
     refuse_graph_break,
     refuse_values,
-    specialize,
 )
-from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.joint import JointStep
-from packlight.capture.pieces import compile_piece
-from packlight.capture.read_joint import read_joint_graph
+from packlight.capture.pieces import Alone, compile_piece
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import break_anywhere, compiled_for, is_resumed, options_of
 from packlight.errors import InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
@@ -45,16 +38,21 @@ from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.run.piece_loop import PieceLoop
 from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
-from packlight.step import Limit, Machine, Plan, StepGraph, Termination, simulate, with_transfers
-from packlight.torch_internals import (
-    aot_compiler,
-    box_arguments,
-    boxed,
-    graph_break,
-    has_boxed_arguments,
-    is_fake,
-    is_graph_retained,
+from packlight.step import (
+    Limit,
+    Machine,
+    Plan,
+    StepGraph,
+    Termination,
+    live_after_forward,
+    simulate,
+    with_transfers,
 )
+from packlight.torch_internals.autograd import is_graph_retained
+from packlight.torch_internals.breaks import break_anywhere
+from packlight.torch_internals.calling import box_arguments, boxed, has_boxed_arguments
+from packlight.torch_internals.dispatch import is_fake
+from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
@@ -86,7 +84,8 @@ class Compilation:
 class PacklightBackend:
     """A torch.compile backend with its options.
 
-    A function that breaks into several graphs is run in pieces (run/pieces.py), planned together.
+    Within a budget graphs are pieces (run/pieces.py): those of a function that breaks into several
+    are planned together, and so are several forwards before a backward.
 
     Attributes:
         budget_bytes: peak of a step above what was there before it; None for no limit.
@@ -97,7 +96,7 @@ class PacklightBackend:
         choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
         is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
-        loop: what a function that breaks is run by.
+        loop: what runs pieces.
     """
 
     budget_bytes: int | None = None
@@ -118,43 +117,52 @@ class PacklightBackend:
 
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
-        if self.loop.pieces is not None or is_resumed() or graph_break() is not None:
+        if self.loop.is_broken or is_resumed() or graph_break() is not None:
             if self.choose_budget is not None or self.offload_directory or self.is_dry_run:
                 refuse_graph_break()
             with CallProfiler(self.progress) as profiler:
                 return compile_piece(module, example_inputs, self.loop, profiler)
         refuse_values(module)
-        specialize(example_inputs)
-        guard_what_dynamo_trusts(module)
-        self._example_inputs = example_inputs
-        with native_upsampling():
-            compiled = aot_compiler(_boxed, self._partition)(module, example_inputs)
+        self._example_inputs, num_before = example_inputs, len(self.compilations)
+        with CallProfiler(self.progress) as profiler:
+            alone = Alone(partial(self._planned, profiler=profiler), _boxed)
+            compiled = compile_piece(module, example_inputs, self.loop, profiler, alone)
         self._example_inputs = ()
+        new = self.compilations[num_before:]
 
         def run(*arguments: Any) -> Any:
             if self.is_dry_run:
                 raise StepCaptured
+            if new and self.budget_bytes is not None:
+                refuse_more_runs(new[0], self.budget_bytes, arguments)
             return compiled(*arguments)
 
         return run
 
-    def _partition(
-        self, joint: fx.GraphModule, num_forward_outputs: int
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        with CallProfiler(self.progress) as profiler:
-            step = capture(joint, num_forward_outputs, profiler)
-            budget = self.budget_bytes
-            if self.choose_budget is not None:
-                budget = self.choose_budget(step.graph)
-            far = None if budget is None else far_memory(step.device, self.offload_directory)
-            machine = None if far is None else _machine(step.device, far)
-            if machine is not None:
-                step = replace(step, graph=with_transfers(step.graph, machine))
-            plan = plan_schedule(step.graph, budget, machine)
-            rehearsed = self._rehearsed(step, budget, plan, profiler)
+    def _planned(
+        self, step: JointStep, profiler: CallProfiler
+    ) -> tuple[JointStep, Plan] | tuple[fx.GraphModule, fx.GraphModule]:
+        """Plan a step.
+
+        Where a budget is for all forwards before a backward, and nothing is transferred, the loop
+        runs it.
+        """
+        budget = self.budget_bytes
+        if self.choose_budget is not None:
+            budget = self.choose_budget(step.graph)
+        far = None if budget is None else far_memory(step.device, self.offload_directory)
+        machine = None if far is None else _machine(step.device, far)
+        if machine is not None:
+            step = replace(step, graph=with_transfers(step.graph, machine))
+        plan = plan_schedule(step.graph, budget, machine)
+        rehearsed = self._rehearsed(step, budget, plan, profiler)
         if rehearsed is not None:
             step = rehearsed
             plan = _replanned(step.graph, budget, plan, machine)
+        if self.budget_bytes is not None and not plan.lane_seconds:
+            step = replace(step, graph=step.graph.without_transfers())
+            self.compilations.append(Compilation(step.graph, plan, machine))
+            return step, plan
         program = emit(step, plan.schedule, (plan.schedule.num_forward,))
         tiers = None
         if program.slots:
@@ -247,17 +255,35 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
     )
 
 
-def capture(joint: fx.GraphModule, num_forward_outputs: int, profiler: CallProfiler) -> JointStep:
-    """Return the step behind AOTAutograd's joint graph."""
-    use_eager_dropout(joint)
-    mutated_inputs = mutations(joint, num_forward_outputs)
-    return read_joint_graph(
-        joint,
-        num_forward_outputs,
-        profiler.measure,
-        mutated_primals=frozenset(written_back(joint, num_forward_outputs).values()),
-        pinned_outputs=lambda index: index not in mutated_inputs,
-    )
+def refuse_more_runs(
+    compilation: Compilation, budget_bytes: int, arguments: Sequence[Any]
+) -> None:
+    """Refuse a forward beside others whose backwards are to come, if that is over the budget.
+
+    What runs with transfers is planned for one forward at a time.
+
+    Args:
+        compilation: of the graph that is called.
+        budget_bytes: for all forwards before a backward.
+        arguments: of the call; gradients of parameters among them count.
+    """
+    tiers, plan = compilation.tiers, compilation.plan
+    if tiers is None:
+        return
+    graph = compilation.graph
+    kept = sum(graph.buffers[b].bytes for b in live_after_forward(graph, plan.schedule))
+    parameters = [p for p in arguments if isinstance(p, torch.nn.Parameter)]
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+    needed = plan.peak_bytes + tiers.num_in_flight * kept + gradients
+    if needed > budget_bytes:
+        raise InfeasibleBudgetError(
+            budget_bytes, needed, f"forward {tiers.num_in_flight + 1} before a backward",
+            [("this forward and its backward", plan.peak_bytes),
+             ("kept by forwards before it", tiers.num_in_flight * kept),
+             ("gradients of backwards before it", gradients)],
+            "a forward that transfers buffers is planned alone: call backward() on each loss "
+            "before the next forward, zero_grad() before the next step",
+        )
 
 
 def _machine(device: torch.device, far: FarMemory) -> Machine:

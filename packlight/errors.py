@@ -65,6 +65,35 @@ class ScheduleError(PacklightError, ValueError):
         super().__init__(f"instruction {instruction_index}: {message}")
 
 
+class PipelineError(PacklightError, ValueError):
+    """A pipeline's schedule that cannot run: found before anything does.
+
+    Attributes:
+        rank: whose instruction it is.
+        position: in that rank's instructions; None where one is missing.
+    """
+
+    def __init__(self, rank: int, position: int | None, message: str) -> None:
+        self.rank = rank
+        self.position = position
+        where = f"rank {rank}" if position is None else f"rank {rank}, instruction {position}"
+        super().__init__(f"{where}: {message}")
+
+
+class ClusterPlanError(PacklightError, ValueError):
+    """No layout of a model fits on a cluster.
+
+    Attributes:
+        least_bytes: what the first stage of the layout that comes closest takes on each GPU.
+        budget_bytes: what there is.
+    """
+
+    def __init__(self, message: str, *, least_bytes: int, budget_bytes: int) -> None:
+        self.least_bytes = least_bytes
+        self.budget_bytes = budget_bytes
+        super().__init__(message)
+
+
 class GraphBreakError(PacklightError, ValueError):
     """The model does not trace into one graph, so its step cannot be planned as a whole.
 
@@ -343,3 +372,31 @@ class OptimizerStateError(PacklightError, ValueError):
             f"{what} of the saved optimizer state is {saved!r}, that of this optimizer {expected!r}"
             "; nothing was loaded" + (f"\nhint: {hint}" if hint else "")
         )
+
+
+class SparsityError(PacklightError, ValueError):
+    """A model, a setting or an optimizer with which there is no sparse training."""
+
+
+class SparsePatternError(PacklightError, ValueError):
+    """Values and an index that are no pattern of a weight.
+
+    Attributes:
+        name: of the weight.
+        shape: of the weight.
+        problem: what does not fit.
+    """
+
+    def __init__(self, name: str, shape: tuple[int, ...], problem: str, hint: str = "") -> None:
+        self.name, self.shape, self.problem = name, shape, problem
+        super().__init__(
+            f"the pattern of {name!r}, of shape {shape}, does not fit: {problem}"
+            + (f"\nhint: {hint}" if hint else "")
+        )
+
+
+class SparseTensorError(PacklightError, ValueError):
+    """A tensor that the kernels of `packlight.sparse` do not take."""
+
+    def __init__(self, problem: str, hint: str = "") -> None:
+        super().__init__(f"packlight.sparse got {problem}" + (f"\nhint: {hint}" if hint else ""))

@@ -15,6 +15,7 @@ from packlight.capture.step_capture import LossFunction
 from packlight.capture.undisturbed import generators_kept
 from packlight.errors import OptionError
 from packlight.moves.data_parallel import DataParallel
+from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import checked_techniques, chosen_names, technique_names
 from packlight.moves.request import Request
@@ -35,7 +36,8 @@ class Options(TypedDict, total=False):
     """What `fit`, `plan` and `profile` take by name; all of it may be left out.
 
     Attributes:
-        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None.
+        moves: names of what may be done to fit beside recomputation; all of `MOVES` if None. Those
+            that compile have to be named: (*MOVES, "fuse"), (*EXACT_MOVES, "fuse-exactly").
         allow: names of approximate techniques. "bf16" or "fp16" run the loss under
             `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
             keep their dtype.
@@ -197,10 +199,14 @@ def _request(
     precision, device = chosen_precision(allowed), next(model.parameters(), torch.empty(0)).device
     mesh = options.get("mesh")
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
-    ranks = ranks_of(None if modelled else mesh, options.get("parallel"), device)
+    parallel = options.get("parallel")
+    ranks = ranks_of(None if modelled else mesh, parallel, device)
     names = chosen_names(options.get("moves"))
     if ranks is not None or modelled is not None:
         names |= {DataParallel.name}
+    shards = parallel is not None and parallel.shard is not None
+    if shards:  # each gradient's piece goes to its rank, where it is used up
+        names |= {UpdateInBackward.name}
     scaler, directory = options.get("scaler"), options.get("offload_directory")
     if precision is not None:
         scaler = loss_scaler(model, precision, device, scaler)
@@ -218,4 +224,5 @@ def _request(
         options.get("progress", True) and (ranks is None or ranks.rank == 0),
         ranks,
         modelled,
+        shards,
     )

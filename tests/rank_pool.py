@@ -37,7 +37,9 @@ class RankPool:
     """
 
     def __init__(self, size: int, directory: Path) -> None:
-        context = mp.get_context("spawn")
+        # Forked from a process that has imported torch and nothing else, which takes long.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         self.pipes, self.processes = [], []
         for rank in range(size):
             mine, theirs = context.Pipe()

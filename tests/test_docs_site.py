@@ -51,7 +51,10 @@ def described(module: str) -> set[str]:
 # -- every name has its place
 
 
-@pytest.mark.parametrize("module", ["packlight", "packlight.optim", "packlight.step"])
+@pytest.mark.parametrize(
+    "module",
+    ["packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step"],
+)
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     public = set(importlib.import_module(module).__all__) - {"__version__"}
     assert described(module) == public

@@ -428,10 +428,42 @@ def test_optimizers_that_look_at_the_loss_again_are_named() -> None:
         def step(self, closure: Any) -> None:  # type: ignore[override]
             closure()
 
+    class Asserting(torch.optim.SGD):
+        """Says itself that it cannot do without."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            assert closure is not None, "needs a closure"
+
+    class Perturbing(torch.optim.SGD):
+        """Has no other step than its two parts."""
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            raise NotImplementedError("call first_step and second_step, or pass a closure")
+
     model = net()
-    for optimizer in (torch.optim.LBFGS(model.parameters()), Sharpness(model.parameters(), 0.1)):
+    kinds = (Sharpness, Asserting, Perturbing)
+    steppers = [torch.optim.LBFGS(model.parameters()), *(k(model.parameters(), 0.1) for k in kinds)]
+    for optimizer in steppers:
         with pytest.raises(PacklightError, match=f"{type(optimizer).__name__}.*closure"):
             packlight.fit(model, classify, optimizer, batch_of(), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_fused_kernel_that_leaves_elements_alone_is_refused(dtype: torch.dtype) -> None:
+    """As torch 2.13's SGD does on the CPU; not where the kernel is right or is not asked for."""
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return model(batch.to(next(model.parameters()).dtype)).float().square().mean()
+
+    model, batch = nn.Linear(8, 8).to(dtype), torch.randn(4, 8)
+    for options in ({"momentum": 0.9}, {"weight_decay": 0.1}, {"maximize": True}):
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=True, **options)
+        with pytest.raises(PacklightError, match=r"SGD\(fused=True\) leaves .*\nhint: fused=False"):
+            packlight.fit(model, loss_fn, optimizer, batch, progress=False)
+    packlight.fit(model, loss_fn, torch.optim.SGD(model.parameters(), 0.1), batch, progress=False)
+    model.float()
+    fused = torch.optim.SGD(model.parameters(), 0.1, fused=True)
+    packlight.fit(model, loss_fn, fused, batch, progress=False)
 
 
 def test_what_torchscript_runs_is_refused_by_name() -> None:

@@ -53,8 +53,10 @@ def test_step_imports_only_the_standard_library_and_numpy(path: Path) -> None:
     assert strange == []
 
 
-@pytest.mark.parametrize("path", sources("planner"), ids=lambda p: p.name)
-def test_planner_never_imports_torch_or_what_needs_it(path: Path) -> None:
+@pytest.mark.parametrize(
+    "path", [*sources("planner"), *sources("cluster")], ids=lambda p: f"{p.parent.name}-{p.name}"
+)
+def test_planner_and_cluster_never_imports_torch_or_what_needs_it(path: Path) -> None:
     forbidden = ("torch", "packlight.capture", "packlight.costs", "packlight.search")
     assert [n for n in imported_names(path) if any(is_under(n, f) for f in forbidden)] == []
 
@@ -89,6 +91,7 @@ def modules_after(statement: str) -> set[str]:
     [
         "import packlight",
         "import packlight.step, packlight.step.serialize, packlight.planner",
+        "import packlight.cluster",
         "import packlight.cli",
     ],
 )

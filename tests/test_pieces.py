@@ -18,7 +18,6 @@ import packlight
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
-from packlight.dynamo_internals import StorageWatch
 from packlight.errors import (
     GraphBreakError,
     InfeasibleBudgetError,
@@ -37,6 +36,7 @@ from packlight.planner.pieces import (
 )
 from packlight.planner.plain import plain_schedule
 from packlight.step import BufferKind, GraphBuilder, Phase, simulate
+from packlight.torch_internals.storages import StorageWatch
 
 WIDTH, ROWS = 32, 256
 

@@ -9,6 +9,7 @@ import ast
 import copy
 import logging
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -22,7 +23,20 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from packlight import torch_internals as inside
+from packlight.torch_internals import (
+    aot,
+    autograd,
+    calling,
+    dispatch,
+    dynamo,
+    inductor,
+    modules,
+    optimizers,
+    processes,
+    storages,
+    translator,
+)
+from packlight.torch_internals.profiler import memory_events
 
 PACKAGE = Path(__file__).resolve().parent.parent / "packlight"
 LOGGER = logging.getLogger("packlight.test")
@@ -58,7 +72,7 @@ def test_the_store_of_the_default_group_is_at_hand(tmp_path: Path) -> None:
         "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
     )
     try:
-        store = inside.default_store()
+        store = processes.default_store()
         assert not store.check(["word"])
         store.set("word", "said")
         assert store.check(["word"]) and store.get("word") == b"said"
@@ -70,7 +84,7 @@ def test_the_store_of_the_default_group_is_at_hand(tmp_path: Path) -> None:
 
 
 def test_functions_and_recurrent_layers_are_traced_through() -> None:
-    inside.trace_through([logging.Logger.warning])
+    dynamo.trace_through([logging.Logger.warning])
     cell = nn.LSTM(4, 4)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +109,7 @@ def test_dynamo_keeps_what_it_compiled_by_the_code_object() -> None:
     for _ in range(2):
         compiled(double, backend)(x)
     assert len(calls) == 1, "the same code object is compiled once"
-    assert torch.equal(compiled(inside.with_own_cache(double), backend)(x), x * 2)
+    assert torch.equal(compiled(dynamo.with_own_cache(double), backend)(x), x * 2)
     assert len(calls) == 2, "its copy apart from it"
 
 
@@ -103,7 +117,7 @@ def test_a_backend_is_told_that_a_graph_is_one_of_several_and_why() -> None:
     found: list[Any] = []
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
-        found.append(inside.graph_break())
+        found.append(translator.graph_break())
         return module.forward
 
     def whole(x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +136,7 @@ def test_a_backend_is_told_that_a_graph_is_one_of_several_and_why() -> None:
     assert "graph_break" in reason
     assert list(stack)[-1].filename == __file__
     assert found[2] is None, "the last piece ends with the function"
-    assert inside.graph_break() is None, "nothing is being compiled"
+    assert translator.graph_break() is None, "nothing is being compiled"
 
 
 def test_the_returned_tensor_is_told_from_those_that_attributes_get() -> None:
@@ -131,7 +145,7 @@ def test_the_returned_tensor_is_told_from_those_that_attributes_get() -> None:
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
         (results,) = next(n for n in module.graph.nodes if n.op == "output").args
-        names.append((*inside.returned_names(), [r.name for r in results]))
+        names.append((*translator.returned_names(), [r.name for r in results]))
         return module.forward
 
     def one(x: torch.Tensor) -> torch.Tensor:
@@ -165,8 +179,8 @@ def test_a_function_is_traced_anew_as_often_as_is_said() -> None:
     def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * factor
 
-    function = compiled(inside.with_own_cache(scaled), backend)
-    with inside.many_entries(12):
+    function = compiled(dynamo.with_own_cache(scaled), backend)
+    with dynamo.many_entries(12):
         for factor in [*range(12), 3, 4]:
             assert float(function(torch.ones(()), float(factor))) == factor
     assert num_traces == 12
@@ -188,10 +202,10 @@ def test_gradients_inside_a_traced_function_are_eagers() -> None:
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
         return module.forward
 
-    with inside.gradients_inside():
+    with dynamo.gradients_inside():
         result = compiled(penalty, backend, fullgraph=True)(torch.ones(2))
         assert torch.equal(result, penalty(torch.ones(2)))
-        untraceable = inside.dynamo_errors()[1]
+        untraceable = dynamo.dynamo_errors()[1]
         with pytest.raises(untraceable, match=r"Tensor\.backward\(\)"):
             compiled(backward, backend, fullgraph=True)(torch.ones(2))
     with pytest.raises(untraceable, match=r"autograd\.grad"):
@@ -207,20 +221,20 @@ def test_sizes_become_symbols_and_their_expressions_numbers() -> None:
             graphs.append((joint, list(inputs)))
             raise ValueError("seen")
 
-        with inside.numbers_stay_numbers():
-            inside.aot_compiler(lambda m, i: m.forward, partition)(module, inputs)
+        with aot.numbers_stay_numbers():
+            aot.aot_compiler(lambda m, i: m.forward, partition)(module, inputs)
 
     def scaled(x: torch.Tensor) -> torch.Tensor:
         return (x.T.reshape(-1) / x.shape[1] ** 0.5).sum()
 
     x = torch.ones(3, 5, requires_grad=True)
     marks = dict(x.__dict__)
-    with inside.marked_dynamic([(x, [1])]), pytest.raises(Exception, match="seen"):
+    with dynamo.marked_dynamic([(x, [1])]), pytest.raises(Exception, match="seen"):
         compiled(scaled, backend, fullgraph=True)(x)
     assert x.__dict__ == marks
     ((joint, inputs),) = graphs
     (symbol,) = (i for i in inputs if isinstance(i, torch.SymInt))
-    number = inside.with_numbers([(symbol, 7)])
+    number = dynamo.with_numbers([(symbol, 7)])
     values = {node.name: node.meta.get("val") for node in joint.graph.nodes}
     flat = next(v for n, v in values.items() if n.startswith(("view", "_unsafe_view", "clone")))
     assert [number(size) for size in flat.shape] in ([21], [7, 3])
@@ -242,12 +256,12 @@ def test_hooks_of_a_parameter_are_those_that_autograd_calls() -> None:
 
     theirs, ours = made(), made()
     (theirs * torch.tensor([2.0, 5.0])).sum().backward()
-    assert inside.has_gradient_hooks(ours) and not inside.has_gradient_hooks(torch.ones(1))
-    ours.grad = inside.through_hooks(ours, torch.tensor([2.0, 5.0]))
-    inside.after_accumulation(ours)
+    assert autograd.has_gradient_hooks(ours) and not autograd.has_gradient_hooks(torch.ones(1))
+    ours.grad = autograd.through_hooks(ours, torch.tensor([2.0, 5.0]))
+    autograd.after_accumulation(ours)
     assert torch.equal(theirs.grad, ours.grad) and torch.equal(*seen)
 def test_dynamo_guards_hooks_and_aliases_where_it_is_told_to() -> None:
-    inside.keep_eagers_meaning()
+    dynamo.keep_eagers_meaning()
     calls: list[Any] = []
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
@@ -266,7 +280,7 @@ def test_dynamo_guards_hooks_and_aliases_where_it_is_told_to() -> None:
 
 
 def test_numpys_noise_is_numpys() -> None:
-    inside.keep_eagers_meaning()
+    dynamo.keep_eagers_meaning()
     run = compiled(lambda x: x + torch.from_numpy(np.random.rand(3)), as_it_is)
     np.random.seed(0)
     noisy = run(torch.zeros(3))
@@ -278,8 +292,8 @@ def test_a_backend_adds_a_question_that_every_call_asks() -> None:
     answers, known = [True], []
 
     def backend(module: fx.GraphModule, inputs: Any) -> Any:
-        known.append(inside.traced_call())
-        inside.guard_on(lambda: lambda: answers[0])
+        known.append(translator.traced_call())
+        dynamo.guard_on(lambda: lambda: answers[0])
         return module.forward
 
     def inner(x: torch.Tensor) -> torch.Tensor:
@@ -295,7 +309,7 @@ def test_a_backend_adds_a_question_that_every_call_asks() -> None:
     assert call is not None and call.arguments["named"] is x and call.arguments["inner"] is inner
     assert {outer.__code__, inner.__code__} <= call.codes
     assert call.random_functions == [random.randint]
-    assert inside.traced_call() is None
+    assert translator.traced_call() is None
     answers[0] = False
     with pytest.raises(AssertionError):  # the new trace does not hold either: dynamo says so
         run(x)
@@ -304,22 +318,22 @@ def test_a_backend_adds_a_question_that_every_call_asks() -> None:
 def test_hooks_of_all_modules_have_numbers() -> None:
     from torch.nn.modules import module as all_modules
 
-    before = inside.hooks_of_all_modules()
+    before = modules.hooks_of_all_modules()
     handles = [
         all_modules.register_module_forward_pre_hook(lambda module, inputs: None),
         all_modules.register_module_forward_hook(lambda module, inputs, output: None),
         all_modules.register_module_full_backward_pre_hook(lambda module, outputs: None),
         all_modules.register_module_full_backward_hook(lambda module, inputs, outputs: None),
     ]
-    now = inside.hooks_of_all_modules()
+    now = modules.hooks_of_all_modules()
     for handle in handles:
         handle.remove()
     assert len(now) == len(before) + len(handles) == len(set(now))
-    assert inside.hooks_of_all_modules() == before
+    assert modules.hooks_of_all_modules() == before
 
 
 def test_errors_of_a_backend_and_of_a_trace_say_what_is_read_from_them() -> None:
-    around_backend, untraceable = inside.dynamo_errors()
+    around_backend, untraceable = dynamo.dynamo_errors()
     mine = ValueError("mine")
 
     def failing(module: fx.GraphModule, inputs: Any) -> Any:
@@ -371,9 +385,9 @@ def caught_joint(model: nn.Module, *inputs: torch.Tensor) -> tuple[fx.GraphModul
         raise Caught
 
     def backend(module: fx.GraphModule, arguments: Any) -> Any:
-        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+        return aot.aot_compiler(as_it_is, partition)(module, arguments)
 
-    around_backend, _ = inside.dynamo_errors()
+    around_backend, _ = dynamo.dynamo_errors()
     with pytest.raises(around_backend) as raised:
         compiled(model, backend, fullgraph=True)(*inputs)
     assert isinstance(raised.value.inner_exception, Caught)  # type: ignore[attr-defined]
@@ -384,7 +398,7 @@ def test_a_partition_gets_a_joint_graph_of_primals_then_tangents() -> None:
     model = Normed()
     joint, num_forward_outputs = caught_joint(model, torch.randn(8, 4))
     placeholders = joint.graph.find_nodes(op="placeholder")
-    tangents = [n for n in placeholders if inside.is_tangent(n)]
+    tangents = [n for n in placeholders if aot.is_tangent(n)]
     assert placeholders[-1:] == tangents, "one loss needs a gradient, and comes last"
     num_inputs = sum(1 for _ in (*model.parameters(), *model.buffers())) + 1
     assert len(placeholders) == num_inputs + 1
@@ -404,7 +418,7 @@ def test_without_a_backward_no_partition_is_asked_for() -> None:
         raise AssertionError
 
     def backend(module: fx.GraphModule, arguments: Any) -> Any:
-        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+        return aot.aot_compiler(as_it_is, partition)(module, arguments)
 
     x = torch.ones(3)
     assert torch.equal(compiled(torch.cos, backend)(x), x.cos())
@@ -414,13 +428,13 @@ def test_results_say_whose_new_values_they_are_and_which_the_function_returns() 
     joint, num_forward_outputs = caught_joint(Normed(), torch.randn(8, 4))
     placeholders = joint.graph.find_nodes(op="placeholder")
     output = joint.graph.find_nodes(op="output")[0]
-    described = list(inside.descriptions(output))[:num_forward_outputs]
+    described = list(aot.descriptions(output))[:num_forward_outputs]
     results = output.args[0][:num_forward_outputs]
-    mutated = [inside.mutated_input(d) for d in described]
-    by_description = {inside.descriptions(p): p for p in placeholders}
+    mutated = [aot.mutated_input(d) for d in described]
+    by_description = {aot.descriptions(p): p for p in placeholders}
     changed = [by_description[d].meta["val"] for d in mutated if d is not None]
     assert [tuple(v.shape) for v in changed] == [(), (4,), (4,)], "counter, mean, variance"
-    places = [inside.place_returned(d) for d in described]
+    places = [aot.place_returned(d) for d in described]
     assert [tuple(r.meta["val"].shape) for p in (0, 1) for r in [results[places.index(p)]]] == [
         (), (8, 4),
     ]
@@ -431,7 +445,7 @@ def test_saved_values_are_described_as_aotautograd_describes_its_own() -> None:
     seen: list[Any] = []
 
     def compile_one(module: fx.GraphModule, inputs: Any) -> Any:
-        seen.append(inside.descriptions(module.graph.find_nodes(op="output")[0]))
+        seen.append(aot.descriptions(module.graph.find_nodes(op="output")[0]))
         return module.forward
 
     from functorch.compile import default_partition
@@ -441,23 +455,23 @@ def test_saved_values_are_described_as_aotautograd_describes_its_own() -> None:
         return default_partition(joint, inputs, num_fwd_outputs=num_forward_outputs)
 
     def backend(module: fx.GraphModule, arguments: Any) -> Any:
-        return inside.aot_compiler(compile_one, partition)(module, arguments)
+        return aot.aot_compiler(compile_one, partition)(module, arguments)
 
     x = torch.ones(3, requires_grad=True)
     compiled(lambda t: (t.sin() * t).sum(), backend)(x)
     saved = [d for d in seen[0] if "SavedForBackwards" in type(d).__name__]
-    assert saved and saved == inside.saved_descriptions(len(saved))
+    assert saved and saved == aot.saved_descriptions(len(saved))
 
 
 def test_nodes_say_their_modules_their_part_and_which_gradient_is_whose() -> None:
     joint, _ = caught_joint(Normed(), torch.randn(8, 4))
     norm, backward = (n for n in joint.graph.nodes if "batch_norm" in str(n.target))
     for node in (norm, backward):
-        ((path, kind),) = inside.modules_around(node)
+        ((path, kind),) = aot.modules_around(node)
         assert path == "L['self'].norm" and kind is nn.BatchNorm1d
-    assert inside.sequence_number(norm) == inside.sequence_number(backward) is not None
-    assert inside.is_traced_in_backward(backward)
-    assert not inside.is_traced_in_backward(norm)
+    assert aot.sequence_number(norm) == aot.sequence_number(backward) is not None
+    assert aot.is_traced_in_backward(backward)
+    assert not aot.is_traced_in_backward(norm)
 
 
 # -- FX
@@ -465,12 +479,12 @@ def test_nodes_say_their_modules_their_part_and_which_gradient_is_whose() -> Non
 
 def test_boxed_code_takes_a_list_and_empties_it() -> None:
     module = fx.symbolic_trace(lambda a, b: a + b)
-    inside.box_arguments(module.graph)
+    calling.box_arguments(module.graph)
     module.recompile()
     copied = fx.GraphModule(module, copy.deepcopy(module.graph))
     plain = fx.Graph()
     plain.output(plain.graph_copy(module.graph, {}))
-    inside.copy_calling_convention(module.graph, plain)
+    calling.copy_calling_convention(module.graph, plain)
     for code in (module, copied, fx.GraphModule(module, plain)):
         arguments = [torch.ones(2), torch.ones(2)]
         assert torch.equal(code.forward(arguments), torch.full((2,), 2.0))
@@ -481,17 +495,17 @@ def test_a_boxed_compiled_function_is_given_a_list() -> None:
     given: list[Any] = []
 
     def compile_one(module: fx.GraphModule, inputs: Any) -> Any:
-        inside.box_arguments(module.graph)
+        calling.box_arguments(module.graph)
         module.recompile()
 
         def run(arguments: list[Any]) -> Any:
             given.append(type(arguments))
             return module.forward(arguments)
 
-        return inside.boxed(run)
+        return calling.boxed(run)
 
     def backend(module: fx.GraphModule, arguments: Any) -> Any:
-        return inside.aot_compiler(compile_one, lambda *_: None)(module, arguments)  # type: ignore
+        return aot.aot_compiler(compile_one, lambda *_: None)(module, arguments)  # type: ignore
 
     with torch.no_grad():
         compiled(torch.cos, backend)(torch.ones(3))
@@ -506,26 +520,26 @@ def test_tensors_made_outside_of_a_trace_are_real_and_measured() -> None:
 
     def partition(joint: fx.GraphModule, num_forward_outputs: int) -> Any:
         found.append(torch.ones(2))
-        with inside.outside_of_tracing():
+        with dispatch.outside_of_tracing():
             found.append(torch.ones(2))
         found.append(joint.graph.find_nodes(op="placeholder")[0].meta["val"])
         raise Caught
 
     def backend(module: fx.GraphModule, arguments: Any) -> Any:
-        return inside.aot_compiler(as_it_is, partition)(module, arguments)
+        return aot.aot_compiler(as_it_is, partition)(module, arguments)
 
-    with pytest.raises(inside.dynamo_errors()[0]):
+    with pytest.raises(dynamo.dynamo_errors()[0]):
         compiled(lambda t: t.sin().sum(), backend)(torch.ones(2, requires_grad=True))
     _, real, traced = found
-    assert not inside.is_fake(real) and type(real) is torch.Tensor
+    assert not dispatch.is_fake(real) and type(real) is torch.Tensor
     assert real.data_ptr() and real.tolist() == [1.0, 1.0]
-    assert inside.is_fake(traced) and isinstance(traced.fake_mode, inside.FakeTensorMode)
+    assert dispatch.is_fake(traced) and isinstance(traced.fake_mode, dispatch.FakeTensorMode)
 
 
 def test_autocast_can_be_left_whichever_device_it_is_on_for() -> None:
     x = torch.ones(2, 2)
     with torch.autocast("cpu", torch.bfloat16):
-        with inside.without_autocast():
+        with dispatch.without_autocast():
             assert (x @ x).dtype == torch.float32
         assert (x @ x).dtype == torch.bfloat16
 
@@ -539,11 +553,11 @@ def test_an_operator_with_a_decomposition_for_tracing_is_traced_as_it_is() -> No
             raise Caught
 
         def backend(module: fx.GraphModule, arguments: Any) -> Any:
-            return inside.aot_compiler(as_it_is, partition)(module, arguments)
+            return aot.aot_compiler(as_it_is, partition)(module, arguments)
 
         torch._dynamo.reset()
         function = compiled(lambda t: F.interpolate(t, scale_factor=2.0).sum(), backend)
-        with pytest.raises(inside.dynamo_errors()[0]):
+        with pytest.raises(dynamo.dynamo_errors()[0]):
             function(torch.ones(1, 1, 2, 2, requires_grad=True))
         return names
 
@@ -551,7 +565,7 @@ def test_an_operator_with_a_decomposition_for_tracing_is_traced_as_it_is() -> No
     overloads = [getattr(packet, name) for name in packet.overloads()]
     decomposed = operators()
     assert not any("upsample" in name for name in decomposed), "else there is nothing to undo"
-    with inside.undecomposed(overloads):
+    with dispatch.undecomposed(overloads):
         assert any("aten.upsample_nearest2d" in name for name in operators())
     assert operators() == decomposed
 
@@ -560,7 +574,7 @@ def test_a_backward_can_ask_whether_its_graph_is_retained() -> None:
     retained: list[bool] = []
     x = torch.ones(2, requires_grad=True)
     y = x * 2
-    y.register_hook(lambda _: retained.append(inside.is_graph_retained()))
+    y.register_hook(lambda _: retained.append(autograd.is_graph_retained()))
     y.sum().backward(retain_graph=True)
     y.sum().backward()
     assert retained == [True, False]
@@ -571,20 +585,20 @@ def test_a_backward_can_ask_whether_its_graph_is_retained() -> None:
 
 def test_storages_are_told_apart_and_their_viewers_seen() -> None:
     x = torch.ones(4)
-    before = inside.num_storage_references(x)
-    assert before == inside.num_storage_references(torch.empty(1)), "nobody else looks at it"
+    before = storages.num_storage_references(x)
+    assert before == storages.num_storage_references(torch.empty(1)), "nobody else looks at it"
     view = x[1:].view(3, 1)
-    assert inside.storage_identity(view) == inside.storage_identity(x)
-    assert inside.storage_identity(x.clone()) != inside.storage_identity(x)
-    assert inside.num_storage_references(x) > before
+    assert storages.storage_identity(view) == storages.storage_identity(x)
+    assert storages.storage_identity(x.clone()) != storages.storage_identity(x)
+    assert storages.num_storage_references(x) > before
     del view
-    assert inside.num_storage_references(x) == before
+    assert storages.num_storage_references(x) == before
 
 
 def test_a_tensor_can_be_negated_when_it_is_read() -> None:
     x = torch.ones(2)
-    lazy = inside.lazily_negated(x)
-    assert lazy.is_neg() and inside.storage_identity(lazy) == inside.storage_identity(x)
+    lazy = storages.lazily_negated(x)
+    assert lazy.is_neg() and storages.storage_identity(lazy) == storages.storage_identity(x)
     assert lazy.tolist() == [-1.0, -1.0]
 
 
@@ -600,49 +614,49 @@ def test_a_step_without_its_wrapper_runs_no_hooks(optimizer: torch.optim.Optimiz
     ran: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: ran.append("pre"))
     optimizer.register_step_post_hook(lambda *_: ran.append("post"))
-    assert all(getattr(optimizer, name) for name in inside.STEP_HOOKS), "where hooks are kept"
+    assert all(getattr(optimizer, name) for name in optimizers.STEP_HOOKS), "where hooks are kept"
     (parameter,) = optimizer.param_groups[0]["params"]
     parameter.grad = torch.ones(2)
     optimizer.step()
     assert ran == ["pre", "post"]
-    inside.plain_step(type(optimizer))(optimizer)
+    optimizers.plain_step(type(optimizer))(optimizer)
     assert ran == ["pre", "post"]
     assert parameter.tolist() == [0.0, 0.0], "both steps have stepped"
 
 
 def test_hooks_on_all_optimizers_are_seen() -> None:
-    assert not inside.has_global_step_hooks()
+    assert not optimizers.has_global_step_hooks()
     handle = register_optimizer_step_pre_hook(lambda *_: None)
     try:
-        assert inside.has_global_step_hooks()
+        assert optimizers.has_global_step_hooks()
     finally:
         handle.remove()
-    assert not inside.has_global_step_hooks()
+    assert not optimizers.has_global_step_hooks()
 
 
 def test_a_schedulers_step_is_told_from_others_and_stays_quiet_when_told(
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    assert not inside.is_replaced_step(optimizer)
+    assert not optimizers.is_replaced_step(optimizer)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
     assert "step" in vars(optimizer), "else there is nothing to tell"
-    assert not inside.is_replaced_step(optimizer)
+    assert not optimizers.is_replaced_step(optimizer)
     with pytest.warns(UserWarning, match="before"):
         scheduler.step()
     another = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.5)
     scheduler = torch.optim.lr_scheduler.StepLR(another, 1)
-    inside.mark_stepped(another)
+    optimizers.mark_stepped(another)
     scheduler.step()  # warnings are errors here
     another.step = lambda: None  # type: ignore[assignment, method-assign, misc]
-    assert inside.is_replaced_step(another)
+    assert optimizers.is_replaced_step(another)
 
 
 def test_hooks_on_gradients_are_seen() -> None:
     def hooked(register: str, function: Callable[..., None]) -> bool:
         parameter = nn.Parameter(torch.ones(2))
-        assert not inside.has_gradient_hooks(parameter)
+        assert not autograd.has_gradient_hooks(parameter)
         getattr(parameter, register)(function)
-        return inside.has_gradient_hooks(parameter)
+        return autograd.has_gradient_hooks(parameter)
 
     assert hooked("register_hook", lambda gradient: None)
     assert hooked("register_post_accumulate_grad_hook", lambda parameter: None)
@@ -650,8 +664,8 @@ def test_hooks_on_gradients_are_seen() -> None:
 
 def test_the_model_inside_a_compiled_one_is_found() -> None:
     model = nn.Linear(2, 2)
-    assert inside.uncompiled(model) is model
-    assert inside.uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
+    assert modules.uncompiled(model) is model
+    assert modules.uncompiled(torch.compile(model, backend="eager")) is model  # type: ignore[arg-type]
 
 
 # -- what tells one traced graph from another, and puts it together again
@@ -661,34 +675,34 @@ def test_settings_of_tracing_change_with_functorchs_and_with_modes_of_dispatch()
     from torch._functorch import config
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    before = inside.tracing_settings()
-    assert before == inside.tracing_settings()
+    before = aot.tracing_settings()
+    assert before == aot.tracing_settings()
     with config.patch(functionalize_rng_ops=not config.functionalize_rng_ops):
-        assert inside.tracing_settings() != before
+        assert aot.tracing_settings() != before
     with TorchDispatchMode():
-        assert inside.tracing_settings() != before
+        assert aot.tracing_settings() != before
 
 
 def test_dynamo_names_functions_where_it_is_told_not_to() -> None:
     from torch._dynamo import symbolic_convert
 
     names_functions = symbolic_convert.get_funcname  # type: ignore[attr-defined]
-    with inside.quick_tracing():
+    with dynamo.quick_tracing():
         assert symbolic_convert.get_funcname is not names_functions  # type: ignore[attr-defined]
     assert symbolic_convert.get_funcname is names_functions  # type: ignore[attr-defined]
 
 
 def test_descriptions_are_made_again_from_their_names_and_fields() -> None:
-    described = inside.saved_descriptions(2)[1]
+    described = aot.saved_descriptions(2)[1]
     assert is_dataclass(described)
     content = {f.name: getattr(described, f.name) for f in fields(described)}
-    assert inside.description_class(type(described).__name__)(**content) == described
+    assert aot.description_class(type(described).__name__)(**content) == described
 
 
 def test_a_fake_tensor_is_made_from_one_without_memory() -> None:
     meta = torch.empty(2, 3, device="meta")
-    fake = inside.fake_of(inside.FakeTensorMode(), meta, torch.device("cpu"))
-    assert inside.is_fake(fake)
+    fake = dispatch.fake_of(dispatch.FakeTensorMode(), meta, torch.device("cpu"))
+    assert dispatch.is_fake(fake)
     assert (fake.shape, fake.device.type, fake.dtype) == ((2, 3), "cpu", torch.float32)
 
 
@@ -701,7 +715,38 @@ def test_every_allocation_and_free_is_an_event() -> None:
         second = torch.empty(3, 7, dtype=torch.uint8)
         del first
         del second
-    assert inside.memory_events(profiler) == [100, 21, -100, -21]
+    assert memory_events(profiler) == [100, 21, -100, -21]
+
+
+# -- inductor
+
+
+def test_a_graph_becomes_source_that_runs_by_itself() -> None:
+    def write(x: torch.Tensor, out: torch.Tensor) -> tuple[()]:
+        written = torch.ops.aten.copy_(out, x * 2 + 1)
+        torch.ops.aten.copy_(x, written.relu())  # what was written is read there
+        return ()
+
+    assert inductor.compiler_problem(torch.device("cpu")) is None
+    with dispatch.FakeTensorMode():
+        fakes = [torch.empty(8, 8) for _ in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        source = inductor.compiled_source(write, fakes, rounds_as_eager=True)
+        call = inductor.loaded(source, "kernel")
+    x, out = torch.randn(8, 8), torch.empty(8, 8)
+    expected = x * 2 + 1
+    arguments = [x, out]
+    call(arguments)
+    assert arguments == [] and torch.equal(out, expected) and torch.equal(x, expected.relu())
+
+
+def test_a_compiler_that_is_not_there_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
+    problem = inductor.compiler_problem(torch.device("cpu"))
+    assert problem is not None
 
 
 # -- the rest
@@ -724,7 +769,7 @@ def test_an_operators_names_and_arguments_are_read_from_its_schema() -> None:
 
 
 def sources() -> list[Path]:
-    return [p for p in sorted(PACKAGE.rglob("*.py")) if not p.stem.endswith("_internals")]
+    return [p for p in sorted(PACKAGE.rglob("*.py")) if p.parent.name != "torch_internals"]
 
 
 def is_private(name: str) -> bool:
@@ -770,4 +815,4 @@ def test_no_other_module_uses_private_names_of_torch(path: Path) -> None:
         if isinstance(node, ast.Attribute) and is_private(node.attr)
         and node.attr not in names_of_our_own() | TOLERATED_ATTRIBUTES
     ]
-    assert modules + attributes == [], "these belong into packlight/torch_internals.py"
+    assert modules + attributes == [], "these belong into packlight/torch_internals/"

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from packlight.torch_internals import (
+from packlight.torch_internals.aot import (
     descriptions,
     is_tangent,
     mutated_input,

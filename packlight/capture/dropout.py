@@ -21,6 +21,11 @@ import operator
 import torch
 from torch import fx
 
+from packlight.capture.aot import GraphData
+from packlight.capture.fakes import fake_mode_of
+from packlight.capture.writer import GraphWriter
+from packlight.torch_internals.calling import copy_calling_convention
+
 _aten = torch.ops.aten
 
 
@@ -37,14 +42,36 @@ def dropout(values: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]
     Returns:
         (values, scaled or zero; bool mask of the same shape, true where they are not zero)
     """
-    mask = torch.empty_like(values, dtype=torch.bool)
-    mask = mask.bernoulli_(1 - p) if p < 1 else mask.fill_(False)
+    mask = _drawn(values, p)
     return dropout_backward(values, mask, p), mask
 
 
 @dropout.register_fake
 def _(values: torch.Tensor, p: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(values), torch.empty_like(values, dtype=torch.bool)
+
+
+@torch.library.custom_op(
+    "packlight::dropout_mask", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,)
+)
+def dropout_mask(values: torch.Tensor, p: float) -> torch.Tensor:
+    """Return the mask that `dropout` draws for values; those are not read.
+
+    Args:
+        values: floating point, of any shape.
+        p: probability of becoming zero, more than 0.
+    """
+    return _drawn(values, p)
+
+
+def _drawn(values: torch.Tensor, p: float) -> torch.Tensor:
+    mask = torch.empty_like(values, dtype=torch.bool)
+    return mask.bernoulli_(1 - p) if p < 1 else mask.fill_(False)
+
+
+@dropout_mask.register_fake
+def _(values: torch.Tensor, p: float) -> torch.Tensor:
+    return torch.empty_like(values, dtype=torch.bool)
 
 
 @torch.library.custom_op(
@@ -85,6 +112,40 @@ def use_eager_dropout(joint: fx.GraphModule) -> None:
             backward.target = torch.ops.packlight.dropout_backward.default
             backward.args = (*backward.args[:2], p)
     joint.recompile()
+
+
+def with_masks_apart(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a joint graph in which a dropout's mask is drawn by one call and used by another.
+
+    Args:
+        module: where `use_eager_dropout` was at work; stays as it is, and is returned where there
+            is no dropout.
+    """
+    target = torch.ops.packlight.dropout.default
+    if not module.graph.find_nodes(op="call_function", target=target):
+        return module
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    masks: dict[fx.Node, fx.Node] = {}
+    writer = GraphWriter(graph, fake_mode_of(module), {})
+    for node in module.graph.nodes:
+        source = node.args[0] if node.target is operator.getitem else None
+        if node.target is target:
+            arguments = (copies[node.args[0]], node.args[1])
+            masks[node] = writer.call(node, torch.ops.packlight.dropout_mask.default, arguments)
+        elif source in masks and node.args[1] == 1:
+            copies[node] = masks[source]
+        elif source in masks:
+            values, p = source.args
+            product = torch.ops.packlight.dropout_backward.default
+            copies[node] = writer.call(node, product, (copies[values], masks[source], p))
+        else:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    copy_calling_convention(module.graph, graph)
+    graph.lint()
+    apart = GraphData(module, graph)
+    apart.meta.update(module.meta)
+    return apart
 
 
 def _backwards_of(dropout: fx.Node) -> list[fx.Node]:

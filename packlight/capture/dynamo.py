@@ -1,6 +1,6 @@
 """What Packlight asks of TorchDynamo: trace through common models, and say plainly where it cannot.
 
-What it is asked with is in torch_internals.py; the wording of its messages is read here.
+What it is asked with is in torch_internals/; the wording of its messages is read here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from torch import fx, nn
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from packlight.errors import GraphBreakError, UnsupportedModelError
-from packlight.torch_internals import (
-    dynamo_errors,
-    graph_break,
-    keep_eagers_meaning,
-    returned_names,
-    trace_through,
-    undecomposed,
-)
+from packlight.torch_internals.dispatch import undecomposed
+from packlight.torch_internals.dynamo import dynamo_errors, keep_eagers_meaning, trace_through
+from packlight.torch_internals.translator import graph_break, returned_names
 
 VALUES_HINT = "decide it before the forward, from plain numbers, or compute both with torch.where"
 # nn.Transformer compares a mask's values with a causal one's, unless it is told.

@@ -6,21 +6,24 @@ import weakref
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from packlight.costs.made_up import tensor_arguments
 from packlight.costs.measure import call_signature
-from packlight.torch_internals import (
-    FakeTensorMode,
-    fake_of,
-    is_fake,
-    storage_identity,
-    without_autocast,
-)
+from packlight.torch_internals.dispatch import FakeTensorMode, fake_of, is_fake, without_autocast
+from packlight.torch_internals.storages import storage_identity
 
 # Per mode and call: what its results look like, for calls that will be asked about again.
 _Known = dict[str, tuple[list[Any], Any]]
 _known: weakref.WeakKeyDictionary[FakeTensorMode, _Known] = weakref.WeakKeyDictionary()
+
+
+def fake_mode_of(module: fx.GraphModule) -> FakeTensorMode:
+    """Return the mode that a graph's values belong to."""
+    values = (node.meta.get("val") for node in module.graph.nodes)
+    mode: FakeTensorMode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+    return mode
 
 
 def fake_tensor(

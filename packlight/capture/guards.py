@@ -18,13 +18,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import (
-    guard_on,
-    hooks_of_all_modules,
-    modules_around,
-    traced_call,
-    tracing_settings,
-)
+from packlight.torch_internals.aot import modules_around, tracing_settings
+from packlight.torch_internals.dynamo import guard_on
+from packlight.torch_internals.modules import hooks_of_all_modules
+from packlight.torch_internals.translator import traced_call
 
 # What calling a module looks up on its class, traced or not.
 CALLED = ("__call__", "_call_impl", "__getattr__", "forward")

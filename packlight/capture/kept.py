@@ -28,12 +28,9 @@ from packlight.capture.fakes import fake_tensor
 from packlight.capture.guards import kernel_switches
 from packlight.costs.cache import cache_directory, instruction_set
 from packlight.costs.measure import real_tensors
-from packlight.torch_internals import (
-    FakeTensorMode,
-    description_class,
-    is_fake,
-    storage_identity,
-)
+from packlight.torch_internals.aot import description_class
+from packlight.torch_internals.dispatch import FakeTensorMode, is_fake
+from packlight.torch_internals.storages import storage_identity
 
 FORMAT_VERSION = 1
 # The oldest files go when there are more.

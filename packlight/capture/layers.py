@@ -7,7 +7,7 @@ import re
 
 from torch import fx
 
-from packlight.torch_internals import modules_around, sequence_number
+from packlight.torch_internals.aot import modules_around, sequence_number
 
 
 def layers_of_nodes(nodes: list[fx.Node]) -> dict[fx.Node, str]:

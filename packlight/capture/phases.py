@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import fx
 
-from packlight.torch_internals import is_tangent, is_traced_in_backward
+from packlight.torch_internals.aot import is_tangent, is_traced_in_backward
 
 
 def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -32,19 +32,17 @@ from packlight.capture.joint import JointStep
 from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import break_anywhere
+from packlight.step import Plan
 from packlight.step.digest import structure_digest
-from packlight.torch_internals import (
-    aot_compiler,
-    boxed,
-    descriptions,
-    graph_break,
-    quick_tracing,
-    saved_descriptions,
-    with_own_cache,
-)
+from packlight.torch_internals.aot import aot_compiler, descriptions, saved_descriptions
+from packlight.torch_internals.breaks import break_anywhere
+from packlight.torch_internals.calling import boxed
+from packlight.torch_internals.dynamo import quick_tracing, with_own_cache
+from packlight.torch_internals.translator import graph_break
 
 TOKEN = "run_token"
+
+Parts = tuple[fx.GraphModule, fx.GraphModule]
 
 
 @dataclass(eq=False)
@@ -56,6 +54,7 @@ class Piece:
         has_backward: whether a gradient goes through it.
         cause: why it ends, in a line; "" where it ends with its function.
         place: where that is, "file:line".
+        plan: of its own, where nothing breaks: how it runs if a step is one run of it.
         ready: what its host has made of it.
     """
 
@@ -63,6 +62,7 @@ class Piece:
     has_backward: bool
     cause: str = ""
     place: str = ""
+    plan: Plan | None = None
     ready: dict[Any, Any] = field(default_factory=dict)
 
     @cached_property
@@ -108,8 +108,26 @@ class Host(Protocol):
         """Run the backward of the run with a token; return a gradient or None per primal."""
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What is done with a graph that nothing breaks.
+
+    Attributes:
+        planned: returns its step, measured anew, and the step's plan; or, if no host is to run it,
+            its forward and its backward, between which autograd carries the values.
+        compile: compiles those, and a graph through which no gradient goes.
+    """
+
+    planned: Callable[[JointStep], tuple[JointStep, Plan] | Parts]
+    compile: Callable[[fx.GraphModule, Any], Callable[..., Any]]
+
+
 def compile_piece(
-    module: fx.GraphModule, inputs: Sequence[Any], host: Host, profiler: CallProfiler
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    host: Host,
+    profiler: CallProfiler,
+    alone: Alone | None = None,
 ) -> Callable[..., Any]:
     """Return what dynamo calls in the place of a graph: the host's forward and backward.
 
@@ -118,6 +136,7 @@ def compile_piece(
         inputs: its inputs.
         host: runs the piece.
         profiler: observes calls.
+        alone: if it is no piece of anything larger.
     """
     specialize(inputs)
     guard_what_dynamo_trusts(module)
@@ -127,7 +146,7 @@ def compile_piece(
             host.observing()
         return profiler.measure(target, args, kwargs)
 
-    compiler = _PieceCompiler(host, measure, graph_break())
+    compiler = _PieceCompiler(host, measure, graph_break(), alone)
     with native_upsampling():
         compiled: Callable[..., Any] = aot_compiler(compiler.compile, compiler.partition)(
             module, inputs
@@ -138,13 +157,15 @@ def compile_piece(
 class _PieceCompiler:
     """AOTAutograd's compiler for one graph."""
 
-    def __init__(self, host: Host, measure: Measure, found: tuple[str, Any] | None) -> None:
-        self.host, self.measure, self.found = host, measure, found
+    def __init__(
+        self, host: Host, measure: Measure, found: tuple[str, Any] | None, alone: Alone | None
+    ) -> None:
+        self.host, self.measure, self.found, self.alone = host, measure, found, alone
         self.piece: Piece | None = None
 
     def partition(
         self, joint: fx.GraphModule, num_forward_outputs: int
-    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+    ) -> Parts:
         """Take the joint graph; return stand-ins for its two parts."""
         use_eager_dropout(joint)
         mutated = mutations(joint, num_forward_outputs)
@@ -155,7 +176,15 @@ class _PieceCompiler:
             mutated_primals=frozenset(written_back(joint, num_forward_outputs).values()),
             pinned_outputs=lambda index: index not in mutated,
         )
-        self._take(step, has_backward=True)
+        plan = None
+        if self.alone is not None:
+            first, second = self.alone.planned(step)
+            if isinstance(first, fx.GraphModule):
+                assert isinstance(second, fx.GraphModule)
+                return first, second
+            assert isinstance(second, Plan)
+            step, plan = first, second
+        self._take(step, has_backward=True, plan=plan)
         described = descriptions(joint.graph.output_node())
         mode = next(v.fake_mode for n in step.primals if hasattr(v := n.meta["val"], "fake_mode"))
         with mode:
@@ -172,6 +201,8 @@ class _PieceCompiler:
     def compile(self, module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         """Return what runs in a graph's place."""
         host, known = self.host, self.piece
+        if known is None and self.alone is not None:
+            return self.alone.compile(module, inputs)
         if known is None:  # no gradient goes through it
             results = module.graph.output_node().args[0]
             assert isinstance(results, (tuple, list))
@@ -197,11 +228,11 @@ class _PieceCompiler:
 
         return boxed(forward)
 
-    def _take(self, step: JointStep, has_backward: bool) -> Piece:
+    def _take(self, step: JointStep, has_backward: bool, plan: Plan | None = None) -> Piece:
         cause, place = "", ""
         if self.found is not None:
             cause, place = described_break(*self.found)
-        self.piece = Piece(step, has_backward, cause, place)
+        self.piece = Piece(step, has_backward, cause, place, plan)
         self.host.captured(self.piece)
         return self.piece
 

@@ -30,7 +30,7 @@ from packlight.capture.phases import after_tangents, forward_calls
 from packlight.costs.measure import CallFacts, allocated_bytes
 from packlight.errors import PacklightError, UnsupportedModelError
 from packlight.step import Buffer, BufferKind, OperationKind, Phase, StepGraph
-from packlight.torch_internals import is_tangent
+from packlight.torch_internals.aot import is_tangent
 
 Measure = Callable[[torch._ops.OpOverload, Any, Any], CallFacts]
 

@@ -14,13 +14,14 @@ a token, a buffer without bytes, that the next one reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from packlight.capture.whole_step import Bucket, WholeStep
+from packlight.ranks.pieces import Pieces
 from packlight.step import Buffer, BufferKind, Lane, Operation, OperationKind, Phase
 
 
@@ -33,17 +34,23 @@ class Reductions:
         num_in_flight: how many buckets may be under way when another one is complete; None for all.
         lane: the network.
         copy_seconds: of copying so many bytes together.
+        pieces_of: primal -> who has which rows, where each rank gets the sums for its own alone. Of
+            the primals of a bucket, all are in pieces or none is.
+        rank: this one.
     """
 
     buckets: tuple[tuple[int, ...], ...]
     num_in_flight: int | None
     lane: Lane
     copy_seconds: Callable[[int], float]
+    pieces_of: Mapping[int, Pieces] = field(default_factory=dict)
+    rank: int = 0
 
     @property
     def packed(self) -> frozenset[int]:
-        """The primals whose gradients are copied into a buffer with others."""
-        return frozenset(p for primals in self.buckets if len(primals) > 1 for p in primals)
+        """The primals whose gradients an update finds in their parameters' layout."""
+        together = (p for primals in self.buckets if len(primals) > 1 for p in primals)
+        return frozenset(together) | self.pieces_of.keys()
 
 
 def with_reductions(step: WholeStep, how: Reductions) -> WholeStep:
@@ -157,10 +164,12 @@ class _Builder:
         num_bytes = self.buffers[source].bytes
         reduced = self._new_buffer(num_bytes, BufferKind.GRADIENT, layer)
         token = self._new_buffer(0, BufferKind.GRADIENT, f"order of {layer}")
-        assert self.how.lane.reduce is not None, "the lane of a network reduces"
+        is_in_pieces = primals[0] in self.how.pieces_of
+        speed = self.how.lane.reduce_pieces if is_in_pieces else self.how.lane.reduce
+        assert speed is not None, "the lane of a network reduces"
         reduction = Operation(
             0, "packlight.reduce", (source, *(() if self.token is None else (self.token,))),
-            (reduced, token), self.how.lane.reduce.seconds(num_bytes), phase=Phase.UPDATE,
+            (reduced, token), speed.seconds(num_bytes), phase=Phase.UPDATE,
             can_recompute=False, overwrites=((reduced, source),), layer=layer,
             kind=OperationKind.REDUCE, lane=self.how.lane.name,
         )
@@ -172,7 +181,10 @@ class _Builder:
         if len(primals) > 1:
             return False
         buffer = self.graph.buffers[gradient_buffer(self.step, primals[0])]
-        fills = buffer.bytes == _num_bytes(self.step.joint.backward_results[primals[0]])
+        node = self.step.joint.backward_results[primals[0]]
+        fills = buffer.bytes == _num_bytes(node)
+        if primals[0] in self.how.pieces_of and not node.meta["val"].is_contiguous():
+            return False  # a piece's rows have to lie together
         is_own = buffer.id in self.is_alone and buffer.id in self.maker
         return fills and is_own and buffer.id not in self.graph.outputs
 
@@ -216,6 +228,8 @@ class _Builder:
                 Bucket(primals, packing.get(i), reduction[i], self.reduced[i])
                 for i, primals in enumerate(self.how.buckets)
             ),
+            pieces_of=self.how.pieces_of,
+            rank=self.how.rank,
         )
 
 

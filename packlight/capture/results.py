@@ -9,7 +9,7 @@ from torch import fx
 
 from packlight.capture.aot import num_tangents
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import storage_identity
 
 
 def loss_index_of(

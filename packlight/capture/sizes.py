@@ -20,14 +20,10 @@ from packlight.capture.aot import GraphData
 from packlight.capture.batch import batch_leaves
 from packlight.capture.fakes import fake_tensor
 from packlight.costs.measure import real_tensors
-from packlight.torch_internals import (
-    FakeTensorMode,
-    is_fake,
-    is_tangent,
-    marked_dynamic,
-    storage_identity,
-    with_numbers,
-)
+from packlight.torch_internals.aot import is_tangent
+from packlight.torch_internals.dispatch import FakeTensorMode, is_fake
+from packlight.torch_internals.dynamo import marked_dynamic, with_numbers
+from packlight.torch_internals.storages import storage_identity
 
 # Where in a batch there are tensors whose sizes change: path -> dimensions.
 Changing = Mapping[str, frozenset[int]]

@@ -39,11 +39,10 @@ from packlight.capture.results import check_arguments, loss_index_of
 from packlight.capture.returned import detached
 from packlight.capture.sizes import Changing, is_symbolic, sizes_as_symbols, with_sizes
 from packlight.errors import GraphBreakError, UnsupportedModelError
-from packlight.torch_internals import (
-    aot_compiler,
+from packlight.torch_internals.aot import aot_compiler, numbers_stay_numbers
+from packlight.torch_internals.dynamo import (
     gradients_inside,
     many_entries,
-    numbers_stay_numbers,
     quick_tracing,
     with_own_cache,
 )

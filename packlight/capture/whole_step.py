@@ -26,6 +26,7 @@ from typing import Any
 from torch import fx
 
 from packlight.capture.joint import JointStep
+from packlight.ranks.pieces import Pieces
 from packlight.step import Buffer, BufferKind, Operation, OperationKind, Phase
 
 
@@ -83,6 +84,8 @@ class WholeStep:
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
         parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
         buckets: gradients that all ranks add up together, in the order in which they do.
+        pieces_of: primal -> who has which rows, for parameters that lie in pieces with all ranks.
+        rank: which of them this one is.
     """
 
     joint: JointStep
@@ -91,6 +94,8 @@ class WholeStep:
     state_buffer_of: Mapping[int, int]
     parameter_buffer_of: Mapping[int, int] = field(default_factory=dict)
     buckets: tuple[Bucket, ...] = ()
+    pieces_of: Mapping[int, Pieces] = field(default_factory=dict)
+    rank: int = 0
 
     @cached_property
     def bucket_of(self) -> dict[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from packlight.capture.fakes import fake_result
-from packlight.torch_internals import FakeTensorMode
+from packlight.torch_internals.dispatch import FakeTensorMode
 
 _aten = torch.ops.aten
 

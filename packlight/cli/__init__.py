@@ -1,4 +1,4 @@
-"""The command line: `packlight profile|plan|train|compress FILE`.
+"""The command line: `packlight profile|plan|train|compress FILE`, and `packlight cluster`.
 
 One file per command; each imports torch only when it runs, so that `packlight --help` is quick.
 What a user can mend is told in a line or two on the error stream, with exit code 2.
@@ -10,15 +10,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from packlight.cli import compress, plan, profile, train
+from packlight.cli import cluster, compress, plan, profile, train
 from packlight.errors import PacklightError
 
 __all__ = ["build_parser", "main"]
 
-_COMMANDS = {"profile": profile, "plan": plan, "train": train, "compress": compress}
+_COMMANDS = {
+    "profile": profile, "plan": plan, "train": train, "compress": compress, "cluster": cluster
+}
 
 _EPILOG = """\
-FILE is a Python file with plain functions:
+FILE (of profile, plan and train) is a Python file with plain functions:
   model() -> nn.Module
   loss(model, batch) -> scalar tensor
   optimizer(model) -> torch.optim.Optimizer
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 2 something the user can mend (told on the error stream), 130 interrupted.
     """
     arguments = build_parser().parse_args(argv)
+    arguments.command_line = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(_COMMANDS[arguments.command].run(arguments))
     except PacklightError as error:

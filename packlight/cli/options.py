@@ -28,6 +28,12 @@ def add_common(parser: argparse.ArgumentParser, *, with_budget: bool) -> None:
             help="only what keeps every bit: no microbatches, no row chunks",
         )
         parser.add_argument(
+            "--fuse",
+            action="store_true",
+            help="also compile groups of operations to one kernel each, where that is faster; with "
+            "--exact, only those that keep every bit",
+        )
+        parser.add_argument(
             "--offload-directory",
             metavar="DIR",
             help="let activations and optimizer state lie in a file in DIR while nobody needs them",
@@ -89,7 +95,9 @@ def moves(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Return the moves that may be made beside recomputation."""
     from packlight.moves.registry import exact_move_names, move_names
 
-    return exact_move_names() if arguments.exact else move_names()
+    if arguments.exact:
+        return (*exact_move_names(), *(("fuse-exactly",) if arguments.fuse else ()))
+    return (*move_names(), *(("fuse",) if arguments.fuse else ()))
 
 
 def offload_directory(arguments: argparse.Namespace) -> Path | None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from packlight.cli import options
+from packlight.cli import comm, options
 from packlight.errors import LossScaleError, NonFiniteLossError, OptionError, PacklightError
 from packlight.units import format_bytes, format_seconds
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from packlight.cli.example import Example
+    from packlight.comm import LocalSteps
     from packlight.ranks.group import Ranks
     from packlight.run.checkpoint import Checkpoint
 
@@ -61,11 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=100,
         help="with --checkpoint: steps between checkpoints (default: %(default)s)",
     )
+    comm.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train the example."""
     report = options.check_report(arguments.report)
+    comm.check(arguments)
+    if comm.has_workers_to_start(arguments):
+        return comm.run_workers(arguments)
     budget_bytes = options.parsed_budget(arguments)
     if arguments.checkpoint is not None:
         options.writable_directory(arguments.checkpoint, "--checkpoint")
@@ -106,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     step = packlight.fit(
         model, example.loss, optimizer, batch, budget=budget_bytes,
         moves=options.moves(arguments), allow=allow, offload_directory=directory,
-        way=arguments.way, mesh=mesh,
+        way=arguments.way, mesh=mesh if arguments.comm is None else None,
     )
     if found is not None and step.scaler is not None:
         _restore_scaler(found, step.scaler)
@@ -124,7 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     seed_everything(arguments.seed + rank)
     if found is not None:
         found.restore_rng(rank)
-    trainer = _Trainer(arguments, example, model, optimizer, step, stream, console, done)
+    local = comm.local_steps(arguments, model)
+    trainer = _Trainer(arguments, example, model, optimizer, step, local, stream, console, done)
     return trainer.run(batch)
 
 
@@ -159,6 +165,7 @@ class _Trainer:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     step: Any
+    local: LocalSteps | None
     stream: Iterator[Any]
     console: Console
     num_done: int
@@ -168,6 +175,8 @@ class _Trainer:
     @property
     def ranks(self) -> Ranks | None:
         """Those that train together."""
+        if self.local is not None:
+            return self.local.transport
         ranks: Ranks | None = self.step.request.ranks
         return ranks
 
@@ -190,6 +199,8 @@ class _Trainer:
                 except (NonFiniteLossError, LossScaleError) as error:
                     raise self._with_checkpoint(error) from None
                 self.num_done += 1
+                if self.local is not None:
+                    self.local.step()
                 if self.example.tokens_per_batch is not None:
                     tokens = self.example.tokens_per_batch(batch)
                     num_tokens += tokens if self.ranks is None else tokens * self.ranks.size
@@ -265,6 +276,9 @@ class _Trainer:
         return ranks.gather(lambda: save(states))[0]
 
     def _interrupted(self) -> int:
+        if self.local is not None:
+            self.console.print(f"interrupted after step {self.num_done}; --comm saves nothing")
+            return EXIT_INTERRUPTED
         directory = self.arguments.checkpoint
         if directory is None:
             directory = _unused_directory(f"{Path(self.arguments.file).stem}-checkpoint")
@@ -278,6 +292,8 @@ class _Trainer:
 
     def _finish(self) -> None:
         self.console.print(f"done: {self.num_done} steps, {self._peak_text()}", highlight=False)
+        if self.local is not None:
+            self.console.print(comm.sent_text(self.local), highlight=False)
         validation = self._validation_loss()
         if validation is not None:
             self.console.print(f"validation loss {validation:.4f}", highlight=False)

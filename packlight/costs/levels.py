@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from packlight.dynamo_internals import is_profiled
-from packlight.torch_internals import memory_events
+from packlight.torch_internals.profiler import is_profiled, memory_events
 
 # Allocated and freed one after the other: nobody else does that.
 MARK_BYTES = (61, 67, 71, 61)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from packlight.torch_internals import lazily_negated
+from packlight.torch_internals.storages import lazily_negated
 
 # Random values are made up in pieces of so many, over and over: a prime, so that rows differ.
 RANDOM_ELEMENTS = 65537

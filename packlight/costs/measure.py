@@ -27,7 +27,8 @@ from packlight.costs.made_up import (
 )
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import outside_of_tracing, storage_identity
+from packlight.torch_internals.dispatch import outside_of_tracing
+from packlight.torch_internals.storages import storage_identity
 
 # A call is timed until it ran so often, or once it took so long in all.
 MAX_REPEATS = 12
@@ -38,6 +39,8 @@ SLOW_SECONDS = 0.1
 # Row-wise kernels that read all of a row before they write it. Whether one really may run in place
 # is still checked, bit by bit, on the device (see `_in_place_argument`).
 _ROW_WISE = ("_softmax", "_log_softmax", "_softmax_backward_data", "_log_softmax_backward_data")
+# The namespace of operators that are several calls in one kernel (kernels/kernel.py).
+FUSED_NAMESPACE = "packlight_fused"
 # Kernels that add to their first argument, and so may add to it where it is.
 _ACCUMULATING = ("addmm", "index_add")
 
@@ -199,7 +202,7 @@ def _observe(target: torch._ops.OpOverload, args: Any, kwargs: Any, fill: Fill) 
     is_slow = first_seconds > SLOW_SECONDS and device.type == "cpu"
     seconds = first_seconds if is_slow else median_seconds(call, device)
     in_place = None
-    if len(outputs) == 1 and created > 0:
+    if (len(outputs) == 1 or target.namespace == FUSED_NAMESPACE) and created > 0:
         in_place = _in_place_argument(target, args, kwargs, device)
     workspace_bytes = max(0, high_bytes - created)
     return CallFacts(seconds, workspace_bytes, outputs, in_place, missing=missing)
@@ -277,12 +280,12 @@ def in_place_call(
         (overload, keyword that takes the output), keyword None for `add_`-like calls that write
         into their first argument; None where there is no such overload.
     """
-    packet = getattr(torch.ops.aten, target._schema.name.split("::")[1], None)
-    if packet is None or target.namespace != "aten":
+    if target.namespace not in ("aten", FUSED_NAMESPACE):
         return None
+    packet = getattr(getattr(torch.ops, target.namespace), target._schema.name.split("::")[1])
     names = [a.name for a in target._schema.arguments]
     types = [str(a.type) for a in target._schema.arguments]
-    if tensor_index == 0 and num_args > 0:
+    if tensor_index == 0 and num_args > 0 and target.namespace == "aten":
         inplace = getattr(torch.ops.aten, packet.__name__ + "_", None)
         candidate = getattr(inplace, target._overloadname, None) if inplace is not None else None
         if candidate is not None and [a.name for a in candidate._schema.arguments] == names:
@@ -302,7 +305,8 @@ def _in_place_argument(
 ) -> int | None:
     """Return the tensor argument that the call may overwrite with bit-identical results, if any."""
     name = target._schema.name.split("::")[1]
-    if torch.Tag.pointwise not in target.tags and name not in (*_ROW_WISE, *_ACCUMULATING):
+    is_known = torch.Tag.pointwise in target.tags or name in (*_ROW_WISE, *_ACCUMULATING)
+    if not is_known and target.namespace != FUSED_NAMESPACE:
         return None
     if torch.Tag.nondeterministic_seeded in target.tags:
         return None
@@ -317,8 +321,8 @@ def _in_place_argument(
         if sum(t is victim for t in inputs) > 1:
             continue
         try:
-            expected = target(*real_args, **real_kwargs)
-            if not _same_layout(expected, victim):
+            expected = _tensors(target(*real_args, **real_kwargs))
+            if not _same_layout(expected[0], victim):
                 continue
             overload, keyword = found
             out = {} if keyword is None else {keyword: victim}
@@ -331,11 +335,16 @@ def _in_place_argument(
             result, high_bytes, _ = allocator_peak(call, device)
         except (RuntimeError, NotImplementedError):
             continue
-        is_cheaper = high_bytes < expected.untyped_storage().nbytes()
-        shares = storage_identity(result) == storage_identity(victim)
-        if is_cheaper and shares and same_bits(result, expected):
+        written = _tensors(result)
+        is_cheaper = high_bytes < sum(t.untyped_storage().nbytes() for t in expected)
+        shares = storage_identity(written[0]) == storage_identity(victim)
+        if is_cheaper and shares and all(map(same_bits, written, expected)):
             return index
     return None
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
 
 def _same_layout(expected: torch.Tensor, victim: torch.Tensor) -> bool:

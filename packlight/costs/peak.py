@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from packlight.torch_internals import memory_events
+from packlight.torch_internals.profiler import memory_events
 
 
 @dataclass(frozen=True, slots=True)

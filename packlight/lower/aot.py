@@ -17,7 +17,7 @@ from torch import fx
 from packlight.capture.joint import JointStep
 from packlight.lower.program import Program, Section
 from packlight.memory.pool import TierPool
-from packlight.torch_internals import descriptions, saved_descriptions
+from packlight.torch_internals.aot import descriptions, saved_descriptions
 
 # In the backward module's metadata: which of its arguments it overwrites.
 OVERWRITTEN_KEY = "packlight_overwritten"

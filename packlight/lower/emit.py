@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from packlight.capture.joint import CPU_GENERATOR_BYTES, JointStep
 from packlight.capture.whole_step import WholeStep
 from packlight.costs.measure import in_place_call
+from packlight.kernels.kernel import direct_call
 from packlight.lower.crossing import Bounds, Crossing, crossings
 from packlight.lower.facts import Facts
 from packlight.lower.program import OPERATION_KEY, Program, Section
@@ -25,7 +26,7 @@ from packlight.lower.rng import generator_state, replay
 from packlight.lower.transfers import TransferWriter
 from packlight.lower.values import Values, plain_meta
 from packlight.step import Action, Instruction, OperationKind, Schedule
-from packlight.torch_internals import box_arguments
+from packlight.torch_internals.calling import box_arguments
 
 GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
 
@@ -187,7 +188,7 @@ class _Emitter:
             replayed: Any = (self.values.whole(state), _device(node), target, *args)
             new = self.graph.call_function(replay, replayed, kwargs)
         else:
-            new = self.graph.call_function(target, args, kwargs)
+            new = self.graph.call_function(direct_call(target), args, kwargs)
         new.meta = {**plain_meta(node.meta), OPERATION_KEY: index}
         if instruction.overwrite is not None:
             self.values.forget(instruction.overwrite[1])

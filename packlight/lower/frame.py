@@ -42,11 +42,12 @@ class Frame:
         self._sections = iter(program.sections)
         self.values: dict[int, Any] = {}
 
-    def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
+    def run(self, arguments: list[Any]) -> Sequence[Any]:
         """Run the next section and return its results.
 
         Args:
             arguments: the primals, if it is the first section; then the tangents, if it takes them.
+                The list is emptied: what nobody else holds dies where the section is done with it.
         """
         section = next(self._sections)
         taken = [
@@ -54,6 +55,7 @@ class Frame:
         ]
         everything = [*taken, *arguments, *self._helpers]
         taken.clear()
+        arguments.clear()
         returned = self._call(section.module, everything)
         self.values.update(zip(section.leaves, returned[section.num_results :], strict=True))
         return returned[: section.num_results]
@@ -70,3 +72,22 @@ class Frame:
             b: value.clone() if b in overwritten else value for b, value in self.values.items()
         }
         return copied
+
+    def continued_by(self, program: Program) -> Frame | None:
+        """Return a frame that goes on in another program of the same step, and lets go of the rest.
+
+        Args:
+            program: whose sections so far make what this one's have made.
+
+        Returns:
+            None if that program needs something else from here on.
+        """
+        done = len(self.program.sections) - len(list(self._sections))
+        self._sections = iter(self.program.sections[done:])
+        takes = program.sections[done].takes
+        if not self.values.keys() >= set(takes):
+            return None
+        continued = Frame(program, {}, self._call)
+        continued._sections = iter(program.sections[done:])
+        continued.values = {b: self.values[b] for b in takes}
+        return continued

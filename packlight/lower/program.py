@@ -12,6 +12,7 @@ Beside values, sections are given helpers: objects that decide what becomes of r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +58,7 @@ class IgnoredEvents:
 class IgnoredReductions:
     """For rehearsals: nothing is sent."""
 
-    def start(self, bucket: int, value: torch.Tensor) -> None:
+    def start(self, bucket: int, value: torch.Tensor, ends: Sequence[int] = ()) -> None:
         """Do nothing."""
 
     def wait(self, bucket: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from torch import fx
@@ -10,6 +11,7 @@ from torch import fx
 from packlight.capture.whole_step import Bucket
 from packlight.lower.facts import Facts
 from packlight.lower.values import Values, plain_meta
+from packlight.ranks.pieces import Pieces, segments
 from packlight.step import Instruction
 
 # Where a gradient lies in its bucket: its shape and strides (in elements).
@@ -49,6 +51,35 @@ def layout_like(parameter: torch.Tensor) -> Layout:
     return tuple(map(int, like.shape)), tuple(map(int, like.stride()))
 
 
+def pack_pieces(
+    gradients: Sequence[torch.Tensor], rows: Sequence[Sequence[tuple[int, int]]]
+) -> torch.Tensor:
+    """Return gradients in one buffer, each rank's rows of all of them together.
+
+    Args:
+        gradients: in any layout.
+        rows: of each gradient, the first and the one behind the last of every rank.
+
+    >>> pack_pieces([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])], [[(0, 1), (1, 2)]] * 2)
+    tensor([1., 3., 2., 4.])
+    """
+    flat = gradients[0].new_empty(sum(gradient.numel() for gradient in gradients))
+    start = 0
+    for rank in range(len(rows[0])):
+        for gradient, cuts in zip(gradients, rows, strict=True):
+            first, end = cuts[rank]
+            own = gradient[first:end]
+            flat[start : start + own.numel()].view(own.shape).copy_(own)
+            start += own.numel()
+    return flat
+
+
+def piece(flat: torch.Tensor, offset: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return a rank's rows of one gradient in a buffer in which they lie, as a view."""
+    num_elements = prod(shape)
+    return flat.as_strided((num_elements,), (1,), offset).view(shape)
+
+
 class ReductionWriter:
     """Writes reductions and the waits for them."""
 
@@ -71,7 +102,11 @@ class ReductionWriter:
         bucket = self.step.buckets[self._of_operation[instruction.target]]
         nodes = [self.joint.backward_results[primal] for primal in bucket.primals]
         gradients = [self._values.of(node) for node in nodes]
-        flat = self._graph.call_function(pack, (gradients, self._layouts(bucket)))
+        if pieces := self._pieces(bucket):
+            rows = tuple(one.rows for one in pieces)
+            flat = self._graph.call_function(pack_pieces, (gradients, rows))
+        else:
+            flat = self._graph.call_function(pack, (gradients, self._layouts(bucket)))
         (buffer,) = self.joint.graph.operations[instruction.target].creates
         self._values.place_alone(buffer, flat)
 
@@ -93,21 +128,34 @@ class ReductionWriter:
             value = copy
         else:
             self._values.forget(source)
-        self._graph.call_method("start", (self._helpers["reducer"], index, value))
+        pieces = self._pieces(bucket)
+        ends = (segments(pieces),) if pieces else ()
+        self._graph.call_method("start", (self._helpers["reducer"], index, value, *ends))
         self._values.place_alone(reduced, value)
 
     def gradient(self, primal: int) -> fx.Node:
-        """Return a parameter's gradient, added up over all ranks."""
+        """Return a parameter's gradient, added up over all ranks: of one in pieces, this rank's."""
         index = self.step.bucket_of[primal]
         bucket = self.step.buckets[index]
         if index not in self._waited:
             self._waited.add(index)
             self._graph.call_method("wait", (self._helpers["reducer"], index))
         value = self._values.whole(bucket.reduced)
+        if pieces := self._pieces(bucket):
+            rank, place = self.step.rank, bucket.primals.index(primal)
+            before = (0, *segments(pieces))[rank]
+            offset = before + sum(p.num_elements(rank) for p in pieces[:place])
+            shape = (pieces[place].num_rows(rank), *pieces[place].shape[1:])
+            return self._graph.call_function(piece, (value, offset, shape))
         if bucket.packing is None:
             return value
         place = bucket.primals.index(primal)
         return self._graph.call_function(slot, (value, self._layouts(bucket), place))
+
+    def _pieces(self, bucket: Bucket) -> tuple[Pieces, ...]:
+        """Return how a bucket's parameters lie in pieces; none where they do not."""
+        pieces_of = self.step.pieces_of
+        return tuple(pieces_of[p] for p in bucket.primals if p in pieces_of)
 
     def _layouts(self, bucket: Bucket) -> tuple[Layout, ...]:
         return tuple(

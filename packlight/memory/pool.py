@@ -40,6 +40,11 @@ class TierPool:
         """How many were made so far."""
         return len(self._in_flight) + len(self._idle)
 
+    @property
+    def num_in_flight(self) -> int:
+        """How many runs are not over."""
+        return len(self._in_flight)
+
     def open(self) -> torch.Tensor:
         """Begin a run and return its token, which must live as long as the run's values.
 

@@ -10,21 +10,23 @@ The bits are those of DDP with the same buckets, where ranks count the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import fx
 
 from packlight.capture.whole_step import Consumption
-from packlight.errors import BatchError, MicrobatchError
+from packlight.errors import BatchError, MicrobatchError, UnsupportedModelError, WayError
 from packlight.moves.draft import Draft
 from packlight.moves.microbatch.independence import alternatives
 from packlight.moves.microbatch.move import observed_weight, open_weight
 from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
 from packlight.moves.reduction import Reduction
+from packlight.moves.sharding import Sharding
 from packlight.step import Machine, Speed
+from packlight.units import format_bytes
 
 # Sizes of buckets, by how much longer they take than their latency (large ones hide it, small ones
 # hold less in memory), and how many may be under way, None for all: the fastest setting first.
@@ -44,6 +46,7 @@ class DataParallel(Move):
         buckets: names of the parameters whose gradients are reduced together, in order.
         num_in_flight: how many buckets may be under way before updates wait; None for all.
         weight_index: which of the denominators that the loss's graph leaves open weighs the parts.
+        in_pieces: names of the parameters that lie in pieces with all ranks.
     """
 
     name: ClassVar[str] = "data-parallel"
@@ -53,6 +56,7 @@ class DataParallel(Move):
     buckets: tuple[tuple[str, ...], ...]
     num_in_flight: int | None = None
     weight_index: int = 0
+    in_pieces: tuple[str, ...] = ()
 
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[DataParallel | Refusal]:
@@ -68,11 +72,13 @@ class DataParallel(Move):
         if made is not None:  # rewriting a graph hardly changes which setting is best
             yield made
             return
+        in_pieces = tuple(costs.name_of[id(p)] for p in sharding_of(draft).pieces)
         are_in_flight = draft.gradients is Consumption.UPDATE
         settings = SETTINGS if are_in_flight else ((LARGE, None), (ONE_BY_ONE, None))
         for size, count in settings:
             size_bytes = _bytes_in(costs.network.reduce, size)
-            yield cls(costs.agreed_buckets or _buckets(draft, size_bytes), count, index)
+            buckets = costs.agreed_buckets or _buckets(draft, size_bytes, frozenset(in_pieces))
+            yield cls(buckets, count, index, in_pieces)
             if room.has_plain:
                 return
 
@@ -80,15 +86,31 @@ class DataParallel(Move):
         """Return the draft whose gradients are reduced before they are consumed."""
         lane = draft.costs.network
         assert lane is not None, "the network is measured before anything is planned"
+        sharding = sharding_of(draft)
+        found = tuple(draft.costs.name_of[id(p)] for p in sharding.pieces)
+        if found != self.in_pieces:
+            raise WayError(
+                "set of parameters in pieces", f"{len(self.in_pieces)} parameters",
+                f"{len(found)}", "every rank has to look at its parameters' memory as the others do"
+            )
+        if not sharding:
+            lane = replace(lane, memory="", read=None)
+        ranks = draft.request.ranks
         machine = (draft.machine or Machine()).with_lane(lane)
-        reduction = Reduction(self.buckets, self.num_in_flight, lane)
+        reduction = Reduction(
+            self.buckets, self.num_in_flight, lane, sharding, 0 if ranks is None else ranks.rank
+        )
         return draft.changed(reduction=reduction, machine=machine)
 
     def describe(self, draft: Draft) -> str:
         """Return over how many ranks, in how many buckets."""
         flying = "" if self.num_in_flight is None else f", {self.num_in_flight} of them under way"
         num = draft.request.num_ranks
-        return f"gradients of {num} ranks reduced in {len(self.buckets)} buckets{flying}"
+        words = f"gradients of {num} ranks reduced in {len(self.buckets)} buckets{flying}"
+        if not self.in_pieces:
+            return words
+        size = format_bytes(sharding_of(draft).whole_bytes)
+        return f"{len(self.in_pieces)} parameters in pieces, {size} gathered in turn, {words}"
 
     def loss_weight(self, whole: Draft) -> LossWeight:
         """Return what weighs the ranks' losses.
@@ -122,12 +144,49 @@ def _bytes_in(speed: Speed, times: float) -> int:
     return max(1, int(times * speed.latency_seconds * speed.bytes_per_second))
 
 
-def _buckets(draft: Draft, bucket_bytes: int) -> tuple[tuple[str, ...], ...]:
+def sharding_of(draft: Draft) -> Sharding:
+    """Return which parameters lie in pieces with all ranks, where that is asked for.
+
+    Raises:
+        UnsupportedModelError: no parameter can be updated before all gradients are there.
+    """
+    request, costs = draft.request, draft.costs
+    if not request.shards:
+        return Sharding()
+    whole = draft.whole or draft
+
+    def found() -> Sharding:
+        if not costs.steps_alone:
+            reason = _why_together(draft)
+            raise UnsupportedModelError(
+                f"parameters cannot lie in pieces: {reason}\n"
+                "hint: leave shard= out, or clip by value, which every rank can do alone"
+            )
+        assert request.num_ranks is not None
+        return costs.sharding(whole.loss, request.num_ranks)
+
+    return whole.once("sharding", found)
+
+
+def _why_together(draft: Draft) -> str:
+    """Return why all gradients are needed at once, in words."""
+    request, updates = draft.request, draft.costs.updates
+    if request.clipping.norm is not None:
+        return "clip_grad_norm= needs the norm of all gradients before the first update"
+    if request.scaler is not None:
+        return "a loss scaler looks at all gradients before the first update"
+    return "there is no optimizer" if updates is None else str(updates.refusal)
+
+
+def _buckets(
+    draft: Draft, bucket_bytes: int, in_pieces: Set[str]
+) -> tuple[tuple[str, ...], ...]:
     """Return buckets of about a size, in the order in which they are complete.
 
     Args:
         draft: whose gradients.
         bucket_bytes: a bucket is closed when it has as many.
+        in_pieces: names of parameters whose gradients are no others' company.
     """
     loss, costs = draft.loss, draft.costs
     module = draft.graph_module
@@ -145,7 +204,7 @@ def _buckets(draft: Draft, bucket_bytes: int) -> tuple[tuple[str, ...], ...]:
         if size >= ALONE * bucket_bytes:
             done.append(_Open((name,), size, when))
             continue
-        kind = value.dtype, value.device
+        kind = value.dtype, value.device, name in in_pieces
         before = pending.pop(kind, _Open((), 0, when))
         bucket = replace(before, names=(*before.names, name), size=before.size + size, last=when)
         if bucket.size >= bucket_bytes:

@@ -10,6 +10,7 @@ from torch import fx
 
 from packlight.capture.step_capture import CapturedLoss, LossFunction, StepCapture
 from packlight.capture.whole_step import Consumption
+from packlight.costs.profiler import CallProfiler
 from packlight.moves.reduction import Reduction
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
@@ -52,6 +53,7 @@ class Draft:
         streaming: what of parameters and optimizer state lies elsewhere between uses.
         reduction: how gradients are added up over ranks, where there are several.
         whole: the draft of the whole batch, where this is a microbatch's.
+        profiler: observes calls, while moves are made.
     """
 
     request: Request
@@ -67,6 +69,7 @@ class Draft:
     streaming: Streaming = field(default_factory=Streaming)
     reduction: Reduction | None = None
     whole: Draft | None = None
+    profiler: CallProfiler | None = None
     _known: dict[Any, Any] = field(default_factory=dict)
 
     @property

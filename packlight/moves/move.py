@@ -98,7 +98,9 @@ class Room:
 
     @property
     def has_plain(self) -> bool:
-        """Whether the step fits without anything that costs time."""
+        """Whether the step fits without anything that costs time, or that anybody asked to save."""
+        if self.left_bytes is None:
+            return bool(self.found)
         return any(way.is_plain for way in self.found.values())
 
 
@@ -113,12 +115,16 @@ class Move:
         effect: on the numbers.
         stage: when it shapes the draft.
         techniques: approximate techniques that `allow=` has to name for this to use them.
+        is_on_request: only made where `moves=` names it: it costs something beside the step.
+        may_save_time: worth looking at also where the step fits without anything that costs time.
     """
 
     name: ClassVar[str]
     effect: ClassVar[Effect]
     stage: ClassVar[Stage] = Stage.GRAPH
     techniques: ClassVar[tuple[str, ...]] = ()
+    is_on_request: ClassVar[bool] = False
+    may_save_time: ClassVar[bool] = False
 
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterable[Self | Refusal]:

@@ -18,15 +18,13 @@ import torch
 from torch import fx
 
 from packlight.capture.aot import GraphData
+from packlight.capture.fakes import fake_mode_of
 from packlight.capture.phases import after_tangents
 from packlight.capture.writer import GraphWriter
 from packlight.moves.draft import Draft
 from packlight.moves.move import Effect, Move, Refusal, Room
-from packlight.torch_internals import (
-    TRACED_IN_BACKWARD,
-    FakeTensorMode,
-    copy_calling_convention,
-)
+from packlight.torch_internals.aot import TRACED_IN_BACKWARD
+from packlight.torch_internals.calling import copy_calling_convention
 
 _aten = torch.ops.aten
 # Smaller ones are not worth two calls.
@@ -178,7 +176,7 @@ class _Packer:
         """Return the module's copy in which the backward reads what is packed."""
         self.graph = fx.Graph()
         self.copies: dict[fx.Node, fx.Node] = {}
-        fake_mode = _fake_mode(self.module)
+        fake_mode = fake_mode_of(self.module)
         self.early = GraphWriter(self.graph, fake_mode, {})
         self.late = GraphWriter(self.graph, fake_mode, TRACED_IN_BACKWARD)
         widen: dict[fx.Node, Callable[[], fx.Node]] = {}
@@ -273,9 +271,3 @@ def _is_dense(node: fx.Node) -> bool:
     """Whether a value fills its storage, so that its elements can be read in memory's order."""
     value: torch.Tensor = node.meta["val"]
     return value.untyped_storage().nbytes() == value.numel() * value.itemsize
-
-
-def _fake_mode(module: fx.GraphModule) -> FakeTensorMode:
-    values = (node.meta.get("val") for node in module.graph.nodes)
-    mode: FakeTensorMode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
-    return mode

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from packlight.capture.reduced import Reductions
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
+from packlight.moves.sharding import Sharding
 from packlight.step import Lane
 
 COPIED_BYTES = 32 * 2**20  # enough to fill caches
@@ -24,11 +25,15 @@ class Reduction:
         buckets: names of the parameters whose gradients are reduced together, in order.
         num_in_flight: how many buckets may be under way before updates wait; None for all.
         lane: the network.
+        sharding: parameters that lie in pieces, whose sums go to whoever has the rows.
+        rank: this one.
     """
 
     buckets: tuple[tuple[str, ...], ...]
     num_in_flight: int | None
     lane: Lane
+    sharding: Sharding = field(default_factory=Sharding)
+    rank: int = 0
 
 
 class ReductionCosts:
@@ -63,6 +68,12 @@ class ReductionCosts:
             reduction.num_in_flight,
             reduction.lane,
             lambda num_bytes: num_bytes * self._seconds_per_byte(profiler),
+            {
+                primal: reduction.sharding.pieces[parameter]
+                for primal, parameter in trained.items()
+                if parameter in reduction.sharding
+            },
+            reduction.rank,
         )
 
     def finish_seconds(self, reduction: Reduction, profiler: CallProfiler) -> float:

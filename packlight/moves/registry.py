@@ -17,8 +17,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from packlight.errors import MoveError, OptionError, PacklightError
+from packlight.moves.channels_last import ChannelsLast
 from packlight.moves.chunk.move import Chunk
 from packlight.moves.data_parallel import DataParallel
+from packlight.moves.fuse.move import Fuse, FuseExactly
 from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.move import Effect, Move, Stage
@@ -28,7 +30,8 @@ from packlight.moves.stream.move import Offload
 
 GROUP = "packlight.moves"
 BUILT_IN: tuple[type[Move], ...] = (
-    Autocast, UpdateInBackward, Microbatch, Pack, Chunk, DataParallel, Offload,
+    Autocast, UpdateInBackward, Microbatch, ChannelsLast, Pack, Chunk, Fuse, FuseExactly,
+    DataParallel, Offload,
 )
 
 
@@ -91,13 +94,20 @@ def of_stage(stage: Stage) -> list[type[Move]]:
     return [move for move in registered() if move.stage is stage]
 
 
-def move_names() -> tuple[str, ...]:
-    """Return what `moves=` may name: what is done to a loss before it is traced is `allow=`'s."""
-    return tuple(move.name for move in registered() if move.stage is not Stage.LOSS)
+def move_names(*, on_request: bool = False) -> tuple[str, ...]:
+    """Return what `moves=` may name: what is done to a loss before it is traced is `allow=`'s.
+
+    Args:
+        on_request: also those that are only made where they are named.
+    """
+    return tuple(
+        move.name for move in registered()
+        if move.stage is not Stage.LOSS and (on_request or not move.is_on_request)
+    )
 
 
 def exact_move_names() -> tuple[str, ...]:
-    """Return those that change no bit of losses, gradients and parameters."""
+    """Return those made unasked that change no bit of losses, gradients and parameters."""
     exact = {move.name for move in registered() if move.effect is Effect.SAME_BITS}
     return tuple(name for name in move_names() if name in exact)
 
@@ -129,13 +139,13 @@ def move_named(name: str) -> type[Move]:
 
 
 def chosen_names(moves: Iterable[str] | None) -> frozenset[str]:
-    """Return the names that `moves=` stands for, checked; all of them for None.
+    """Return the names that `moves=` stands for, checked; for None all that are made unasked.
 
     Raises:
         OptionError: one is unknown; lists the known ones.
     """
-    known = move_names()
-    names = frozenset(known if moves is None else moves)
+    known = move_names(on_request=True)
+    names = frozenset(move_names() if moves is None else moves)
     strange = sorted(names - set(known))
     if strange:
         raise OptionError(

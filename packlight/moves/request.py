@@ -32,6 +32,7 @@ class Request:
         progress: show what profiling does.
         ranks: that train together, each on its part of the batch; None for one process.
         modelled: ranks that are planned for and not there.
+        shards: parameters lie in pieces with all ranks.
     """
 
     model: nn.Module
@@ -47,6 +48,7 @@ class Request:
     progress: bool
     ranks: Ranks | None = None
     modelled: ModelledMesh | None = None
+    shards: bool = False
 
     @property
     def num_ranks(self) -> int | None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import cycle
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from packlight.capture.batch import tensors_of
 from packlight.capture.joint import JointStep
@@ -20,9 +19,10 @@ from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole
 from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
-from packlight.moves.microbatch.split import num_rows
+from packlight.moves.counted import copied_bytes, extras_bytes, primals_among
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
+from packlight.moves.sharding import Sharding, cut, shardable
 from packlight.moves.stream.parameters import (
     ParameterSlots,
     parameter_slots,
@@ -31,23 +31,19 @@ from packlight.moves.stream.parameters import (
 from packlight.moves.stream.state import Slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
-from packlight.torch_internals import has_gradient_hooks
 from packlight.updates.accounting import (
     OptimizerMemory,
     batch_bytes,
     measure_optimizer,
     refuse_closure,
+    refuse_uneven_steps,
     tensors_bytes,
 )
-from packlight.updates.gradients import fills_storage
 from packlight.updates.several import SeveralUpdates, parts_of, updates_of
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
-# What hooks of a parameter hold of its gradient's size: the copy that they are given, what they
-# return, and something in between.
-HOOKED_GRADIENTS = 3
 # To find out how long a cold gradient takes to be added to: enough to fill caches.
 MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
 
@@ -71,6 +67,7 @@ class StepCosts:
         self.updates: ParameterUpdates | SeveralUpdates | None = None
         for part in parts_of(optimizer):
             refuse_closure(part)
+            refuse_uneven_steps(part)
         if optimizer is not None:
             self.updates = updates_of(optimizer)
         self.name_of = {id(p): name for name, p in model.named_parameters()}
@@ -86,6 +83,7 @@ class StepCosts:
         self.are_compared = False
         self._additions: dict[Any, float] = {}
         self._consumers: dict[Any, Consumer] = {}
+        self._shardings: dict[Any, Sharding] = {}
         self._slots: Slots | None = None
         self._parameter_slots: ParameterSlots | None = None
 
@@ -193,20 +191,24 @@ class StepCosts:
         reductions = None
         if reduction is not None and how is not Consumption.ACCUMULATE:
             reductions = self.reductions.of(reduction, trained, profiler)
+        sharding = Sharding() if reduction is None else reduction.sharding
         packed = set() if reductions is None else reductions.packed
-        copied_bytes = _copied_bytes(joint, trained, is_reduced=reductions is not None)
+        copies = copied_bytes(joint, trained, is_reduced=reductions is not None)
         for primal, parameter in trained.items():
-            consumer = self._consumer(joint, primal, parameter, how, profiler, primal in packed)
+            num_rows = sharding.pieces[parameter].most_rows if parameter in sharding else None
+            consumer = self._consumer(
+                joint, primal, parameter, how, profiler, primal in packed, num_rows
+            )
             if streaming:  # only what is streamed has a buffer of its own
                 streamed = streaming.states.get(parameter, {}).values()
                 consumer = replace(consumer, state_bytes=sum(spec.num_bytes for spec in streamed))
-            workspace = consumer.workspace_bytes + copied_bytes.get(primal, 0)
+            workspace = consumer.workspace_bytes + copies.get(primal, 0)
             consumers[primal] = replace(consumer, workspace_bytes=workspace)
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copied_bytes.values())
+            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copies.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
         if reductions is not None:
@@ -214,16 +216,22 @@ class StepCosts:
         if machine is None:
             assert not streaming, "nothing can lie on the disk where there is none"
             return step
-        moved = streamed_primals(loss, streaming)
-        buffers = {primal: joint.buffer_of_node[joint.primals[primal]] for primal in moved}
-        resting = (*step.state_buffer_of.values(), *buffers.values()) if streaming else ()
+        moved = primals_among(loss, streaming.parameters)
+        gathered = primals_among(loss, sharding.pieces)
+        buffers = {
+            primal: joint.buffer_of_node[joint.primals[primal]] for primal in (*moved, *gathered)
+        }
+        on_disk = [buffers[primal] for primal in moved]
+        resting = (*step.state_buffer_of.values(), *on_disk) if streaming else ()
+        moved = {**moved, **gathered}
         # What was captured are values without gradients; reports tell parameters from states.
         named = list(step.joint.graph.buffers)
         for primal, b in buffers.items():
             name = self.name_of.get(id(moved[primal]), named[b].name)
             named[b] = replace(named[b], kind=BufferKind.PARAMETER, name=name)
         graph = replace(step.joint.graph, buffers=tuple(named))
-        joint = replace(step.joint, graph=with_transfers(graph, machine, resting))
+        in_pieces = [buffers[primal] for primal in gathered]
+        joint = replace(step.joint, graph=with_transfers(graph, machine, resting, in_pieces))
         return replace(step, joint=joint, parameter_buffer_of=buffers)
 
     def _consumer(
@@ -234,6 +242,7 @@ class StepCosts:
         how: Consumption,
         profiler: CallProfiler,
         is_packed: bool,
+        num_rows: int | None,
     ) -> Consumer:
         name = self.name_of[id(parameter)]
         node = joint.backward_results[primal]
@@ -244,21 +253,33 @@ class StepCosts:
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
         # In a bucket it lies as the parameter does.
-        key = (name, None if is_packed else tuple(node.meta["val"].stride()))
+        key = (name, None if is_packed else tuple(node.meta["val"].stride()), num_rows)
         if key not in self._consumers:  # later on, its state may lie elsewhere
-            cost = self.update(parameter, key[1], profiler)
+            cost = self.update(parameter, key[1], profiler, num_rows)
             workspace = cost.workspace_bytes
             self._consumers[key] = Consumer(name, cost.seconds, workspace, cost.state_bytes)
         return self._consumers[key]
 
     def update(
-        self, parameter: nn.Parameter, stride: tuple[int, ...] | None, profiler: CallProfiler
+        self,
+        parameter: nn.Parameter,
+        stride: tuple[int, ...] | None,
+        profiler: CallProfiler,
+        num_rows: int | None = None,
     ) -> UpdateCost:
-        """Return what an update costs, seconds as they were first seen on this device."""
+        """Return what an update costs, seconds as they were first seen on this device.
+
+        Args:
+            parameter: it.
+            stride: of its gradients; None for its own.
+            profiler: remembers seconds.
+            num_rows: of a piece of it that is updated in its place.
+        """
         assert self.updates is not None
-        cost = self.updates.cost(parameter, stride)
+        cost = self.updates.cost(parameter, stride, num_rows)
+        shape = (parameter.shape[0] if num_rows is None else num_rows, *parameter.shape[1:])
         name = (
-            f"update {self.updates.kind(parameter)} {tuple(parameter.shape)} "
+            f"update {self.updates.kind(parameter)} {shape} "
             f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
         )
         return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
@@ -279,6 +300,31 @@ class StepCosts:
             self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
         return self._additions[key]
 
+    def moved_primals(
+        self, loss: CapturedLoss, streaming: Streaming, reduction: Reduction | None
+    ) -> dict[int, torch.Tensor]:
+        """Return the streamed or gathered tensors among a captured call's inputs, by position."""
+        in_pieces = {} if reduction is None else reduction.sharding.pieces
+        return {
+            **primals_among(loss, streaming.parameters), **primals_among(loss, in_pieces)
+        }
+
+    def sharding(self, loss: CapturedLoss, num_ranks: int) -> Sharding:
+        """Return which parameters can lie in pieces with so many ranks, and who has which rows."""
+        parameters = shardable(self.request.model, loss, self.trained)
+        key = (*map(id, parameters), num_ranks)
+        if key not in self._shardings:
+            self._shardings[key] = cut(parameters, self.updates, num_ranks)
+        return self._shardings[key]
+
+    def _optimizer_bytes(self, sharding: Sharding) -> int:
+        """Return the optimizer's state where that of some parameters lies in pieces."""
+        if not sharding:
+            return self.optimizer_bytes
+        assert self.updates is not None, "what is in pieces is updated one by one"
+        whole = [p for p in self.trained.values() if p not in sharding]
+        return sharding.state_bytes + sum(self.updates.cost(p).state_bytes for p in whole)
+
     def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
         """Return the trained parameters among a captured call's inputs, by position."""
         return {i: self.trained[id(a)] for i, a in enumerate(arguments) if id(a) in self.trained}
@@ -289,6 +335,7 @@ class StepCosts:
         loss: CapturedLoss,
         num_microbatches: int,
         streaming: Streaming | None = None,
+        sharding: Sharding | None = None,
     ) -> StepMemory:
         """Return the bytes of a step outside of its schedule.
 
@@ -297,14 +344,16 @@ class StepCosts:
             loss: as captured.
             num_microbatches: with more than one, gradients are accumulated.
             streaming: what lies on the disk between uses.
+            sharding: what lies in pieces with all ranks.
         """
         model, streaming = self.request.model, streaming or Streaming()
+        sharding = sharding or Sharding()
         trained = self.parameters(loss.arguments)
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
         accumulated_bytes = workspace_bytes = 0
-        kept_extras_bytes = _extras_bytes(loss, batch, num_microbatches)
+        kept_extras_bytes = extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
             accumulated_bytes = gradient_bytes + tensors_bytes(written) + kept_extras_bytes
@@ -323,55 +372,17 @@ class StepCosts:
         others = [t for t in (*model.buffers(), *arguments) if t not in streaming.parameters]
         return StepMemory(
             parameter_bytes=tensors_bytes(
-                p for p in model.parameters() if p not in streaming.parameters
-            ),
+                p for p in model.parameters()
+                if p not in streaming.parameters and p not in sharding
+            ) + sharding.parameter_bytes,
             # What attributes (and whoever called the step) hold since the step before is let go of
             # when it is assigned anew.
             state_bytes=tensors_bytes([*outside, *others]) - tensors_bytes(outside)
             + sum(value.untyped_storage().nbytes() for value in loss.assigned)
             + kept_extras_bytes,
             input_bytes=batch_bytes(batch) + SCALAR_BYTES,
-            optimizer_bytes=self.optimizer_bytes - streaming.state_bytes,
+            optimizer_bytes=self._optimizer_bytes(sharding) - streaming.state_bytes,
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
         )
-
-
-def _extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:
-    """Return the size of what a step returns beside the loss; in microbatches it has rows."""
-    if num_microbatches == 1:
-        return sum(value.untyped_storage().nbytes() for value in loss.extra_values)
-    rows = num_rows(batch)
-    return sum(value[:1].nbytes * rows for value in loss.extra_values if value.ndim)
-
-
-def streamed_primals(loss: CapturedLoss, streaming: Streaming) -> dict[int, torch.Tensor]:
-    """Return the streamed parameters and buffers among a captured call's inputs, by position."""
-    return {
-        primal: argument
-        for primal, argument in enumerate(loss.arguments)
-        if isinstance(argument, torch.Tensor) and argument in streaming.parameters
-    }
-
-
-def _copied_bytes(
-    joint: JointStep, trained: Mapping[int, nn.Parameter], *, is_reduced: bool
-) -> dict[int, int]:
-    """Return the sizes of gradients that share their storage and are copied: primal -> bytes.
-
-    Two parameters that are only ever added have one gradient, those that are concatenated have
-    slices of one, and that of a sum is one number: in buckets each has a place. Hooks are given a
-    copy, and may return another gradient.
-    """
-    nodes = {p: node for p in trained if isinstance(node := joint.backward_results[p], fx.Node)}
-    num_sharing = Counter(joint.buffer_of_node[node] for node in nodes.values())
-    copied: dict[int, int] = {}
-    for primal, node in nodes.items():
-        if has_gradient_hooks(trained[primal]):
-            copied[primal] = HOOKED_GRADIENTS * trained[primal].nbytes
-        elif is_reduced:
-            continue
-        elif num_sharing[joint.buffer_of_node[node]] > 1 or not fills_storage(node.meta["val"]):
-            copied[primal] = trained[primal].nbytes
-    return copied

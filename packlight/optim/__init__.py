@@ -11,10 +11,12 @@ has one, and `fit` steps that, too. Its state takes next to nothing (a row and a
 matrix), but its step holds four bytes per parameter for a moment, which those here do not.
 """
 
+from packlight.optim.batches import NoiseScale, gradual_warmup, scaled_lr
 from packlight.optim.formats import STATE_FORMATS, WEIGHT_FORMATS
 from packlight.optim.low_bit import LowBit
 from packlight.optim.names import AdamW4bit, AdamW8bit, Lion8bit, SGD8bit
 from packlight.optim.rules import Rule, adam, adamw, lion, sgd
+from packlight.optim.trust import lamb, larc, lars
 
 __all__ = [
     "STATE_FORMATS",
@@ -23,10 +25,16 @@ __all__ = [
     "AdamW8bit",
     "Lion8bit",
     "LowBit",
+    "NoiseScale",
     "Rule",
     "SGD8bit",
     "adam",
     "adamw",
+    "gradual_warmup",
+    "lamb",
+    "larc",
+    "lars",
     "lion",
+    "scaled_lr",
     "sgd",
 ]

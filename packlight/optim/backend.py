@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +10,8 @@ import torch
 from packlight.errors import MissingExtraError, UnsupportedParameterError
 from packlight.optim.formats import RESIDUAL, WEIGHT_FORMATS, state_format
 from packlight.optim.rules import Coefficients, coefficients, kind_of, moments_of
+from packlight.optim.trust import LAMB, gradient_factor, step_by_lamb
+from packlight.threads import run_in_threads
 
 # Below this, waking a thread takes longer than what it would do.
 MIN_ELEMENTS_PER_THREAD = 2**16
@@ -40,7 +40,7 @@ class Update(NamedTuple):
         weight_code, gradient_code: codes of formats.
         first, second: moments.
         rule: see `packlight.optim.rules.kind_of`.
-        sign: -1 to maximize.
+        sign: -1 to maximize; or what else the gradient is multiplied by.
         numbers: see `packlight.optim.rules.Coefficients`.
         seed, number, step: what random bits depend on beside the element.
     """
@@ -89,8 +89,17 @@ def update_parameter(
     ]
     none = StoredMoment(-1, None, None)
     first, second = (*stored, none, none)[:2]
+    factor = gradient_factor(group, parameter, gradient)
+    numbers = coefficients(group, state["step"])
+    numbers = numbers._replace(l2=factor * numbers.l2)
+    is_lamb = group.get("layer_rate") == LAMB
+    stepped = parameter
+    if is_lamb:  # Adam's step of lr = 1 from zero is its direction
+        lr = float(group["lr"])
+        stepped = torch.zeros_like(parameter, requires_grad=False)
+        numbers = numbers._replace(decay=1.0, rate=numbers.rate / lr if lr else 0.0)
     update = Update(
-        parameter,
+        stepped,
         gradient,
         state.get(RESIDUAL),
         WEIGHT_FORMATS[group["weights"]].code,
@@ -98,13 +107,16 @@ def update_parameter(
         first,
         second,
         kind_of(group),
-        -1.0 if group["maximize"] else 1.0,
-        coefficients(group, state["step"]),
+        -factor if group["maximize"] else factor,
+        numbers,
         group["seed"],
         number,
         state["step"],
     )
     _KERNELS[parameter.device.type](update)
+    if is_lamb:
+        step_by_lamb(group, parameter, stepped)
+        return
     # Kernels write through addresses; autograd has to know.
     torch.autograd.graph.increment_version(parameter)
 
@@ -205,12 +217,7 @@ def _step_on_cpu(update: Update) -> None:
     pieces = [
         (bounds[i], bounds[i + 1], *shared, scratch[i].data_ptr()) for i in range(num_threads)
     ]
-    others = [_threads(num_threads - 1).submit(kernel, *piece) for piece in pieces[1:]]
-    try:
-        kernel(*pieces[0])
-    finally:  # nothing may be freed under a running kernel
-        for other in others:
-            other.result()
+    run_in_threads(kernel, pieces)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -232,18 +239,6 @@ def _compiled() -> tuple[Callable[..., None], int, int]:
 
         _kernel = (cpu_kernel.step_tiles, cpu_kernel.TILE, cpu_kernel.NUM_SCRATCH_ROWS)
     return _kernel
-
-
-_pool: tuple[int, int, ThreadPoolExecutor] | None = None
-
-
-def _threads(num_threads: int) -> ThreadPoolExecutor:
-    """Return a pool of at least so many threads, made once in each process."""
-    global _pool
-    if _pool is None or _pool[0] != os.getpid() or _pool[1] < num_threads:
-        pool = ThreadPoolExecutor(num_threads, thread_name_prefix="packlight-optim")
-        _pool = (os.getpid(), num_threads, pool)
-    return _pool[2]
 
 
 # -- CUDA

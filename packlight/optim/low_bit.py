@@ -17,7 +17,9 @@ from packlight.optim.formats import (
     state_bytes,
     state_layout,
 )
+from packlight.optim.rearrange import rearranged_state
 from packlight.optim.rules import Rule, check_group
+from packlight.optim.trust import check_layer_rate
 from packlight.units import format_bytes
 
 States = str | Mapping[str, str]
@@ -128,7 +130,8 @@ class LowBit(torch.optim.Optimizer):
         """
         rule = param_group.get("rule")
         if isinstance(rule, Rule):
-            param_group = {**rule.hyperparameters, **param_group, "rule": rule.name}
+            of_rule = {"layer_rate": None, **rule.hyperparameters}  # not what others have
+            param_group = {**of_rule, **param_group, "rule": rule.name}
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -160,6 +163,30 @@ class LowBit(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._step_one(group, parameter)
         return loss
+
+    @torch.no_grad()
+    def rearrange_state(self, parameter: torch.Tensor, source: torch.Tensor) -> None:
+        """Let a parameter's state follow elements that change places, before they do.
+
+        Blocks of quantized moments are encoded anew. Costs some 20 bytes per element for a moment.
+
+        Args:
+            parameter: one of this optimizer's, a vector.
+            source: for each new element which old one it is; -1 for one whose state starts at zero.
+                There may be more or fewer than before.
+        """
+        group = next(g for g in self.param_groups if any(p is parameter for p in g["params"]))
+        state = self.state.get(parameter)
+        if not state:
+            return
+        for name, new in rearranged_state(group, state, parameter.numel(), source).items():
+            old = state.get(name)
+            if isinstance(old, torch.Tensor) and old.shape == new.shape and old.dtype == new.dtype:
+                old.copy_(new)  # keeps its place in memory
+            else:
+                state[name] = new
+        for name in set(state) - {"step", *state_layout(group, len(source))}:
+            del state[name]  # the scales of a parameter that is now too small to be quantized
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over hyperparameters and state, bit for bit.
@@ -246,6 +273,7 @@ class LowBit(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group(group)
         check_formats(group)
+        check_layer_rate(group)
         seed = group["seed"]
         if not isinstance(seed, int) or not 0 <= seed < 2**32:
             raise OptionError(f"seed={seed!r}; it must be an integer from 0 to 2^32 - 1")

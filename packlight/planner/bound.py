@@ -160,9 +160,8 @@ class _Facts:
     def __init__(self, graph: StepGraph) -> None:
         self.graph = graph
         operations = graph.computations
-        resident = graph.resident
-        self.size = [0 if b.id in resident else b.bytes for b in graph.buffers]
-        self.maker = [-1] * len(graph.buffers)
+        self.facts = Facts(graph)
+        self.size, self.maker = self.facts.size, self.facts.maker
         self.last_read = [-1] * len(graph.buffers)
         self.parents: list[set[int]] = [set() for _ in operations]
         self.children: list[set[int]] = [set() for _ in operations]
@@ -173,8 +172,6 @@ class _Facts:
                 if maker >= 0:
                     self.parents[operation.id].add(maker)
                     self.children[maker].add(operation.id)
-            for buffer in operation.creates:
-                self.maker[buffer] = operation.id
         for buffer in graph.outputs:
             self.last_read[buffer] = len(operations)
         self.outputs = set(graph.outputs)
@@ -182,7 +179,7 @@ class _Facts:
 
     def crossing(self, positions: range) -> dict[int, list[int]]:
         """Return what ancestors of operations made that descendants or the step's end read."""
-        facts = Facts(self.graph)
+        facts = self.facts
         reads = [mask_of(o.reads, facts.bit) for o in self.graph.computations]
         forth = range(len(reads))
         made = _reached(forth, self.parents, self.children, facts.creates_masks, positions)

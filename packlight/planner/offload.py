@@ -250,6 +250,24 @@ class OffloadSearch:
         assert best is not None
         return best
 
+    def peak_of_reading_anew(self) -> int:
+        """Return the peak of the plain step that reads what rests elsewhere anew in the backward.
+
+        There is room to read one thing ahead.
+        """
+        graph = self.graph
+        order: list[int] = []
+        read_in: dict[int, bool] = {}
+        for operation in graph.computations:
+            is_forward = operation.id < graph.num_forward
+            for buffer in operation.touches:
+                if buffer in self.resting and read_in.get(buffer) is not is_forward:
+                    read_in[buffer] = is_forward
+                    order.append(self.routes.read(buffer).id)
+            order.append(operation.id)
+        base = Placement(graph, order, self.routes).base_bytes
+        return int(base.max()) + max(graph.buffers[b].bytes for b in self.resting)
+
     # -- one budget
 
     def fastest(self, budget_bytes: int, recomputing: Iterable[Schedule]) -> list[Found]:

@@ -104,8 +104,10 @@ class Planner:
         Raises:
             InfeasibleBudgetError: nothing was found that fits; names the smallest budget that does.
         """
-        limit = self.plain_peak_bytes if budget_bytes is None else budget_bytes
+        limit = self._limit if budget_bytes is None else budget_bytes
         attempt = self._attempt(limit)
+        if budget_bytes is None and attempt.best is None:
+            attempt = self._attempt(self.plain_peak_bytes)
         if attempt.best is None:
             fitting = [f for f in map(self._found, known) if f.peak_bytes <= limit]
             if not fitting:
@@ -113,6 +115,15 @@ class Planner:
                 raise infeasible_budget(self.graph, limit, smallest.schedule, self.machine)
             attempt = replace(attempt, found=fitting, is_proven=False)
         return self._as_plan(attempt, budget_bytes)
+
+    @cached_property
+    def _limit(self) -> int:
+        """What a step holds at most for which nobody named a budget."""
+        if self._transfers is None or not self.graph.gathered_from:
+            return self.plain_peak_bytes
+        # Who has parameters lie in pieces wants them to: they are whole for longer only where that
+        # takes nothing.
+        return min(self.plain_peak_bytes, self._transfers.peak_of_reading_anew())
 
     def smallest_plan(self) -> Plan:
         """Return the plan for the smallest budget that is known to do."""

@@ -35,6 +35,8 @@ CHAIN_LEVELS = 400
 SCALES = (1.0, 0.94, 0.97, 0.99, 1.02, 1.04, 1.07, 1.1)
 MAX_FROM_NOTHING = 200
 MAX_FROM_PLAIN = 500
+# Larger steps start from the plain one only where it is not far above the budget.
+NOT_FAR = 1.25
 EVALUATIONS = 6_000
 SHAKEN = 4
 MAX_CAREFUL = 700
@@ -183,8 +185,10 @@ class LocalSearch:
                 if order not in seen:
                     seen.add(order)
                     yield view.seed(order)
-        if num <= MAX_FROM_PLAIN:
-            yield view.seed(range(num))
+        if num <= MAX_FROM_PLAIN or view is self.views[0]:
+            plain = view.seed(range(num))
+            if num <= MAX_FROM_PLAIN or plain.peak_bytes <= NOT_FAR * budget_bytes:
+                yield plain
         if num <= MAX_FROM_NOTHING:
             yield Retention.from_nothing(view.graph, False, view.facts)
 

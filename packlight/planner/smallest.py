@@ -23,7 +23,7 @@ from packlight.planner.search import LocalSearch, View, in_order
 from packlight.planner.segments import restore_ids
 from packlight.step import Schedule, StepGraph, simulate
 
-FEW_EVALUATIONS, MANY_EVALUATIONS = 4_000, 24_000
+FEW_EVALUATIONS, MANY_EVALUATIONS = 8_000, 24_000
 LOWERED_FURTHER = 3
 
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 
 from packlight.errors import PacklightError, RankError
-from packlight.torch_internals import default_store
+from packlight.torch_internals.processes import default_store
+from packlight.torch_internals.storages import num_storage_references
 
 Value = TypeVar("Value")
 
@@ -98,6 +99,12 @@ class Ranks:
         self._words = torch.zeros(self.size, dtype=torch.int64)
         self.has_failed = False
 
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Through which they talk, on the host; nobody else does."""
+        group: dist.ProcessGroup = self._group
+        return group
+
     # -- anything, seldom
 
     def gather(self, make: Callable[[], Value]) -> list[Value]:
@@ -151,11 +158,29 @@ class Ranks:
 
     def start(self, tensor: torch.Tensor) -> Sent:
         """Start adding up, in place, what all ranks have in a contiguous tensor."""
+        group = self._group_for(tensor)
+        return self._sent(dist.all_reduce(tensor, group=group, async_op=True), tensor)
+
+    def start_for(self, tensor: torch.Tensor, owner: int) -> Sent:
+        """Start adding up for one rank; what the others' tensors then hold is of no use."""
+        group = self._group_for(tensor)
+        return self._sent(dist.reduce(tensor, group=group, group_dst=owner, async_op=True), tensor)
+
+    def start_sharing(self, tensor: torch.Tensor, owner: int) -> Sent:
+        """Start giving all ranks what one of them has in a contiguous tensor."""
+        group = self._group_for(tensor)
+        work = dist.broadcast(tensor, group=group, group_src=owner, async_op=True)
+        return self._sent(work, tensor)
+
+    def _group_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
         if self.has_failed:
             raise RankError("this rank left an earlier step alone: the ranks have parted")
-        is_on_host = tensor.device.type == "cpu"
-        group = self._group if is_on_host else self._data_group
-        return Sent(dist.all_reduce(tensor, group=group, async_op=True), is_on_host)
+        group: dist.ProcessGroup = self._group
+        return group if tensor.device.type == "cpu" else self._data_group
+
+    def _sent(self, work: dist.Work | None, tensor: torch.Tensor) -> Sent:
+        assert work is not None, "this rank is one of the group"
+        return Sent(work, tensor.device.type == "cpu")
 
     def wait(self, sent: Sent) -> None:
         """Wait until that is done.
@@ -177,6 +202,22 @@ class Ranks:
                 looked = time.monotonic()
         with self._naming_losses():
             work.wait()
+
+    def wait_let_go(self, tensor: torch.Tensor, references: int) -> None:
+        """Wait until nobody but the caller holds the memory of a tensor that was sent.
+
+        The thread that sent lets go of it a moment after the wait is over: freed by it, it would be
+        freed late.
+
+        Args:
+            tensor: it.
+            references: of its storage before it was sent.
+        """
+        until = time.monotonic() + LOOK_SECONDS
+        while tensor.device.type == "cpu" and num_storage_references(tensor) > references:
+            if time.monotonic() > until:
+                break
+            time.sleep(SHORT_SLEEP_SECONDS)
 
     # -- failing together
 

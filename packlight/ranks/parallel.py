@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,6 +26,9 @@ class Parallel:
     Attributes:
         data: name of the mesh's dimension along which each rank has its part of the batch, and all
             of them the same model. With a mesh of one dimension it can be left out.
+        shard: name of the dimension along which parameters lie in pieces: each rank keeps and
+            updates some rows, with their gradients and optimizer states, and parameters are
+            gathered around their uses (ZeRO-3). It is the same dimension as `data`.
         timeout_seconds: how long a rank waits for another one, in planning too.
 
     >>> Parallel(data="data").timeout_seconds
@@ -33,6 +36,7 @@ class Parallel:
     """
 
     data: str | None = None
+    shard: str | None = None
     timeout_seconds: float = 1800.0
 
 
@@ -80,12 +84,20 @@ def ranks_of(
 
 def _data_dimension(mesh: DeviceMesh, parallel: Parallel) -> int:
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
+    if parallel.shard is not None and parallel.data not in (None, parallel.shard):
+        raise OptionError(
+            f"data={parallel.data!r} and shard={parallel.shard!r} are two dimensions: ranks with "
+            "the same pieces of parameters and other parts of the batch are not there yet\n"
+            f"hint: packlight.Parallel(shard={parallel.shard!r})"
+        )
+    if parallel.shard is not None:
+        parallel = replace(parallel, data=parallel.shard)
     shape = ", ".join(f"{name or '(no name)'}={mesh.size(i)}" for i, name in enumerate(names))
     if parallel.data is None and mesh.ndim == 1:
         return 0
     if parallel.data not in names:
         raise OptionError(
-            f"data={parallel.data!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
+            f"{parallel.data!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
             "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
         )
     place = names.index(parallel.data)

@@ -8,13 +8,13 @@ that is NaN on one rank is the same error on all, with no parameter touched anyw
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Sequence
 
 import torch
 
 from packlight.errors import NonFiniteLossError, RankError
-from packlight.ranks.group import LOOK_SECONDS, SHORT_SLEEP_SECONDS, Ranks, Sent
-from packlight.torch_internals import num_storage_references
+from packlight.ranks.group import Ranks, Sent
+from packlight.torch_internals.storages import num_storage_references
 
 OK, FAILED, CAPTURED_AGAIN = 0.0, 1.0, 2.0
 
@@ -40,8 +40,8 @@ class Reducer:
         # Per rank: its weighted loss, and how it fares.
         self._losses = torch.zeros(ranks.size, 2, dtype=torch.float64)
         self._sent: Sent | None = None
-        self._are_known = False
-        self._under_way: dict[int, tuple[Sent, torch.Tensor, int]] = {}
+        self._are_known = self._has_entered = False
+        self._under_way: dict[int, tuple[list[Sent], torch.Tensor, int]] = {}
 
     def begin(self, weight: float, num_steps: int) -> None:
         """Say what the next step is.
@@ -51,8 +51,22 @@ class Reducer:
             num_steps: trained so far.
         """
         self.weight, self.num_steps = weight, num_steps
-        self._sent, self._are_known = None, False
+        self._sent, self._are_known, self._has_entered = None, False, False
         self._under_way.clear()
+
+    def enter(self) -> None:
+        """Wait until all ranks run the step: before anything is gathered from them.
+
+        Raises:
+            RankError: another rank failed before.
+            OtherModelError: it has to be captured again.
+        """
+        self._send(0.0, OK)
+        assert self._sent is not None
+        self.ranks.wait(self._sent)
+        self._are_known = True  # how all of them fare
+        self._refuse_failures()
+        self._sent, self._are_known, self._has_entered = None, False, True
 
     # -- losses
 
@@ -78,7 +92,14 @@ class Reducer:
             assert self._sent is not None, "a step's loss is known before its gradients"
             self.ranks.wait(self._sent)
             self._are_known = True
-        for rank, (loss, status) in enumerate(self._losses.tolist()):
+        self._refuse_failures()
+        for rank, (loss, _) in enumerate(self._losses.tolist()):
+            if not math.isfinite(loss):
+                raise NonFiniteLossError(self.num_steps, loss, rank=rank)
+        return math.fsum(loss for loss, _ in self._losses.tolist())
+
+    def _refuse_failures(self) -> None:
+        for rank, (_, status) in enumerate(self._losses.tolist()):
             if status == CAPTURED_AGAIN:
                 raise OtherModelError
             if status == FAILED:
@@ -86,13 +107,10 @@ class Reducer:
                     f"rank {rank} failed in step {self.num_steps + 1}; parameters and optimizer "
                     "are untouched\nhint: its own error says why", rank,
                 )
-            if not math.isfinite(loss):
-                raise NonFiniteLossError(self.num_steps, loss, rank=rank)
-        return math.fsum(loss for loss, _ in self._losses.tolist())
 
     def leave(self, error: BaseException, is_captured_again: bool = False) -> None:
         """Leave a step that began: the others are told in place of the loss, or at once."""
-        if self._are_known or self._sent is not None:
+        if self._are_known or self._sent is not None or self._has_entered:
             if not self._are_known or not self._is_everybodys(error):
                 self.ranks.fail(error)
             return
@@ -109,25 +127,35 @@ class Reducer:
 
     # -- gradients
 
-    def start(self, bucket: int, value: torch.Tensor) -> None:
-        """Start adding up a bucket in place: a tensor that fills its storage, in any layout."""
+    def start(self, bucket: int, value: torch.Tensor, ends: Sequence[int] = ()) -> None:
+        """Start adding up a bucket in place.
+
+        Args:
+            bucket: its number.
+            value: a tensor that fills its storage, in any layout.
+            ends: where each rank's part of it ends, in elements, if each is to have its own alone.
+        """
         if self.weight == 0.0:  # nothing in this part counts, its gradient may be 0/0
             value.zero_()
         # A tensor of its own, so that whoever else holds the storage is counted.
         references = num_storage_references(value)
         flat = value.as_strided((value.numel(),), (1,))
-        self._under_way[bucket] = (self.ranks.start(flat), value, references)
+        if ends:
+            parts = zip((0, *ends), ends, strict=False)
+            sent = [
+                self.ranks.start_for(flat[first:end], owner)
+                for owner, (first, end) in enumerate(parts)
+                if first < end
+            ]
+        else:
+            sent = [self.ranks.start(flat)]
+        self._under_way[bucket] = (sent, value, references)
 
     def wait(self, bucket: int) -> None:
         """Wait until a bucket's sums are there, and nobody but the step holds its memory."""
         if not self._are_known:
             self.total_loss()
         sent, value, references = self._under_way.pop(bucket)
-        self.ranks.wait(sent)
-        del sent
-        # The thread that sent lets go of it a moment later: freed by it, it would be freed late.
-        until = time.monotonic() + LOOK_SECONDS
-        while value.device.type == "cpu" and num_storage_references(value) > references:
-            if time.monotonic() > until:
-                break
-            time.sleep(SHORT_SLEEP_SECONDS)
+        while sent:
+            self.ranks.wait(sent.pop(0))
+        self.ranks.wait_let_go(value, references)

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from packlight.errors import FormatError, PacklightError
-from packlight.torch_internals import uncompiled
+from packlight.torch_internals.modules import uncompiled
 from packlight.units import format_bytes
 
 VERSION = 1
@@ -71,11 +71,11 @@ def save_checkpoint(
     state = {
         "step": step,
         "extra": dict(extra or {}),
-        "model": _pack(uncompiled(model).state_dict(), "model", tensors, {}),
-        "optimizer": _pack(optimizer.state_dict(), "optimizer", tensors, {}),
+        "model": pack(uncompiled(model).state_dict(), "model", tensors, {}),
+        "optimizer": pack(optimizer.state_dict(), "optimizer", tensors, {}),
         "optimizer_class": type(optimizer).__name__,
-        "rng": _pack(first, "rng", tensors, {}),
-        "rng_of_others": _pack(others, "rng_of_others", tensors, {}),
+        "rng": pack(first, "rng", tensors, {}),
+        "rng_of_others": pack(others, "rng_of_others", tensors, {}),
     }
     state_json = json.dumps(state, sort_keys=True)
     metadata = {
@@ -133,8 +133,8 @@ class Checkpoint:
             FormatError: the checkpoint is of another model or optimizer; neither was changed.
         """
         model = uncompiled(model)
-        saved_model = _unpack(self._state["model"], self._tensors)
-        saved_optimizer = _unpack(self._state["optimizer"], self._tensors)
+        saved_model = unpack(self._state["model"], self._tensors)
+        saved_optimizer = unpack(self._state["optimizer"], self._tensors)
         self._check_model(saved_model, model.state_dict())
         self._check_optimizer(saved_optimizer, optimizer)
         model.load_state_dict(saved_model)
@@ -149,18 +149,10 @@ class Checkpoint:
         Args:
             rank: whose generators; those of a rank that there was not stay as they are.
         """
-        others = _unpack(self._state.get("rng_of_others", []), self._tensors)
+        others = unpack(self._state.get("rng_of_others", []), self._tensors)
         if rank > len(others):
             return
-        rng = [_unpack(self._state["rng"], self._tensors), *others][rank]
-        torch.set_rng_state(rng["torch"])
-        if rng["cuda"] and torch.cuda.is_available():
-            for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
-                torch.cuda.set_rng_state(state, device)
-        random.setstate(rng["python"])
-        numpy_state = rng["numpy"]
-        numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-        np.random.set_state(numpy_state)
+        set_generators([unpack(self._state["rng"], self._tensors), *others][rank])
 
     def _check_model(self, saved: dict[str, Any], current: dict[str, Any]) -> None:
         problems = [f"the model has no {name!r}" for name in saved if name not in current]
@@ -257,7 +249,7 @@ def _numbered(directory: Path) -> list[tuple[int, Path]]:
     return sorted(((int(m.group(1)), path) for m, path in matches if m), reverse=True)
 
 
-def _pack(
+def pack(
     value: Any, name: str, tensors: dict[str, torch.Tensor], seen: dict[Any, str]
 ) -> Any:
     """Return a value as JSON can hold it; its tensors go to `tensors`, shared ones once."""
@@ -265,11 +257,11 @@ def _pack(
         return _pack_tensor(value.detach(), name, tensors, seen)
     if isinstance(value, Mapping):
         items = [
-            [key, _pack(item, f"{name}.{key}", tensors, seen)] for key, item in value.items()
+            [key, pack(item, f"{name}.{key}", tensors, seen)] for key, item in value.items()
         ]
         return {"$items": items}
     if isinstance(value, (tuple, list)):
-        packed = [_pack(item, f"{name}.{i}", tensors, seen) for i, item in enumerate(value)]
+        packed = [pack(item, f"{name}.{i}", tensors, seen) for i, item in enumerate(value)]
         return {"$tuple": packed} if isinstance(value, tuple) else packed
     if isinstance(value, np.ndarray):
         return value.tolist()
@@ -303,9 +295,10 @@ def _pack_tensor(
     return reference
 
 
-def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """Return what `pack` was given."""
     if isinstance(value, list):
-        return [_unpack(item, tensors) for item in value]
+        return [unpack(item, tensors) for item in value]
     if isinstance(value, dict) and _REFERENCE in value:
         content = tensors[value[_REFERENCE]]
         # A copy: what safetensors hands out is a window into the file.
@@ -314,9 +307,9 @@ def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
         )
         return copy.copy_(content)
     if isinstance(value, dict) and "$tuple" in value:
-        return tuple(_unpack(item, tensors) for item in value["$tuple"])
+        return tuple(unpack(item, tensors) for item in value["$tuple"])
     if isinstance(value, dict):
-        return {key: _unpack(item, tensors) for key, item in value["$items"]}
+        return {key: unpack(item, tensors) for key, item in value["$items"]}
     return value
 
 
@@ -329,6 +322,18 @@ def generator_states() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": np.random.get_state(legacy=False),
     }
+
+
+def set_generators(rng: dict[str, Any]) -> None:
+    """Put this process's random number generators where others were (`generator_states`)."""
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] and torch.cuda.is_available():
+        for device, state in enumerate(rng["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+    random.setstate(rng["python"])
+    numpy_state = rng["numpy"]
+    numpy_state["state"]["key"] = np.array(numpy_state["state"]["key"], dtype=np.uint32)
+    np.random.set_state(numpy_state)
 
 
 def _undo_casts(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:

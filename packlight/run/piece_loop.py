@@ -1,14 +1,18 @@
 """Pieces in a loop of the user's own: steps begin and end where autograd says so.
 
-A step begins with the first forward behind a backward: several forwards before a backward are one
-step. It is over when the backward ends; a path that is new is planned outside of it, before an
-optimizer steps or the next forward begins. Gradients that are there when a step begins, since
-backwards before it have left them, are the budget's, too.
+A step begins with the first forward behind a backward, or where nothing of a forward is left:
+several forwards before a backward are one step. It is over when the backward ends; a path that is
+new is planned outside of it, before an optimizer steps or the next forward begins. Gradients that
+are there when a step begins, since backwards before it have left them, are the budget's, too.
+
+A function that nothing breaks is one piece, and has a plan for the step that calls it once.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any
 
@@ -17,9 +21,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from packlight.capture.pieces import Piece
-from packlight.dynamo_internals import when_backward_ends
-from packlight.errors import GraphBreakError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError
 from packlight.run.pieces import Pieces
+from packlight.torch_internals.autograd import when_backward_ends
 
 
 class PieceLoop:
@@ -31,20 +35,34 @@ class PieceLoop:
 
     Attributes:
         pieces: runs them; None until a piece is captured.
+        is_broken: whether any of them is a piece of something larger.
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
         self._budget_bytes = budget_bytes
         self.pieces: Pieces | None = None
+        self.is_broken = False
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
-        self._gradient_bytes = 0
+        # Bytes of those that were there when the step began, by their parameters' ids.
+        self._gradients_before: dict[int, int] = {}
         # Whose forward began the step; None outside of steps.
         self._first: Piece | None = None
-        self._goes_back = self._is_over = self._is_end_awaited = False
+        self._is_over = self._is_end_awaited = False
         self._step_hook: Any = None
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return sum(self._gradients_before.values())
 
     def _left_bytes(self) -> int | None:
         return None if self._budget_bytes is None else self._budget_bytes - self._gradient_bytes
+
+    def _gradients(self) -> dict[int, torch.Tensor]:
+        alive = ((key, known()) for key, known in self._parameters.items())
+        return {key: p.grad for key, p in alive if p is not None and p.grad is not None}
+
+    def _new_gradients(self) -> list[torch.Tensor]:
+        return [g for key, g in self._gradients().items() if key not in self._gradients_before]
 
     # -- what capture tells
 
@@ -56,7 +74,10 @@ class PieceLoop:
     def captured(self, piece: Piece) -> None:
         """Take note of a new piece."""
         if self.pieces is None:
-            self.pieces = Pieces(piece.step.device, self._left_bytes)
+            self.pieces = Pieces(
+                piece.step.device, self._left_bytes, gradients=self._new_gradients
+            )
+        self.is_broken = self.is_broken or piece.plan is None
         self.pieces.captured(piece)
 
     def left_to_eager(self, code: CodeType, reason: str) -> None:
@@ -65,7 +86,7 @@ class PieceLoop:
         Raises:
             GraphBreakError: nothing of the function is captured, and there is a budget.
         """
-        if self.pieces is not None:
+        if self.pieces is not None and self.is_broken:
             self.pieces.left_to_eager(code, reason)
         elif self._budget_bytes is not None:
             raise GraphBreakError(
@@ -82,43 +103,59 @@ class PieceLoop:
         """Run a piece's forward, in a new step where one begins."""
         pieces = self.pieces
         assert pieces is not None, "it was captured"
-        is_evaluated_again = not self._goes_back and self._first is piece
-        if self._first is None or self._is_over or is_evaluated_again:
-            self._finish()
-            self._begin(pieces, piece)
         self._parameters.update(
             (id(p), weakref.ref(p)) for p in primals if isinstance(p, nn.Parameter)
         )
-        results = pieces.forward(piece, primals)
-        self._goes_back = self._goes_back or results[1] is not None
-        return results
+        is_evaluated_again = self._first is piece and not pieces.is_in_step
+        if self._first is None or self._is_over or is_evaluated_again:
+            self._finish()
+            self._begin(pieces, piece)
+        with self._in_terms_of_the_budget():
+            return pieces.forward(piece, primals)
 
     def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
         """Run the backward of a run."""
         pieces = self.pieces
         assert pieces is not None, "it was captured"
-        gradients = pieces.backward(piece, token, tangents)
+        self._is_over = False  # of several losses each has a backward
+        with self._in_terms_of_the_budget():
+            gradients = pieces.backward(piece, token, tangents)
         if not self._is_end_awaited:
             self._is_end_awaited = True
             when_backward_ends(self._backward_ended)
         return gradients
 
+    @contextmanager
+    def _in_terms_of_the_budget(self) -> Iterator[None]:
+        """Count, in an error, the gradients that were there when the step began."""
+        try:
+            yield
+        except InfeasibleBudgetError as error:
+            if not self._gradient_bytes:
+                raise
+            live = [("gradients of earlier backwards", self._gradient_bytes), *error.peak_buffers]
+            raise InfeasibleBudgetError(
+                error.budget_bytes + self._gradient_bytes,
+                error.smallest_bytes + self._gradient_bytes,
+                error.peak_operation,
+                sorted(live, key=lambda item: -item[1]),
+                error.hint or "zero_grad() drops gradients that nobody is to add to",
+            ) from None
+
     # -- steps
 
     def _begin(self, pieces: Pieces, first: Piece) -> None:
-        alive = [p for known in self._parameters.values() if (p := known()) is not None]
-        gradients = [p.grad for p in alive if p.grad is not None]
-        self._gradient_bytes = sum(gradient.nbytes for gradient in gradients)
-        self._first, self._goes_back, self._is_over = first, False, False
+        self._gradients_before = {key: g.nbytes for key, g in self._gradients().items()}
+        self._first, self._is_over = first, False
         self._is_end_awaited = False  # the backward that it waited for may have failed
-        pieces.begin_step(bool(gradients))
+        pieces.begin_step(self._gradient_bytes)
 
     def _backward_ended(self) -> None:
         self._is_end_awaited = False
         if self.pieces is not None and self._first is not None and not self._is_over:
             self._is_over = True
             self.pieces.end_sections()
-            if self.pieces.is_recording:
+            if self.pieces.is_recording and self._step_hook is None:
                 # A profiler is stopped outside of the backward, and soon: there can be only one.
                 self._step_hook = register_optimizer_step_pre_hook(lambda *_: self._finish())
 
@@ -131,6 +168,7 @@ class PieceLoop:
         first, self._first, self._is_over = self._first, None, False
         if pieces is not None and first is not None:
             if was_over:
-                pieces.end_step()
+                with self._in_terms_of_the_budget():
+                    pieces.end_step()
             else:
-                pieces.give_up_step()
+                pieces.leave_step()

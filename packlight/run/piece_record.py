@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from packlight.capture.pieces import Piece
 from packlight.costs.levels import Level, LevelRecorder
-from packlight.dynamo_internals import StorageWatch
 from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.planner.pieces import Gap, Order, Path, PieceRun, Section
 from packlight.step import Schedule, live_after_forward
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import StorageWatch, storage_identity
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,7 @@ class Run:
         held: inputs that Python has made, which stay whatever the plan is.
         versions: of inputs that the backward reads: they must not change in between.
         shared: buffer -> number of its storage, while a step is recorded.
+        made: watches of what its forward has returned, where a budget may depend on it.
     """
 
     piece: Piece
@@ -56,6 +56,17 @@ class Run:
     held: list[torch.Tensor] = field(default_factory=list)
     versions: list[tuple[torch.Tensor, int]] = field(default_factory=list)
     shared: dict[int, int] = field(default_factory=dict)
+    made: list[StorageWatch] = field(default_factory=list)
+
+    def kept(self) -> list[torch.Tensor]:
+        """Return what it keeps for its backward, what was there before the step aside."""
+        if self.frame is None:
+            return []
+        buffers = self.piece.step.graph.buffers
+        return [
+            value for buffer, value in self.frame.values.items()
+            if isinstance(value, torch.Tensor) and not buffers[buffer].kind.is_resident
+        ]
 
     @property
     def kept_bytes(self) -> int:
@@ -109,6 +120,7 @@ class StepRecord:
         self.borders: list[Border] = []
         self.runs: list[Run] = []
         self.is_over = False
+        self._taken_back: list[int] = []
         self._recorder = LevelRecorder(device) if LevelRecorder.is_possible(device) else None
         self._mark()
 
@@ -137,13 +149,26 @@ class StepRecord:
             self.section_begins()
             self.is_over = True
 
+    def go_on(self) -> None:
+        """Take back that the last section has ended: another backward comes."""
+        if self.is_over:
+            self.is_over = False
+            self.borders.pop()
+            self._taken_back.append(2 * len(self.borders) + 1)
+
     def stop(self) -> list[Level] | None:
         """Watch no more; return what was seen, if anything was."""
         recorder, self._recorder = self._recorder, None
         levels = None if recorder is None else recorder.stop()
+        if levels is None:
+            return None
+        for place in self._taken_back:
+            if place + 1 < len(levels):
+                now, later = levels[place : place + 2]
+                peak_bytes = max(now.peak_bytes, later.peak_bytes)
+                levels[place : place + 2] = [replace(later, peak_bytes=peak_bytes)]
         # Somebody else's profiler may have ended this one.
-        is_whole = levels is not None and len(levels) == 2 * len(self.borders)
-        return levels if is_whole else None
+        return levels if len(levels) == 2 * len(self.borders) else None
 
     def look_around(self) -> Border:
         """Note what there is now."""

@@ -9,45 +9,39 @@ holds and allocates is recorded, and then all pieces of the path are planned tog
 
 from __future__ import annotations
 
-import itertools
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from packlight.capture.pieces import Piece
 from packlight.costs.profiler import CallProfiler
-from packlight.dynamo_internals import version
-from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
-from packlight.lower.emit import emit
+from packlight.errors import UnsupportedModelError
 from packlight.lower.frame import Frame
 from packlight.planner.pieces import (
-    Order,
+    Gap,
     Path,
     PathPlan,
+    PieceRun,
     Section,
-    keeping_little,
     order_of,
-    piece_schedule,
     plan_path,
 )
-from packlight.planner.plain import plain_schedule
-from packlight.planner.smallest import smallest_schedules
+from packlight.run.in_flight import RunsInFlight
 from packlight.run.piece_record import ReadyPiece, Run, StepRecord
+from packlight.run.piece_room import Room, ready_piece
 from packlight.search.piece_times import PieceTimes
-from packlight.step import simulate
-from packlight.torch_internals import is_graph_retained
+from packlight.torch_internals.autograd import is_graph_retained
+from packlight.torch_internals.storages import StorageWatch, version
 
 # After so many planned paths, one is planned only if it was taken before.
 MANY_PATHS = 6
 
-# Whether gradients were there already; the sections, each with its piece's digest.
-Taken = tuple[bool, tuple[tuple[Section, str], ...]]
+# Bytes of gradients that were there already; the sections, each with its piece's digest.
+Taken = tuple[int, tuple[tuple[Section, str], ...]]
 
 
 @dataclass(frozen=True)
@@ -73,6 +67,7 @@ class Pieces:
         budget_bytes: for what a step allocates, everything between pieces included, asked for when
             it begins; None for no limit.
         end_bytes: what is needed for a moment behind the last section.
+        gradients: that a step's backwards have left so far.
 
     Attributes:
         num_captured: how many pieces there were so far.
@@ -85,20 +80,19 @@ class Pieces:
         device: torch.device,
         budget_bytes: Callable[[], int | None],
         end_bytes: Callable[[], int] = lambda: 0,
+        gradients: Callable[[], Iterable[torch.Tensor]] = tuple,
     ) -> None:
         self.device, self._budget_bytes, self._end_bytes = device, budget_bytes, end_bytes
         self.num_captured = 0
         self.latest: PlannedPath | None = None
-        self._latest_of_kind: dict[bool, PlannedPath | None] = {}
+        self._latest_of_kind: dict[int, PlannedPath | None] = {}
         self.left_out: dict[str, str] = {}
         self._planned: dict[Taken, PlannedPath] = {}
         self._seen: dict[Taken, int] = {}
-        self._small_orders: dict[tuple[str, bool], Order] = {}
-        # Changes in finalizers, that is at any moment: by one operation at a time.
-        self._in_flight: dict[int, Run] = {}
-        self._tokens = itertools.count()
-        self._step_number = self._num_runs = 0
-        self._accumulates = False
+        self._in_flight = RunsInFlight(gradients)
+        self._room = Room(self._in_flight, budget_bytes)
+        self._step_number = self._num_runs = self._gradient_bytes = 0
+        self._is_alone = True
         self._record: StepRecord | None = None
         self._times: PieceTimes | None = None
         self._taken: list[tuple[Section, str]] = []
@@ -112,8 +106,21 @@ class Pieces:
             self._record.stop()
 
     def captured(self, piece: Piece) -> None:
-        """Take note of a new piece."""
+        """Take note of a new piece; one that has a plan of its own is planned for as a step."""
         self.num_captured += 1
+        if piece.plan is None:
+            return
+        graph, schedule = piece.step.graph, piece.plan.schedule
+        order = order_of(graph, schedule)
+        ready_piece(piece, order, schedule)
+        # Inputs are the user's to hold or to let go of.
+        inputs = {b: n for n, b in enumerate(b.id for b in graph.buffers if b.kind.is_resident)}
+        sections = Section(0, True), Section(0, False)
+        nothing = Gap(0, 0, frozenset())
+        path = Path((PieceRun(graph, inputs),), sections, (nothing, nothing, nothing))
+        planned = PlannedPath(path, PathPlan((order,), piece.plan), (piece,))
+        self._planned[0, tuple((section, piece.digest) for section in sections)] = planned
+        self._latest_of_kind.setdefault(0, planned)
 
     def left_to_eager(self, code: CodeType, reason: str) -> None:
         """Take note of a function that runs uncompiled."""
@@ -127,16 +134,24 @@ class Pieces:
         """Whether a profiler watches the step."""
         return self._record is not None and self._record.has_levels
 
-    def begin_step(self, accumulates: bool = False) -> None:
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a backward of the step may still come."""
+        return any(run.step_number == self._step_number for run in self._in_flight.alive())
+
+    def begin_step(self, gradient_bytes: int = 0) -> None:
         """Expect a step; record it unless the path of the one before is planned.
 
         Args:
-            accumulates: gradients are there already, which makes it a step of another kind.
+            gradient_bytes: of gradients that are there already: each number of them makes a step of
+                another kind.
         """
         self._step_number += 1
-        self._accumulates = accumulates
+        self._gradient_bytes = gradient_bytes
         self._taken, self._num_runs = [], 0
-        self._expected = self._latest_of_kind.get(accumulates)
+        self._is_alone = not self._in_flight.alive()
+        self._in_flight.begin_step()
+        self._expected = self._latest_of_kind.get(gradient_bytes) if self._is_alone else None
         self._record = self._times = None
         if self._expected is None:
             self._record = StepRecord(self.device)
@@ -155,7 +170,7 @@ class Pieces:
             InfeasibleBudgetError: it does not fit.
         """
         record, self._record = self._record, None
-        taken = (self._accumulates, tuple(self._taken))
+        taken = (self._gradient_bytes, tuple(self._taken))
         self._note_latest(self._planned.get(taken))
         if record is None:
             return
@@ -163,7 +178,9 @@ class Pieces:
         levels = record.stop()
         self._seen[taken] = self._seen.get(taken, 0) + 1
         is_worth_it = len(self._planned) < MANY_PATHS or self._seen[taken] > 1
-        if self.latest is not None or levels is None or not is_worth_it:
+        # Of a retained graph a backward comes twice.
+        is_simple = self._is_alone and len(set(self._taken)) == len(self._taken)
+        if self.latest is not None or levels is None or not (is_worth_it and is_simple):
             return
         self._keep_times(record)
         path = record.path([section for section, _ in self._taken], levels, self._end_bytes())
@@ -173,7 +190,13 @@ class Pieces:
         self._note_latest(self._planned[taken])
 
     def _note_latest(self, planned: PlannedPath | None) -> None:
-        self.latest = self._latest_of_kind[self._accumulates] = planned
+        self.latest = self._latest_of_kind[self._gradient_bytes] = planned
+
+    def leave_step(self) -> None:
+        """Forget a step that has no backward."""
+        record, self._record = self._record, None
+        if record is not None:
+            record.stop()
 
     def give_up_step(self) -> None:
         """Forget a step that failed."""
@@ -212,40 +235,43 @@ class Pieces:
             record.section_begins()
             record.runs.append(run)
             record.note_given(run, step.primals, primals)
-            if self._expected is None:
-                self._check(record, run)
+        if self._expected is None:
+            self._room.make(run)
         frame = Frame(run.ready.program, {}, **self._call(piece))
-        results = list(frame.run(primals))
+        results = list(frame.run([*primals]))
         if record is not None:
             record.note_made(run, step.forward_results, results)
+        run.made = self._note_made(piece, step.forward_results, results)
         token = None
         if piece.has_backward:
             self._hold(run, frame, primals)
-            token = self._token(run)
+            token = self._in_flight.token(run)
         if record is not None:
             record.section_ends()
         return results, token
 
     def backward(self, piece: Piece, token: torch.Tensor, tangents: list[Any]) -> list[Any]:
         """Run the backward of a run."""
-        run, step = self._in_flight.get(int(token)), piece.step
+        run, step = self._in_flight.of(token), piece.step
         if run is None or run.frame is None:
             raise UnsupportedModelError(
                 "what the forward has kept is gone before the backward: hooks that copy what "
-                "autograd saves (save_on_cpu) cannot be used in a step that is planned in pieces"
+                "autograd saves (save_on_cpu) cannot be used within a budget"
             )
         if any(version(tensor) != seen for tensor, seen in run.versions):
             raise RuntimeError(
                 "a tensor needed for the backward was changed in place since the forward"
             )
         record = self._record if run.step_number == self._step_number else None
-        if record is not None and record.is_over:
-            record = None
+        if record is not None:
+            record.go_on()
         if run.step_number == self._step_number:
             self._enter(piece, run.index, False)
         if record is not None:
             record.section_begins()
             record.note_given(run, step.tangents, tangents)
+        if self._expected is None:
+            self._room.make_for_backward(run, tangents)
         frame = run.frame
         if is_graph_retained():
             frame = frame.copy()
@@ -256,6 +282,8 @@ class Pieces:
         if record is not None:
             record.note_made(run, step.backward_results, gradients)
             record.section_ends()
+        if self._expected is None:
+            self._note_made(piece, step.backward_results, gradients)
         return gradients
 
     def _enter(self, piece: Piece, index: int, is_forward: bool) -> ReadyPiece:
@@ -269,51 +297,30 @@ class Pieces:
             if not is_there or expected.pieces[index].digest != piece.digest:
                 self._expected = expected = self._other_path()
         if expected is not None:
-            return self._ready_of(piece, expected.plan.orders[index])
-        return self._ready_of(piece, self._small_order(piece))
-
-    def _small_order(self, piece: Piece, smallest: bool = False) -> Order:
-        """Return an order that keeps little, or that with the smallest peak."""
-        graph, key = piece.step.graph, (piece.form, smallest)
-        if key not in self._small_orders:  # the pieces of equal layers are equal
-            if self._budget_bytes() is None or not piece.has_backward:
-                order = order_of(graph, plain_schedule(graph))
-            elif smallest:
-                order = order_of(graph, smallest_schedules(graph)[0])
-            else:
-                order = keeping_little(graph)
-            self._small_orders[key] = order
-        return self._small_orders[key]
+            return ready_piece(piece, expected.plan.orders[index])
+        return self._room.small(piece)
 
     def _other_path(self) -> PlannedPath | None:
         """Return a planned path that begins like this step."""
         taken = tuple(self._taken)
-        for (accumulates, sections), planned in self._planned.items():
-            if accumulates is self._accumulates and sections[: len(taken)] == taken:
+        for (gradient_bytes, sections), planned in self._planned.items():
+            if gradient_bytes == self._gradient_bytes and sections[: len(taken)] == taken:
                 return planned
         return None
 
-    def _ready_of(self, piece: Piece, order: Order) -> ReadyPiece:
-        if order not in piece.ready:
-            schedule = piece_schedule(piece.step.graph, order)
-            cuts = (schedule.num_forward,) if piece.has_backward else ()
-            piece.ready[order] = ReadyPiece(order, schedule, emit(piece.step, schedule, cuts))
-        ready: ReadyPiece = piece.ready[order]
-        return ready
+    def _note_made(
+        self, piece: Piece, nodes: Sequence[Any], values: Sequence[Any]
+    ) -> list[StorageWatch]:
+        """Watch what a section has made, where a budget may depend on it."""
+        if self._budget_bytes() is None:
+            return []
+        graph, buffer_of = piece.step.graph, piece.step.buffer_of_node
+        return self._in_flight.note_made(
+            value for node, value in zip(nodes, values, strict=False)
+            if node in buffer_of and not graph.buffers[buffer_of[node]].kind.is_resident
+        )
 
     # -- what the backward needs
-
-    def _token(self, run: Run) -> torch.Tensor:
-        number = next(self._tokens)
-        self._in_flight[number] = run
-        memory = np.array([number])
-        weakref.finalize(memory, self._forget, number).atexit = False
-        return torch.from_numpy(memory)
-
-    def _forget(self, number: int) -> None:
-        run = self._in_flight.pop(number, None)
-        if run is not None:
-            run.frame = None
 
     def _hold(self, run: Run, frame: Frame, primals: Sequence[Any]) -> None:
         """Keep what the backward needs, results as tensors of their own.
@@ -339,22 +346,3 @@ class Pieces:
             if place not in shared and not isinstance(primal, nn.Parameter):
                 run.held.append(primal.detach())
         run.frame = frame
-
-    def _check(self, record: StepRecord, run: Run) -> None:
-        """Refuse a section that is known not to fit, before it runs."""
-        budget_bytes, border = self._budget_bytes(), record.borders[-1]
-        if budget_bytes is None:
-            return
-        before_bytes = border.there_bytes + border.kept_bytes
-        for smallest in (False, True):
-            run.ready = self._ready_of(run.piece, self._small_order(run.piece, smallest))
-            inside_bytes = simulate(run.piece.step.graph, run.ready.schedule).peak_bytes
-            if before_bytes + inside_bytes <= budget_bytes:
-                return
-        raise InfeasibleBudgetError(
-            budget_bytes, before_bytes + inside_bytes, f"piece {run.index + 1} of the step",
-            [("kept by pieces before", border.kept_bytes),
-             ("results of pieces before", border.there_bytes),
-             ("this piece", inside_bytes)],
-            "the step is not over there: it may need more",
-        )

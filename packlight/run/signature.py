@@ -5,6 +5,7 @@ Everything else in a batch counts where the traced code looks at it, which dynam
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from packlight.capture.batch import batch_leaves
+from packlight.capture.step_capture import StepCapture
 from packlight.search.reuse import Bucket
 
 
@@ -99,3 +101,8 @@ class Family:
             if dims and leaf.strides:  # not an array
                 found.append((leaf.path, dims))
         return tuple(found)
+
+
+def num_traced(captures: Mapping[int | None, StepCapture]) -> int:
+    """Return how often the losses of some batches were traced."""
+    return sum(capture.num_traced for capture in captures.values())

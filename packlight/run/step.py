@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,11 +21,13 @@ from packlight.moves.microbatch.extras import Gathered
 from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.step_costs import StepCosts
-from packlight.moves.stream.streamed import Key, StreamedBuffers, StreamedTensors
+from packlight.moves.stream.streamed import Key, Resting, StreamedBuffers, StreamedTensors
 from packlight.ranks.reducer import OtherModelError, Reducer
+from packlight.ranks.sharded import ShardedParameters, key_of
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
 from packlight.step import Plan, StepMemory
+from packlight.updates.cut import cut_states
 from packlight.updates.gradients import (
     GradientFate,
     fills_storage,
@@ -40,8 +43,15 @@ class StepRunner:
         ready: how the step runs.
     """
 
-    def __init__(self, costs: StepCosts, streamed: StreamedTensors, ready: Ready) -> None:
+    def __init__(
+        self,
+        costs: StepCosts,
+        streamed: StreamedTensors,
+        sharded: ShardedParameters | None,
+        ready: Ready,
+    ) -> None:
         self.ready, self._costs, self._streamed = ready, costs, streamed
+        self._sharded = sharded
         request = self._request = costs.request
         self._trained = costs.trained_in_order
         self._on_disk = ready.streaming.places(request.optimizer)
@@ -63,12 +73,30 @@ class StepRunner:
                 request.clipping,
                 self._updates if in_backward else None,
                 reducer=self._reducer,
+                sharded=sharded,
                 place_of=None if self._accumulated is None else self._accumulated.place_of,
             )
-            buffers = StreamedBuffers(streamed, _keys(part))
-            program = _Program(part, fate, buffers, self._make_tier)
+            buffers = StreamedBuffers(self._held(part))
+            gathers = bool(ready.in_pieces)
+            program = _Program(part, fate, buffers, self._make_tier, gathers)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
+
+    def _held(self, part: ReadyPart) -> dict[int, tuple[Resting, Key]]:
+        """Return who has what the buffers of a part's graph stand for that rest elsewhere."""
+        held: dict[int, tuple[Resting, Key]] = {
+            buffer: (self._streamed, ("state", id(part.parameter_of[primal])))
+            for primal, buffer in part.step.state_buffer_of.items()
+        }
+        in_pieces = self.ready.in_pieces
+        for primal, buffer in part.step.parameter_buffer_of.items():
+            tensor = part.streamed_of[primal]
+            if tensor in in_pieces:
+                assert self._sharded is not None, "pieces are those of several ranks"
+                held[buffer] = self._sharded, key_of(tensor)
+            else:
+                held[buffer] = self._streamed, ("parameter", id(tensor))
+        return held
 
     def runs(self, program: Any) -> bool:
         """Whether a program is one of this way's."""
@@ -100,12 +128,17 @@ class StepRunner:
         return far.make_tier(slots)
 
     def arrange(self) -> None:
-        """Have on the disk what this way streams, and all else in memory.
+        """Have on the disk what this way streams, in pieces what it gathers, all else in memory.
+
+        Where parameters lie in pieces, all ranks do this at once.
 
         Raises:
             OffloadError: the disk is full or broken; no value is lost.
         """
         self._streamed.arrange(self._on_disk)
+        if self._sharded is not None:
+            cut = partial(cut_states, self._request.optimizer)
+            self._sharded.arrange(self.ready.in_pieces, cut)
 
     def run(self, batch: Any, num_steps: int) -> Any:
         """Train one step and return what the loss function does, detached.
@@ -136,6 +169,8 @@ class StepRunner:
             self._updates.begin_step()
         optimizer.zero_grad(set_to_none=True)
         self.arrange()
+        if self._sharded is not None:
+            self._sharded.begin_step()
         try:
             if self.ready.way.num_microbatches == 1:
                 returned = self._run_whole(batch, num_steps)
@@ -161,6 +196,8 @@ class StepRunner:
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
+            if self._sharded is not None:
+                self._sharded.end_step()
             if self._accumulated is not None:
                 self._accumulated.clear()
         return returned
@@ -241,17 +278,6 @@ class StepRunner:
         return 1.0 if scaler is None else float(scaler.scale(one))
 
 
-def _keys(part: ReadyPart) -> dict[int, Key]:
-    """Return what the streamed buffers of a part's graph stand for."""
-    keys: dict[int, Key] = {
-        buffer: ("state", id(part.parameter_of[primal]))
-        for primal, buffer in part.step.state_buffer_of.items()
-    }
-    for primal, buffer in part.step.parameter_buffer_of.items():
-        keys[buffer] = ("parameter", id(part.streamed_of[primal]))
-    return keys
-
-
 class _Program:
     """What runs in the place of a traced loss; called with the primals."""
 
@@ -261,6 +287,7 @@ class _Program:
         fate: GradientFate,
         streamed: StreamedBuffers,
         make_tier: Callable[[Sequence[SlotSpec]], Tier],
+        gathers: bool,
     ) -> None:
         self.program = emit(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
@@ -271,6 +298,7 @@ class _Program:
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)
         self.backup: dict[torch.Tensor, torch.Tensor] | None = None
+        self.gathers = gathers
 
     def reset(self) -> None:
         """Forget transfers under way, after a failed step."""
@@ -303,6 +331,9 @@ class _Program:
         Returns:
             The loss, and what the forward assigns to attributes, in dynamo's order.
         """
+        if self.gathers:
+            assert self.fate.reducer is not None, "parameters are gathered from other ranks"
+            self.fate.reducer.enter()
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
             helpers = {
                 "events": self.fate, "tier": self.tier, "streamed": self.streamed,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,19 +25,20 @@ from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
+from packlight.ranks.pieces import Pieces
+from packlight.ranks.sharded import ShardedParameters
+from packlight.run.parameters import check_parameters, name_parameters_left
 from packlight.run.piece_step import PieceStepRunner
 from packlight.run.ranks import agreed_place, agreed_signature
-from packlight.run.signature import Family, Signature, family_of, signature_of
+from packlight.run.signature import Family, Signature, family_of, num_traced, signature_of
 from packlight.run.step import StepRunner
 from packlight.search.prepare import Preparer
 from packlight.search.ready import Ready
 from packlight.search.saved import write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
-from packlight.torch_internals import has_gradient_hooks
+from packlight.torch_internals.autograd import has_gradient_hooks
 from packlight.updates.accounting import batch_bytes, tensors_bytes
-from packlight.updates.several import parts_of
-from packlight.updates.twin import forwards_to
 
 # After so many plans it is time to tell.
 MANY_PLANS = 6
@@ -77,6 +81,8 @@ class TrainStep:
         self._trained: Any = None
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
+        ranks = request.ranks
+        self._sharded = None if ranks is None else ShardedParameters(ranks)
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
         self._families: dict[Any, Family] = {}
@@ -101,7 +107,7 @@ class TrainStep:
         if trained == self._trained:
             return False
         refuse_wrapped(self.model)
-        _check_parameters(self.model, self.optimizer)
+        check_parameters(self.model, self.optimizer)
         self._preparer = Preparer(self.request, self._given_way)
         self._given_way = None
         self._trained, self._has_named_left = trained, False
@@ -141,6 +147,51 @@ class TrainStep:
         """Have on the disk what the latest batch's shape streams, and all else in memory."""
         self._runner.arrange()
 
+    def whole_parameters(self) -> AbstractContextManager[None]:
+        """Have parameters that lie in pieces with all ranks (`Parallel(shard=...)`) whole.
+
+        Between steps such a parameter is this rank's piece of it. All ranks enter and leave this
+        together; it takes the memory of the whole model. What is written meanwhile, the same on all
+        ranks, stays.
+        """
+        return nullcontext() if self._sharded is None else self._sharded.whole()
+
+    def save(self, directory: str | os.PathLike[str], extra: Any = None) -> None:
+        """Write a checkpoint by torch.distributed.checkpoint, of all ranks together.
+
+        It can be loaded on any number of ranks, or by one process that is alone. It appears whole,
+        or not at all.
+
+        Args:
+            directory: of this checkpoint; one that is there is replaced.
+            extra: anything that JSON can hold, returned by `load`.
+        """
+        from packlight.run.distributed import save_distributed
+
+        assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
+        save_distributed(
+            Path(directory), self.model, self.optimizer, self.request.ranks, self._in_pieces, extra
+        )
+
+    def load(self, directory: str | os.PathLike[str]) -> Any:
+        """Go on from a checkpoint that `save` wrote, all ranks together; return its `extra`.
+
+        On as many ranks that goes on to the last bit.
+
+        Raises:
+            FormatError: there is no such checkpoint, or it is of another model.
+        """
+        from packlight.run.distributed import load_distributed
+
+        assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
+        return load_distributed(
+            Path(directory), self.model, self.optimizer, self.request.ranks, self._in_pieces
+        )
+
+    @property
+    def _in_pieces(self) -> Mapping[nn.Parameter, Pieces]:
+        return {} if self._sharded is None else self._sharded.parameters
+
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
 
@@ -152,8 +203,7 @@ class TrainStep:
         """Train one step like a call, and measure the whole step's peak (6 to 8% slower on CPU)."""
         assert self.optimizer is not None
         self.prepare(batch)
-        runner = self._runner
-        memory = runner.memory
+        runner, memory = self._runner, self._runner.memory
         runner.arrange()
         before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
         before += tensors_bytes(
@@ -162,6 +212,8 @@ class TrainStep:
             for value in state.values()
             if isinstance(value, torch.Tensor) and not self.is_on_disk(value)
         )
+        if self._sharded is not None:  # what is predicted is the rank that has most
+            before += self._sharded.own_bytes - self.ready.sharding.parameter_bytes
         peak = measure_peak(lambda: self(batch), self._preparer.device)
         returned = peak.result
         extras = tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
@@ -170,12 +222,13 @@ class TrainStep:
     def evaluate(self, batch: Any) -> Any:
         """Return what `loss_fn` does for a batch in eval mode, without gradients.
 
+        Where parameters lie in pieces, all ranks do this at once, with the whole model in memory.
         Modes are restored. It is computed in the precision of the training step, by eager PyTorch.
         """
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.whole_parameters():
                 # Eager PyTorch may call kernels that a traced step does not.
                 copied = fresh(batch)
                 returned = blaming_precision(
@@ -204,7 +257,7 @@ class TrainStep:
         self._key, self._signature = key, signature
         if not self._has_named_left:
             self._has_named_left = True
-            _name_parameters_left(self.model, self.optimizer)
+            name_parameters_left(self.model, self.optimizer)
 
     def _plan(
         self, batch: Any, key: Any, signature: Signature, was_traced: bool = False
@@ -218,12 +271,14 @@ class TrainStep:
         if any(capture.is_full for capture in captures.values()):
             captures.clear()
             self._runners.pop(key, None)
-        num_traced = _num_traced(captures)
+        traced_before = num_traced(captures)
         runner: StepRunner | PieceStepRunner
         try:
             with old_objects_kept(), generators_kept():
+                if self._sharded is not None:  # what is traced and measured, are whole parameters
+                    self._sharded.gather_all()
                 ready = self._preparer.prepare(batch, captures, family.bucket, dict(changing))
-                runner = StepRunner(self._preparer.costs, self._streamed, ready)
+                runner = StepRunner(self._preparer.costs, self._streamed, self._sharded, ready)
         except InfeasibleBudgetError:
             raise
         except Exception as error:
@@ -237,7 +292,7 @@ class TrainStep:
                 raise
             preparer = self._preparer
             runner = PieceStepRunner(preparer.costs, preparer.loss_fn, batch, error)
-        self._note_plan(was_traced or _num_traced(captures) > num_traced)
+        self._note_plan(was_traced or num_traced(captures) > traced_before)
         self._runners.setdefault(key, []).insert(0, runner)
         while len(self._runners) > MOST_SHAPES:
             forgotten = next(iter(self._runners))
@@ -341,53 +396,3 @@ class TrainStep:
         if isinstance(runner, PieceStepRunner):
             return runner.how_it_runs()
         return how_it_runs(runner.ready.way, self.request)
-
-
-def _num_traced(captures: dict[int | None, StepCapture]) -> int:
-    return sum(capture.num_traced for capture in captures.values())
-
-
-def _check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    if not trainable:
-        raise UnsupportedModelError("no parameter of the model needs a gradient: nothing to train")
-    scripted = [n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)]
-    if scripted:
-        raise UnsupportedModelError(
-            f"the model{f' has {scripted[0]!r}, which' if scripted[0] else ''} is a ScriptModule: "
-            "TorchScript runs it, and its operations cannot be planned\n"
-            "hint: fit the module that was scripted or traced"
-        )
-    for part in parts_of(optimizer):
-        _refuse_forwarding(part)
-
-
-def _name_parameters_left(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Warn of parameters that need gradients which nobody gets."""
-    if optimizer is None:
-        return
-    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
-    held = {id(p) for group in groups for p in group["params"]}
-    left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
-    if left:
-        warnings.warn(
-            f"{len(left)} parameters need gradients that the optimizer does not hold, the first of "
-            f"them {left[0]!r}: a planned step does not keep their gradients\n"
-            "hint: requires_grad_(False), or give them to the optimizer",
-            stacklevel=5,
-        )
-
-
-def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:
-    """An optimizer that hands everything on decides when to step: a planned step cannot ask it."""
-    inside = forwards_to(optimizer)
-    if inside is None:
-        return
-    name = type(optimizer).__name__
-    held = f"that it holds as {inside!r}" if inside else "of another object"
-    hint = f"fit the optimizer inside, optimizer.{inside}" if inside else "fit that one"
-    raise UnsupportedModelError(
-        f"{name} has no parameters and state of its own, but those {held}\nhint: {hint}; "
-        "accumulating gradients over batches is fit's own (one larger batch in microbatches), as "
-        "are clipping and scaling (clip_grad_norm=, scaler=)"
-    )

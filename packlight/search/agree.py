@@ -62,6 +62,14 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
         for digest in dict.fromkeys(identity.digest for identity in identities)
     }
     _compare_graphs(ranks, planner, identities)
+    if planner.request.shards and len(leader_of) > 1:
+        # All of them gather parameters in one order, that of one schedule.
+        other = next(rank for rank in leader_of.values() if rank)
+        raise RankMismatchError(
+            "the number of rows of its part of the batch", other, identities[0].num_rows,
+            identities[other].num_rows,
+            "with parameters in pieces every rank needs as many rows (drop_last=True)",
+        )
     mine: Ready | None = None
     for digest, leader in leader_of.items():
         team = _Team(ranks, planner, identities[ranks.rank].digest == digest, leader)
@@ -131,6 +139,7 @@ def _asked(request: Request) -> dict[str, str]:
         "clipping": str(request.clipping),
         "the loss scaler": str(None if request.scaler is None else request.scaler.state_dict()),
         "loss_weight=": "a function" if callable(request.loss_weight) else str(request.loss_weight),
+        "shard=": "yes" if request.shards else "no",
         "offloading": "yes" if request.offload_directory is not None else "no",
         "the optimizer": type(optimizer).__name__,
         **settings,

@@ -22,14 +22,13 @@ from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, PacklightError, UnsupportedModelError
 from packlight.lower.emit import emit
 from packlight.moves.chunk.move import CHUNK_SHARE
-from packlight.moves.data_parallel import DataParallel
+from packlight.moves.data_parallel import DataParallel, sharding_of
 from packlight.moves.draft import Draft, Traced
 from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.microbatch.split import measured, num_rows, split
 from packlight.moves.move import Move, Stage
 from packlight.moves.precision import blaming_precision, chosen_precision, naming_missing_kernels
 from packlight.moves.registry import of_package
-from packlight.moves.step_costs import streamed_primals
 from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
@@ -203,7 +202,8 @@ class WayPlanner:
     def memory(self, draft: Draft, streaming: Streaming | None = None) -> StepMemory:
         """Return the bytes of a draft outside of its schedule."""
         streaming = draft.streaming if streaming is None else streaming
-        return self.costs.memory(self.batch, draft.loss, draft.num_repeats, streaming)
+        sharding = sharding_of(draft) if draft.reduction is None else draft.reduction.sharding
+        return self.costs.memory(self.batch, draft.loss, draft.num_repeats, streaming, sharding)
 
     # -- ways
 
@@ -265,7 +265,7 @@ class WayPlanner:
         return ReadyPart(
             draft.traced, step, replace(plan, num_microbatches=draft.num_repeats),
             self.costs.parameters(draft.loss.arguments),
-            streamed_primals(draft.loss, draft.streaming),
+            self.costs.moved_primals(draft.loss, draft.streaming, draft.reduction),
         )
 
     def _ready(

@@ -87,9 +87,8 @@ class Preparer:
         if ranks is not None and self.costs.network is None:
             self.costs.network = measure_link(ranks, self.device)
         with CallProfiler(self.request.progress) as profiler:
-            planner = WayPlanner(
-                self._base.changed(batch=batch), self._loss_moves, profiler, captures, changing
-            )
+            base = self._base.changed(batch=batch, profiler=profiler)
+            planner = WayPlanner(base, self._loss_moves, profiler, captures, changing)
             try:
                 if ranks is not None:
                     return agreed(planner, lambda: self._found(planner, bucket))

@@ -13,7 +13,9 @@ from packlight.moves.draft import Traced
 from packlight.moves.microbatch.denominator import Measure
 from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.reduction import Reduction
+from packlight.moves.sharding import Sharding
 from packlight.moves.stream.streamed import Streaming
+from packlight.ranks.pieces import Pieces
 from packlight.search.way import Way
 from packlight.step import Plan
 
@@ -27,7 +29,7 @@ class ReadyPart:
         step: the whole step behind it.
         plan: its schedule.
         parameter_of: primal -> trained parameter.
-        streamed_of: primal -> parameter or buffer of the model that is streamed.
+        streamed_of: primal -> parameter or buffer of the model that is streamed, or gathered.
     """
 
     traced: Traced
@@ -65,6 +67,16 @@ class Ready:
     reduction: Reduction | None = None
     rank_weight: LossWeight | None = None
     rank_measure: Measure | float = 1.0
+
+    @property
+    def in_pieces(self) -> Mapping[nn.Parameter, Pieces]:
+        """The parameters that lie in pieces with all ranks, and who has which rows."""
+        return self.sharding.pieces
+
+    @property
+    def sharding(self) -> Sharding:
+        """... and what that holds."""
+        return Sharding() if self.reduction is None else self.reduction.sharding
 
     @property
     def seconds(self) -> float:

@@ -131,7 +131,9 @@ def cache_key(whole: Draft) -> str | None:
         request.scaler is None, str(request.loss_weight), whole.offered is None,
         [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],
         whole.costs.optimizer_bytes,
-        None if request.ranks is None else [request.ranks.size, whole.costs.agreed_buckets],
+        None if request.ranks is None else [
+            request.ranks.size, whole.costs.agreed_buckets, request.shards
+        ],
         graph_digest(whole.graph_module),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -124,7 +124,8 @@ class Search:
         if move.effect is Effect.APPROXIMATE and request.allow.isdisjoint(techniques_of(move)):
             return False
         if move.name not in request.moves:
-            if move.stage is not Stage.PLACEMENT:  # most steps have nowhere else to place anything
+            is_missed = move.stage is not Stage.PLACEMENT and not move.is_on_request
+            if is_missed:  # (most steps have nowhere else to place anything)
                 self.not_made[move.name] = "not among the moves"
             return False
         return True
@@ -158,8 +159,8 @@ class Search:
         room = Room(self.planner.left_bytes(base), found)
         self._place(base, room, found)
         for move in of_stage(Stage.GRAPH):
-            if room.has_plain:
-                break
+            if room.has_plain and not move.may_save_time:
+                continue
             tried = [base]
             for setting in self._settings(move, base, room):
                 tried.append((*base, setting))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
+import torch
+
 from packlight.moves.precision import Autocast
 from packlight.moves.request import Request
 from packlight.planner.accounts import peak_by_kind
@@ -10,6 +14,8 @@ from packlight.search.ready import Ready
 from packlight.search.way import Way
 from packlight.step import simulate
 from packlight.units import format_bytes, format_seconds
+from packlight.updates.accounting import tensors_bytes
+from packlight.updates.several import parts_of
 
 
 def describe(ready: Ready, request: Request) -> str:
@@ -29,6 +35,7 @@ def describe(ready: Ready, request: Request) -> str:
         **peak_by_kind(graph, timeline),
     }
     lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]
+    lines += _of_sparse_weights(request)
     limit = "no limit" if budget_bytes is None else format_bytes(budget_bytes)
     lines.append(
         f"{'whole step':<22}{format_bytes(way.peak_bytes):>12}  of {limit}; the peak is in the "
@@ -44,6 +51,33 @@ def describe(ready: Ready, request: Request) -> str:
         f"x; {plan.termination})"
     )
     return "\n".join(lines)
+
+
+def _of_sparse_weights(request: Request) -> list[str]:
+    """Return a line about what sparse weights hold of that; none where there are none."""
+    module = sys.modules.get("packlight.sparse.weight")  # whose model has some has imported it
+    weights = [] if module is None else [
+        part for part in request.model.modules() if isinstance(part, module.SparseWeight)
+    ]
+    if not weights:
+        return []
+    held = [state for part in parts_of(request.optimizer) for state in [part.state]]
+    moments = tensors_bytes(
+        value
+        for weight in weights
+        for state in held
+        for value in state.get(weight.values, {}).values()
+        if isinstance(value, torch.Tensor)
+    )
+    share = sum(w.num_nonzeros for w in weights) / sum(w.numel() for w in weights)
+    values, index = (sum(t.nbytes for t in ts) for ts in (
+        [w.values for w in weights], [b for w in weights for b in w.buffers()],
+    ))
+    state_words = f", optimizer state {format_bytes(moments)}" if moments else ""
+    return [
+        f"{'  of these, sparse':<22}{share:>12.1%}  values {format_bytes(values)}, index "
+        f"{format_bytes(index)}{state_words}"
+    ]
 
 
 def how_it_runs(way: Way, request: Request) -> list[tuple[str, str]]:

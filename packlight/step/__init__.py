@@ -1,7 +1,7 @@
 """One training step as data: graph, schedule, timeline, plan. Standard library and numpy only."""
 
 from packlight.step.builder import GraphBuilder
-from packlight.step.machine import Lane, Machine, Memory, Speed
+from packlight.step.machine import RANKS, Lane, Machine, Memory, Speed
 from packlight.step.profile import StepMemory, StepProfile
 from packlight.step.schedule import (
     Action,
@@ -27,6 +27,7 @@ from packlight.step.types import (
 )
 
 __all__ = [
+    "RANKS",
     "Action",
     "Buffer",
     "BufferKind",

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The memory of what lies in pieces with all ranks.
+RANKS = "ranks"
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -45,11 +48,13 @@ class Lane:
 
     Attributes:
         name: what operations say they run on.
-        memory: which one it reaches; "" for a network, which reaches other ranks.
+        memory: which one it reaches; "" for a network that only adds up, `RANKS` for one from which
+            parameters are gathered.
         read, write: from there and to there; None where it does not do that.
         compute_share: seconds of computation lost in each second of its work, 0 to 1: on a CPU, the
             cores that compute copy, too.
         reduce: adding up what all ranks have in a buffer; None where it does not do that.
+        reduce_pieces: ... where each rank gets the sums of a part of it.
     """
 
     name: str
@@ -58,6 +63,7 @@ class Lane:
     write: Speed | None
     compute_share: float = 0.0
     reduce: Speed | None = None
+    reduce_pieces: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,10 @@ class Machine:
                 raise ValueError(f"lane {lane.name!r} reaches {lane.memory!r}, none of {memories}")
 
     def with_lane(self, lane: Lane) -> Machine:
-        """Return the machine with a further lane."""
-        return Machine(self.memories, (*self.lanes, lane))
+        """Return the machine with a further lane, and the memory that it reaches."""
+        is_new = lane.memory and all(memory.name != lane.memory for memory in self.memories)
+        memories = (*self.memories, Memory(lane.memory)) if is_new else self.memories
+        return Machine(memories, (*self.lanes, lane))
 
     @classmethod
     def with_one_lane(cls, lane: Lane) -> Machine:

@@ -130,6 +130,8 @@ class _Run:
         for buffer in operation.mutates:
             clocks.let_go(buffer)
             self.mutated.add(buffer)
+            if buffer in self.graph.gathered_from:
+                self.mutated.add(self.graph.gathered_from[buffer])
             if buffer in self.graph.resting:
                 self.unwritten.add(buffer)
         before = self.held
@@ -159,6 +161,9 @@ class _Run:
         elif operation.kind is OperationKind.READ and operation.creates[0] in self.unwritten:
             buffer = operation.creates[0]
             raise ScheduleError(index, f"buffer {buffer} is read, its update not written")
+        elif self.mutated and operation.reads[0] in self.mutated:
+            (buffer,) = operation.creates
+            raise ScheduleError(index, f"buffer {buffer} is gathered after its update")
         self._create(operation, index)
         self.clocks.hand_over(operation, index)
         if self.held_elsewhere:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import replace
 
-from packlight.step.machine import Lane, Machine, Memory
+from packlight.step.machine import RANKS, Lane, Machine, Memory
 from packlight.step.types import Buffer, BufferKind, Operation, OperationKind, StepGraph
 
 
-def with_transfers(graph: StepGraph, machine: Machine, resting: Iterable[int] = ()) -> StepGraph:
+def with_transfers(
+    graph: StepGraph,
+    machine: Machine,
+    resting: Iterable[int] = (),
+    in_pieces: Iterable[int] = (),
+) -> StepGraph:
     """Return a graph in which buffers may leave the device's memory and come back.
 
     What computations make gets a copy in every memory of the machine, with a write and a read on
@@ -22,13 +27,16 @@ def with_transfers(graph: StepGraph, machine: Machine, resting: Iterable[int] = 
         resting: parameters and states that lie in another memory when the step starts and when it
             ends. Where there are several memories, what one operation needs is spread over them,
             and their lanes get about as much work each.
+        in_pieces: parameters that rest in pieces with all ranks (`RANKS`), from which they are
+            gathered; updates of them are updates of what lies there.
 
     Raises:
         ValueError: something cannot rest elsewhere, or there is no room for it.
     """
-    resting = list(dict.fromkeys(resting))
+    in_pieces = frozenset(in_pieces)
+    resting = list(dict.fromkeys((*resting, *sorted(in_pieces))))
     _check_resting(graph, resting)
-    build = _Builder(graph, machine)
+    build = _Builder(graph, machine, in_pieces)
     build.find_places(resting)
     made = {
         b for o in graph.operations for b in o.creates
@@ -42,7 +50,7 @@ def with_transfers(graph: StepGraph, machine: Machine, resting: Iterable[int] = 
             build.copy(buffer)
     return replace(
         graph,
-        operations=(*graph.operations, *build.operations),
+        operations=(*build.computations(), *build.operations),
         buffers=(*graph.buffers, *build.buffers),
     )
 
@@ -62,11 +70,11 @@ def _check_resting(graph: StepGraph, resting: Sequence[int]) -> None:
 class _Builder:
     """Collects transfers and the buffers that they make."""
 
-    def __init__(self, graph: StepGraph, machine: Machine) -> None:
-        self.graph = graph
+    def __init__(self, graph: StepGraph, machine: Machine, in_pieces: Set[int]) -> None:
+        self.graph, self.in_pieces = graph, in_pieces
         self.operations: list[Operation] = []
         self.buffers: list[Buffer] = []
-        self.updated = {b for o in graph.operations for b in o.mutates}
+        self.updated = {b for o in graph.operations for b in o.mutates} - in_pieces
         self.lanes = [
             (memory, [lane for lane in machine.lanes if lane.memory == memory.name])
             for memory in machine.memories
@@ -95,6 +103,8 @@ class _Builder:
         best: tuple[float, float, Memory, list[Lane]] | None = None
         is_updated = buffer.id in self.updated
         for memory, lanes in self.lanes:
+            if (memory.name == RANKS) is not (buffer.id in self.in_pieces):
+                continue
             reads = [lane.read.seconds(buffer.bytes) for lane in lanes if lane.read]
             writes = [lane.write.seconds(buffer.bytes) for lane in lanes if lane.write]
             if not reads or (is_updated and not writes):
@@ -113,6 +123,21 @@ class _Builder:
         together[best[2].name], self.load[best[2].name] = best[:2]
         self.held[best[2].name] += buffer.bytes
         self.place_of[buffer.id] = best[2:]
+
+    def computations(self) -> Iterator[Operation]:
+        """Yield the computations: those that update what rests in pieces, update it there."""
+        there = {
+            o.creates[0]: o.reads[0] for o in self.operations
+            if o.kind is OperationKind.READ and o.creates[0] in self.in_pieces
+        }
+        for operation in self.graph.operations:
+            if operation.mutates and not there.keys().isdisjoint(operation.mutates):
+                operation = replace(
+                    operation,
+                    reads=tuple(b for b in operation.reads if b not in there),
+                    mutates=tuple(there.get(b, b) for b in operation.mutates),
+                )
+            yield operation
 
     def rest(self, buffer: Buffer) -> None:
         """Add what moves a buffer that rests elsewhere."""

@@ -8,7 +8,7 @@ planners and tests can run where torch is not.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
@@ -159,7 +159,8 @@ class StepGraph:
     Transfers stand behind all computations and may run anywhere, any number of times or never. A
     read makes a buffer in the device's memory from its copy in another one, a write makes the copy.
     A parameter or state that a read makes rests in the other memory: it lies there when the step
-    starts, and must lie there, up to date, and not be in the device's memory when it ends.
+    starts, and must lie there, up to date, and not be in the device's memory when it ends. What
+    lies in pieces with all ranks is updated there.
 
     Attributes:
         operations: in an order in which every operation finds its reads computed.
@@ -298,18 +299,28 @@ class StepGraph:
 
     @cached_property
     def resident(self) -> frozenset[int]:
-        """What is in the device's memory before, during and after the step: it costs nothing."""
+        """What is where it is before, during and after the step: it costs nothing.
+
+        What operations update where it rests (parameters in pieces) is among it.
+        """
         return frozenset(
             b.id for b in self.buffers
             if b.kind.is_resident and not b.memory and b.id not in self.resting
-        )
+        ) | self.gathered_from.keys()
+
+    @cached_property
+    def gathered_from(self) -> dict[int, int]:
+        """What is updated where it rests in another memory -> the buffer that it is here."""
+        updated = {b for o in self.computations for b in o.mutates}
+        return {there: here for here, there in self.resting.items() if there in updated}
 
     def without_transfers(self) -> StepGraph:
         """Return the computations alone, ids unchanged; what rests elsewhere is then resident."""
         if not self.transfers:
             return self
         num = next((b.id for b in self.buffers if b.memory), len(self.buffers))
-        return replace(self, operations=self.computations, buffers=self.buffers[:num])
+        computations = tuple(_renamed(o, self.gathered_from) for o in self.computations)
+        return replace(self, operations=computations, buffers=self.buffers[:num])
 
     @cached_property
     def reductions(self) -> tuple[Operation, ...]:
@@ -336,8 +347,14 @@ class StepGraph:
         )
 
     def with_computations(self, computations: Iterable[Operation]) -> StepGraph:
-        """Return the step with as many other computations in the place of its own."""
-        return replace(self, operations=(*computations, *self.transfers))
+        """Return the step with as many other computations in the place of its own.
+
+        They may be those of `without_transfers`.
+        """
+        there = {here: there for there, here in self.gathered_from.items()}
+        return replace(
+            self, operations=(*(_renamed(o, there) for o in computations), *self.transfers)
+        )
 
     # -- what else planners and reports ask
 
@@ -355,6 +372,7 @@ class StepGraph:
         """
         never = self.num_computations
         updated = {b: o.id for o in reversed(self.computations) for b in o.mutates}
+        updated.update({here: updated[there] for there, here in self.gathered_from.items()})
         return [
             min((updated[b] for b in o.reads if b in updated), default=never)
             for o in self.computations
@@ -374,6 +392,13 @@ class StepGraph:
     def seconds(self) -> float:
         """Duration of the plain step's computations: each once, beside reductions."""
         return sum(operation.seconds for operation in self.computations if not operation.lane)
+
+
+def _renamed(operation: Operation, new: Mapping[int, int]) -> Operation:
+    """Return an operation that updates other buffers."""
+    if not new or new.keys().isdisjoint(operation.mutates):
+        return operation
+    return replace(operation, mutates=tuple(new.get(b, b) for b in operation.mutates))
 
 
 def _named(operation: Operation) -> str:

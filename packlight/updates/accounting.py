@@ -14,7 +14,7 @@ from packlight.capture.batch import tensors_of
 from packlight.costs.measure import allocated_bytes
 from packlight.costs.peak import allocator_peak
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import storage_identity
 from packlight.updates.twin import (
     Group,
     needs_closure,
@@ -23,6 +23,13 @@ from packlight.updates.twin import (
     step_alone,
     trainable,
 )
+
+CLOSURE_HINT = (
+    "use an optimizer whose step() takes no arguments; one that evaluates the loss itself (LBFGS, "
+    "SAM) can step in a loop of your own, with the torch.compile backend"
+)
+# Some registers full of elements, and a few more.
+NUM_PROBED = 69
 
 
 def tensors_bytes(tensors: Iterable[torch.Tensor]) -> int:
@@ -98,7 +105,7 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     of them together, so there the parameters' workspaces add up.
 
     Raises:
-        UnsupportedModelError: the optimizer's step needs a closure.
+        UnsupportedModelError: the optimizer's step needs a closure, or fails.
     """
     refuse_closure(optimizer)
     state_bytes = 0
@@ -131,8 +138,33 @@ def refuse_closure(optimizer: torch.optim.Optimizer) -> None:
     if needs_closure(optimizer):
         raise UnsupportedModelError(
             f"{type(optimizer).__name__}.step() needs arguments (a closure?): its memory cannot be "
-            "promised\nhint: use an optimizer whose step() takes no arguments"
+            f"promised\nhint: {CLOSURE_HINT}"
         )
+
+
+def refuse_uneven_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Raise if a fused kernel steps some elements of a parameter and leaves others as they are.
+
+    torch 2.13's fused SGD does that on the CPU with bfloat16 and float16, without a word: of a
+    vector only what is left over behind the last full register moves.
+
+    Raises:
+        UnsupportedModelError: equal elements with equal gradients differ after a step.
+    """
+    for group in optimizer.param_groups:
+        kinds = {(p.dtype, p.device) for p in trainable(group)} if group.get("fused") else set()
+        for dtype, device in sorted(kinds, key=str):
+            copy = nn.Parameter(torch.ones(NUM_PROBED, dtype=dtype, device=device))
+            twin = stand_in(optimizer, [group], [[copy]])
+            twin.param_groups[0]["lr"] = 0.5  # a step that no dtype rounds away
+            step_alone(twin, twin.param_groups[0], copy, torch.ones_like(copy), twin.state)
+            num_still = int((copy == 1).sum())
+            if 0 < num_still < NUM_PROBED:
+                raise UnsupportedModelError(
+                    f"{type(optimizer).__name__}(fused=True) leaves {num_still} of {NUM_PROBED} "
+                    f"equal elements of a {dtype} parameter as they were: it does not train\n"
+                    "hint: fused=False, or float32 parameters under allow={'bf16'}"
+                )
 
 
 def _measure_whole(
@@ -145,4 +177,10 @@ def _measure_whole(
     def step() -> None:
         step_alone(twin, twin.param_groups[0], copy, gradient, twin.state)
 
-    return measure_two_steps(step, twin.state, parameter.device)
+    try:
+        return measure_two_steps(step, twin.state, parameter.device)
+    except Exception as error:  # whatever a third party's step may raise
+        raise UnsupportedModelError(
+            f"{type(optimizer).__name__}.step() failed on a copy of a parameter: "
+            f"{error or type(error).__name__}\nhint: {CLOSURE_HINT}"
+        ) from error

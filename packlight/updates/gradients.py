@@ -11,7 +11,8 @@ from torch import nn
 
 from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.ranks.reducer import Reducer
-from packlight.torch_internals import after_accumulation, has_gradient_hooks, through_hooks
+from packlight.ranks.sharded import ShardedParameters
+from packlight.torch_internals.autograd import after_accumulation, has_gradient_hooks, through_hooks
 from packlight.updates.several import SeveralUpdates, parts_of
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
@@ -43,6 +44,7 @@ class GradientFate:
         num_steps: trained so far, for errors.
         microbatch_index: the one that runs, None where the batch runs as a whole.
         reducer: tells the other ranks, where there are some, and looks at all losses.
+        sharded: has the parameters that lie in pieces with all ranks.
         place_of: where a parameter's gradient is accumulated; None for wherever it is.
     """
 
@@ -53,6 +55,7 @@ class GradientFate:
     num_steps: int = 0
     microbatch_index: int | None = None
     reducer: Reducer | None = None
+    sharded: ShardedParameters | None = None
     place_of: Callable[[nn.Parameter], torch.Tensor] | None = None
 
     def result(self, index: int, value: torch.Tensor) -> None:
@@ -82,7 +85,11 @@ class GradientFate:
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
         """Do the same with the gradient of all ranks, which nobody else looks at."""
         parameter = self.parameter_of[primal]
-        if has_gradient_hooks(parameter):
+        if self.sharded is not None and parameter in self.sharded:
+            with self.sharded.own(parameter):
+                if gradient.numel():  # else all of it is another rank's
+                    self._consume(parameter, gradient, is_own=True)
+        elif has_gradient_hooks(parameter):
             self._hooked(parameter, gradient)
         else:
             self._consume(parameter, gradient, is_own=True)

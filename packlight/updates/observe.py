@@ -7,14 +7,15 @@ together, and whether stepping slices of a parameter gives the bits of stepping 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
+from itertools import pairwise
+from math import ceil, prod
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from packlight.costs.measure import same_bits
-from packlight.torch_internals import plain_step
+from packlight.torch_internals.optimizers import plain_step
 from packlight.updates.slices import ALIGNED_ELEMENTS, step_in_slices
 from packlight.updates.twin import (
     Group,
@@ -34,6 +35,11 @@ NUM_STEPS = 8
 SMALLEST_LR = 1e-2
 
 _SMALL_DIMS = (24, 7, 3, 3, 3)
+
+# Where pieces of a parameter may begin: anywhere, where vectors do, where blocks of quantized
+# states do. And how many elements count as many, for optimizers that treat small ones otherwise.
+PIECE_UNITS = (1, ALIGNED_ELEMENTS, 2048)
+LARGE_ELEMENTS = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +209,45 @@ def _compare_slices(
         if not same_bits(whole, sliced) or not _same_state(state, two.state.get(sliced, {})):
             return None
     return form
+
+
+def observe_pieces(optimizer: torch.optim.Optimizer, group: Group, kind: Kind) -> int | None:
+    """Return at multiples of how many elements pieces can be parameters of their own.
+
+    None if a parameter of a kind has to be stepped whole.
+    """
+    if kind.ndim == 0:
+        return None
+    try:
+        return next(
+            (unit for unit in PIECE_UNITS if _are_same_in_pieces(optimizer, group, kind, unit)),
+            None,
+        )
+    except Exception:  # a step that fails on pieces has to be done whole
+        return None
+
+
+def _are_same_in_pieces(
+    optimizer: torch.optim.Optimizer, group: Group, kind: Kind, unit: int
+) -> bool:
+    made_up = MadeUp()
+    row = 63 if unit == 1 else unit  # (pieces of odd sizes)
+    inner = () if kind.ndim == 1 else (row, *(1,) * (kind.ndim - 2))
+    per_row = row if kind.ndim == 1 else 1
+    rows = ceil(LARGE_ELEMENTS / row)
+    cuts = [0, 3 * rows * per_row, 4 * rows * per_row]
+    values = made_up.tensor((cuts[-1], *inner), kind)
+    whole: torch.Tensor = _parameter(values)
+    pieces: list[torch.Tensor] = [_parameter(values[a:b]) for a, b in pairwise(cuts)]
+    one, two = (_moving(stand_in(optimizer, [group], [held])) for held in ([whole], pieces))
+    for step_index in range(NUM_STEPS):
+        gradient = made_up.tensor(tuple(whole.shape), kind, 0.1 + step_index)
+        step_alone(one, one.param_groups[0], whole, gradient.clone(), one.state)
+        for piece, (a, b) in zip(pieces, pairwise(cuts), strict=True):
+            step_alone(two, two.param_groups[0], piece, gradient[a:b].clone(), two.state)
+        if not same_bits(whole.detach(), torch.cat([piece.detach() for piece in pieces])):
+            return False
+    return True
 
 
 def _is_layout_free(

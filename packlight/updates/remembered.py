@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from packlight.costs.cache import Cache
-from packlight.torch_internals import plain_step
+from packlight.torch_internals.optimizers import plain_step
 from packlight.updates.twin import kinds_of_settings
 
 

@@ -115,10 +115,21 @@ class SeveralUpdates:
         return next((part.refusal for part in self.parts if part.refusal is not None), None)
 
     def cost(
-        self, parameter: torch.Tensor, gradient_stride: tuple[int, ...] | None = None
+        self,
+        parameter: torch.Tensor,
+        gradient_stride: tuple[int, ...] | None = None,
+        num_rows: int | None = None,
     ) -> UpdateCost:
         """Return what updating a parameter costs."""
-        return self._of(parameter).cost(parameter, gradient_stride)
+        return self._of(parameter).cost(parameter, gradient_stride, num_rows)
+
+    def piece_unit(self, parameter: torch.Tensor) -> int | None:
+        """Return where a parameter can be cut into pieces that are updated with the same bits."""
+        return self._of(parameter).piece_unit(parameter)
+
+    def keeps_form(self, parameter: torch.Tensor, num_rows: int) -> bool:
+        """Whether a piece has the states that the whole has."""
+        return self._of(parameter).keeps_form(parameter, num_rows)
 
     def kind(self, parameter: torch.Tensor) -> str:
         """Return what tells an update of a parameter from those of other optimizers."""

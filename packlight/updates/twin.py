@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from packlight.torch_internals import (
+from packlight.after_step import AfterStep
+from packlight.torch_internals.optimizers import (
     STEP_HOOKS,
     has_global_step_hooks,
     is_replaced_step,
@@ -109,7 +110,8 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
 
 def interception(optimizer: torch.optim.Optimizer) -> str | None:
     """Return what else runs in this very object's `step()`, in words, or None if nothing does."""
-    if any(getattr(optimizer, name, None) for name in STEP_HOOKS):
+    hooks = [hook for name in STEP_HOOKS for hook in getattr(optimizer, name, {}).values()]
+    if not all(isinstance(hook, AfterStep) for hook in hooks):
         return "step hooks are registered on it, and they expect all gradients at once"
     if has_global_step_hooks():
         return "step hooks are registered for all optimizers, and they expect all gradients at once"

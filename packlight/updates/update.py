@@ -14,13 +14,15 @@ from typing import Any
 
 import torch
 
+from packlight.after_step import hooks_after_step
 from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
-from packlight.torch_internals import mark_stepped
+from packlight.torch_internals.optimizers import mark_stepped
 from packlight.updates.accounting import TwoSteps, measure_two_steps, tensors_bytes
 from packlight.updates.observe import (
     Kind,
     SliceFacts,
+    observe_pieces,
     observe_slices,
     state_form,
     why_not_alone,
@@ -91,11 +93,15 @@ class ParameterUpdates:
             DEFAULT_WORKSPACE_BYTES if max_workspace_bytes is None else max_workspace_bytes
         )
         self._num_states = 0
+        self._has_applied = False
         self._remembered = RememberedSteps(optimizer)
         self._observe()
 
     def cost(
-        self, parameter: torch.Tensor, gradient_stride: tuple[int, ...] | None = None
+        self,
+        parameter: torch.Tensor,
+        gradient_stride: tuple[int, ...] | None = None,
+        num_rows: int | None = None,
     ) -> UpdateCost:
         """Return what updating a parameter costs, measured on copies and remembered.
 
@@ -103,24 +109,65 @@ class ParameterUpdates:
             parameter: one of the optimizer's that needs a gradient.
             gradient_stride: strides of the gradients to come; the parameter's if None. A gradient
                 in another layout is copied (by slices) to the layout that eager would give it.
+            num_rows: of a piece of it that is updated in its place (see `piece_unit`).
 
         Raises:
             UnsupportedModelError: see `refusal`.
         """
         if self.refusal is not None:
             raise UnsupportedModelError(self.refusal)
-        stride = parameter.stride() if gradient_stride is None else tuple(gradient_stride)
-        key = (self._key(parameter), stride)
+        index = self._group_index[parameter]
+        value = parameter if num_rows is None else parameter.detach()[:num_rows]
+        stride = value.stride() if gradient_stride is None else tuple(gradient_stride)
+        key = (_key(index, value), stride)
         if key not in self._measured:
-            self._slices_of(parameter)  # a promise, kept also where its cost is remembered
+            self._slices_of(index, value)  # a promise, kept also where its cost is remembered
             question = ("cost", self.max_workspace_bytes, *key)
-            seen = self._remembered.seen(question, lambda: self._measure(parameter, stride))
+            seen = self._remembered.seen(question, lambda: self._measure(index, value, stride))
             self._measured[key] = (TwoSteps(*seen[:3]), *seen[3:])
         steps, seconds, num_slices = self._measured[key]
-        existing = state_tensors(self.optimizer.state.get(parameter))
+        state = None if num_rows is not None else self.optimizer.state.get(parameter)
+        existing = state_tensors(state)
         if existing:
             return UpdateCost(tensors_bytes(existing), steps.later_bytes, seconds, num_slices)
         return UpdateCost(steps.state_bytes, steps.workspace_bytes, seconds, num_slices)
+
+    def piece_unit(self, parameter: torch.Tensor) -> int | None:
+        """Return where a parameter can be cut into pieces that are stepped with the whole's bits.
+
+        Each piece is a parameter of its own then, with a state of its own.
+
+        Returns:
+            Pieces begin at multiples of so many elements; None where it has to stay whole.
+        """
+        if not parameter.is_contiguous():
+            return None
+        index, kind = self._group_index[parameter], Kind.of(parameter)
+
+        def observe() -> int | None:
+            with real_tensors():
+                return observe_pieces(self.optimizer, self.optimizer.param_groups[index], kind)
+
+        unit = self._remembered.seen(("pieces", index, kind), observe)
+        # Threads split a parameter at places that pieces would move.
+        is_split = kind.device.type == "cpu" and torch.get_num_threads() > 1
+        return None if unit is not None and unit > 1 and is_split else unit
+
+    def keeps_form(self, parameter: torch.Tensor, num_rows: int) -> bool:
+        """Whether a piece of so many rows has the states that the whole has: none is too small."""
+        index = self._group_index[parameter]
+
+        def form(value: torch.Tensor) -> Any:
+            def observe() -> list[list[str]]:
+                group = self.optimizer.param_groups[index]
+                with real_tensors():
+                    copy = _measure_copy(self.optimizer, group, value, value.stride(), None)
+                return sorted([name, str(kind)] for name, kind, _ in copy.state_form)
+
+            return self._remembered.seen(("form", *_key(index, value)), observe)
+
+        whole = parameter.detach()
+        return bool(form(whole) == form(whole[:num_rows]))
 
     def kind(self, parameter: torch.Tensor) -> str:
         """Return what tells an update of a parameter from those of other optimizers."""
@@ -154,17 +201,25 @@ class ParameterUpdates:
             gradient: the complete gradient, of the parameter's shape and dtype, in any layout. The
                 optimizer may overwrite it.
         """
+        self._has_applied = True
         group_index = self._group_index[parameter]
         group = self.optimizer.param_groups[group_index]
-        slices = self._slices_of(parameter)
+        slices = self._slices_of(group_index, parameter)
         _step(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
 
     def end_step(self) -> None:
         """Say that all parameters were updated.
 
         New states are put in the order in which `optimizer.step()` makes them, which is the order
-        in `state_dict()` and so in checkpoints.
+        in `state_dict()` and so in checkpoints. Hooks that need no gradients are called.
         """
+        self._order_states()
+        if self._has_applied:  # else `optimizer.step()` has called them
+            self._has_applied = False
+            for hook in hooks_after_step(self.optimizer):
+                hook.call()
+
+    def _order_states(self) -> None:
         states = self.optimizer.state
         if len(states) == self._num_states:
             return
@@ -223,21 +278,17 @@ class ParameterUpdates:
             return None
         return f"{type(self.optimizer).__name__} cannot step one parameter at a time: {reason}"
 
-    def _key(self, parameter: torch.Tensor) -> tuple[Any, ...]:
-        index = self._group_index[parameter]
-        return index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
-
     # -----------------------------------------------------------------------------------------
     # Slices
 
-    def _slices_of(self, parameter: torch.Tensor) -> _Slices | None:
-        """Return how a parameter is sliced, None if it is stepped whole."""
-        key = self._key(parameter)
+    def _slices_of(self, group_index: int, parameter: torch.Tensor) -> _Slices | None:
+        """Return how a parameter (or a piece of one) is sliced, None if it is stepped whole."""
+        key = _key(group_index, parameter)
         if key not in self._slices:
 
             def observe() -> Any:
                 with real_tensors():
-                    chosen = self._choose_slices(key[0], parameter)
+                    chosen = self._choose_slices(group_index, parameter)
                 return chosen and [chosen.first_rows, chosen.rows, sorted(chosen.split_names)]
 
             seen = self._remembered.seen(("slices", self.max_workspace_bytes, *key), observe)
@@ -286,16 +337,20 @@ class ParameterUpdates:
         return facts is not None and not (facts.needs_alignment and is_split)
 
     def _measure(
-        self, parameter: torch.Tensor, gradient_stride: tuple[int, ...]
+        self, group_index: int, parameter: torch.Tensor, gradient_stride: tuple[int, ...]
     ) -> list[Any]:
         """Return what `TwoSteps` has, seconds, and the number of slices."""
-        slices = self._slices_of(parameter)
-        group = self.optimizer.param_groups[self._group_index[parameter]]
+        slices = self._slices_of(group_index, parameter)
+        group = self.optimizer.param_groups[group_index]
         with real_tensors():
             copy = _measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
             seconds = median_seconds(copy.step, parameter.device)
         num_slices = 1 if slices is None else ceil(parameter.shape[0] / slices.rows)
         return [*astuple(copy.bytes), seconds, num_slices]
+
+
+def _key(group_index: int, parameter: torch.Tensor) -> tuple[Any, ...]:
+    return group_index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
 
 
 @dataclass(frozen=True, slots=True)

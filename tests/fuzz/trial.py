@@ -262,7 +262,9 @@ class _Loop:
 
     def same(self, seed: int, ours: Any, theirs: Any, names: Any = None) -> None:
         for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            equal = torch.equal(a, b)
+            equal = torch.equal(a, b) or (
+                a.is_floating_point() and torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+            )
             if not equal and not self.is_exact and a.is_floating_point():
                 equal = torch.allclose(a, b, rtol=1e-2, atol=1e-3)
             if not equal and not self.is_exact and not a.is_floating_point():

@@ -14,7 +14,7 @@ from torch import fx
 
 from packlight.capture.aot import GraphData
 from packlight.capture.writer import GraphWriter
-from packlight.torch_internals import copy_calling_convention
+from packlight.torch_internals.calling import copy_calling_convention
 
 _aten = torch.ops.aten
 

@@ -36,7 +36,7 @@ from packlight.moves.chunk.regions import (
     find_row_groups,
 )
 from packlight.moves.chunk.run import RegionWriter
-from packlight.torch_internals import copy_calling_convention
+from packlight.torch_internals.calling import copy_calling_convention
 
 __all__ = ["Kind", "Region", "chunked", "find_heads", "find_row_groups"]
 

@@ -16,7 +16,7 @@ from packlight.capture.writer import GraphWriter
 from packlight.moves.chunk.regions import Kind, Region
 from packlight.moves.chunk.rows import Dims, Reduced, Shape, merged_order, shape_of
 from packlight.moves.chunk.rules import MEANS, SIZE_ARGUMENT, is_label_loss
-from packlight.torch_internals import is_fake
+from packlight.torch_internals.dispatch import is_fake
 
 _aten = torch.ops.aten
 _NO_REDUCTION, _MEAN_REDUCTION, _SUM_REDUCTION = 0, 1, 2  # as in the C++ enum that nll_loss takes

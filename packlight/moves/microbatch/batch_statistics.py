@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from packlight.capture.layers import layers_of_nodes
-from packlight.torch_internals import modules_around
+from packlight.torch_internals.aot import modules_around
 
 
 def batch_statistics(module: fx.GraphModule, num_rows: int) -> list[str]:

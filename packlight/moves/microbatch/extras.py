@@ -19,7 +19,7 @@ from packlight.capture.undisturbed import undisturbed
 from packlight.errors import MicrobatchError
 from packlight.moves.microbatch.independence import TOLERANCES, StillNoise, evaluating
 from packlight.moves.microbatch.split import num_rows, take_rows
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import storage_identity
 
 HINT = "return it as one number for each row, or let the batch run as a whole (moves=)"
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from packlight.errors import MicrobatchError
-from packlight.torch_internals import descriptions, mutated_input
+from packlight.torch_internals.aot import descriptions, mutated_input
 
 
 def operator_name(node: fx.Node) -> str:

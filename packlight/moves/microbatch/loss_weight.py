@@ -26,7 +26,8 @@ from packlight.moves.microbatch.loss_graph import (
     operator_name,
     reads_sizes_only,
 )
-from packlight.torch_internals import is_fake, is_tangent
+from packlight.torch_internals.aot import is_tangent
+from packlight.torch_internals.dispatch import is_fake
 
 
 def find_denominator(

@@ -19,7 +19,7 @@ from packlight.moves.microbatch.independence import alternatives, few_rows, sett
 from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
-from packlight.torch_internals import has_gradient_hooks
+from packlight.torch_internals.autograd import has_gradient_hooks
 
 MICROBATCH_BATCH_NORM = "microbatch-batch-norm"
 
@@ -47,6 +47,9 @@ class Microbatch(Move):
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[Microbatch | Refusal]:
         """Yield powers of two, up to one row each."""
+        if draft.request.shards:
+            yield Refusal("parameters in pieces are updated in the backward of the whole batch")
+            return
         try:
             rows = num_rows(draft.batch)
             count = 2

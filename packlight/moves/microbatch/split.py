@@ -19,7 +19,7 @@ import torch
 from packlight.capture.batch import children, rebuilt
 from packlight.errors import BatchError, MicrobatchError
 from packlight.moves.microbatch.denominator import Denominator, Measure
-from packlight.torch_internals import storage_identity
+from packlight.torch_internals.storages import storage_identity
 
 LossWeight = Denominator | Literal["rows", "sum"] | Callable[[Any], Any]
 

@@ -91,7 +91,8 @@ class Offload(Move):
 
 def streamable(draft: Draft) -> Streaming:
     """Return all that could lie on the disk: what is updated together, cannot."""
-    if draft.offered is None or draft.request.offload_directory is None:
+    request = draft.request
+    if draft.offered is None or request.offload_directory is None or request.shards:
         return Streaming()  # what is on no disk cannot be mapped for whoever looks at it
 
     def found() -> Streaming:

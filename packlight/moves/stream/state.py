@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from packlight.memory.tier import SlotSpec
-from packlight.torch_internals import num_storage_references
+from packlight.torch_internals.storages import num_storage_references
 from packlight.updates.twin import step_alone
 
 # Step counters, biases and the like stay where they are.

@@ -270,38 +270,70 @@ class StreamedTensors:
                 place.is_fetched = place.is_changed = False
 
 
+class Resting(Protocol):
+    """What rests elsewhere between uses (`StreamedTensors`, `ShardedParameters`), by key."""
+
+    def fetch(self, key: Key) -> torch.Tensor | None:
+        """Start bringing something into memory."""
+        ...
+
+    def wait_fetched(self, key: Key) -> None:
+        """Return when it is there."""
+        ...
+
+    def updating(self, key: Key) -> None:
+        """Say that what is in memory is about to change."""
+        ...
+
+    def offload(self, key: Key) -> None:
+        """Start writing what was changed."""
+        ...
+
+    def wait_written(self, key: Key) -> None:
+        """Return when it is written."""
+        ...
+
+    def drop(self, key: Key) -> None:
+        """Let go of the memory."""
+        ...
+
+
 @dataclass(frozen=True)
 class StreamedBuffers:
-    """Streamed tensors as a step program sees them: a tier whose slots are a graph's buffers.
+    """What rests elsewhere as a step program sees it: a tier whose slots are a graph's buffers.
 
     Attributes:
-        tensors: all that is streamed.
-        key_of: what a buffer stands for.
+        held: who brings a buffer, and what it is called there.
     """
 
-    tensors: StreamedTensors
-    key_of: Mapping[int, Key]
+    held: Mapping[int, tuple[Resting, Key]]
 
     def fetch(self, buffer: int) -> torch.Tensor | None:
-        """See `StreamedTensors.fetch`."""
-        return self.tensors.fetch(self.key_of[buffer])
+        """See `Resting.fetch`."""
+        holder, key = self.held[buffer]
+        return holder.fetch(key)
 
     def wait_fetched(self, buffer: int) -> None:
-        """See `StreamedTensors.wait_fetched`."""
-        self.tensors.wait_fetched(self.key_of[buffer])
+        """See `Resting.wait_fetched`."""
+        holder, key = self.held[buffer]
+        holder.wait_fetched(key)
 
     def updating(self, buffer: int) -> None:
-        """See `StreamedTensors.updating`."""
-        self.tensors.updating(self.key_of[buffer])
+        """See `Resting.updating`."""
+        holder, key = self.held[buffer]
+        holder.updating(key)
 
     def offload(self, buffer: int) -> None:
-        """See `StreamedTensors.offload`."""
-        self.tensors.offload(self.key_of[buffer])
+        """See `Resting.offload`."""
+        holder, key = self.held[buffer]
+        holder.offload(key)
 
     def wait_written(self, buffer: int) -> None:
-        """See `StreamedTensors.wait_written`."""
-        self.tensors.wait_written(self.key_of[buffer])
+        """See `Resting.wait_written`."""
+        holder, key = self.held[buffer]
+        holder.wait_written(key)
 
     def drop(self, buffer: int) -> None:
-        """See `StreamedTensors.drop`."""
-        self.tensors.drop(self.key_of[buffer])
+        """See `Resting.drop`."""
+        holder, key = self.held[buffer]
+        holder.drop(key)

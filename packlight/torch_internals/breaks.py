@@ -1,9 +1,7 @@
-"""What Packlight takes from torch to break a traced function anywhere, each thing under a name.
+"""How dynamo is brought to break a traced function anywhere.
 
-Like torch_internals.py: what is relied upon stands at each function, and tests/test_pieces.py says
-what has moved. Dynamo by itself leaves a whole function to eager PyTorch where it would have to go
-on in the middle of a loop; here it goes on, for the backends that ask for it, and says what it
-leaves out.
+By itself it leaves a whole function to eager PyTorch where it would have to go on in the middle of
+a loop; here it goes on, for the backends that ask for it, and says what it leaves out.
 """
 
 from __future__ import annotations
@@ -17,9 +15,7 @@ from types import CodeType
 from typing import Any, Protocol
 from unittest import mock
 
-import torch
-
-from packlight.torch_internals import dynamo_errors
+from packlight.torch_internals.dynamo import dynamo_errors
 
 # Every turn of an unrolled loop is another entry in a cache that dynamo wants small.
 MANY_ENTRIES = 1_000_000
@@ -165,84 +161,3 @@ def _left(iterator: Any) -> list[Any] | None:
             return None
         return [TupleVariable(list(row)) for row in zip(*known, strict=False)]
     return None
-
-
-def compiled_for() -> Any:
-    """Return the backend that dynamo is compiling for, as it was passed; None outside.
-
-    Relied upon: the translator at work, whose output has `compiler_fn`.
-    """
-    from torch._dynamo.eval_frame import innermost_backend
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:
-        return None
-    compiler_fn: Any = translator.output.compiler_fn
-    return innermost_backend(compiler_fn)
-
-
-def options_of(given: Any) -> dict[str, Any]:
-    """Return the options that `torch.compile` was given for a named backend.
-
-    Relied upon: its wrapper of the backend has them in `kwargs`.
-    """
-    kwargs: dict[str, Any] = dict(getattr(given, "kwargs", {}))
-    return {**(kwargs.pop("options", None) or {}), **kwargs}
-
-
-def when_backward_ends(callback: Callable[[], None]) -> None:
-    """Have something called when the backward that is running has done everything.
-
-    Relied upon: `queue_callback` of autograd's engine.
-    """
-    torch.autograd.Variable._execution_engine.queue_callback(callback)
-
-
-def is_resumed() -> bool:
-    """Whether the function being compiled goes on after a break.
-
-    Relied upon: its name says so.
-    """
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        translator = InstructionTranslator.current_tx()
-    except AttributeError:
-        return False
-    return translator.f_code.co_name.startswith("torch_dynamo_resume_in")
-
-
-# -- who holds a storage
-
-
-class StorageWatch:
-    """Sees whether anybody holds a tensor's memory, and holds nothing itself.
-
-    Relied upon: a weak reference to a storage keeps its count of references readable; a storage
-    that was looked at from Python counts one reference of its own; every tensor counts one.
-    """
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        self.num_bytes = storage.nbytes()
-        self._reference: Any = storage._weak_ref()
-        weakref.finalize(self, torch.UntypedStorage._free_weak_ref, self._reference).atexit = False
-
-    @property
-    def num_tensors(self) -> int:
-        """How many tensors look at the memory, 0 if it is gone."""
-        return max(0, torch._C._storage_Use_Count(self._reference) - 1)
-
-
-def version(tensor: torch.Tensor) -> int:
-    """Return a number that changes with every change of a tensor in place."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def is_profiled() -> bool:
-    """Whether a profiler runs: a second one cannot."""
-    from torch._C import _autograd
-
-    return bool(_autograd._profiler_enabled())

@@ -1,0 +1,1 @@
+"""How far are predicted training steps from published ones?"""

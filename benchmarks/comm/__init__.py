@@ -1,0 +1,1 @@
+"""What do ranks send, and what does it cost in loss?"""

@@ -1,0 +1,1 @@
+"""Planned steps with fused kernels, beside inductor and beside planned steps without."""

@@ -1,0 +1,154 @@
+"""Which calls of a step become one kernel.
+
+Groups of calls grow along buffers that one call makes and another reads: those buffers need not be
+in memory any more. A group stays closed (no path leaves it and comes back), belongs to one phase,
+and goes through one number of elements. In the forward it has one large result: what the backward
+wants of it, and what is recomputed, is then still the planner's choice, buffer by buffer. In the
+backward nothing is chosen any more, and every buffer less is a gain.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from packlight.capture.joint import JointStep
+from packlight.moves.fuse.fusable import Kind, domain, kind_of
+from packlight.step import Operation, OperationKind, Phase
+
+# Smaller tensors are not worth a kernel of their own.
+MIN_ELEMENTS = 4096
+# Larger kernels take long to compile, and spill registers.
+MOST_MEMBERS = 32
+# A result is large if it is at least this share of what its group goes through.
+LARGE = 1 / 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """Calls that become one kernel.
+
+    Attributes:
+        operations: in order.
+        outputs: buffers that others read, or that are results of the step; the largest first.
+        saved_bytes: of buffers that are not in memory any more.
+    """
+
+    operations: tuple[int, ...]
+    outputs: tuple[int, ...]
+    saved_bytes: int
+
+
+def groups_of(step: JointStep, may_join: Callable[[fx.Node, Kind], bool]) -> list[Group]:
+    """Return the groups of a step, of two calls or more.
+
+    Args:
+        step: as it was read.
+        may_join: whether a call may be part of a kernel.
+    """
+    return _Partition(step, may_join).groups()
+
+
+class _Partition:
+    def __init__(self, step: JointStep, may_join: Callable[[fx.Node, Kind], bool]) -> None:
+        self.step, self.graph = step, step.graph
+        self.maker = {b: o.id for o in self.graph.operations for b in o.creates}
+        self.readers: dict[int, list[int]] = defaultdict(list)
+        for operation in self.graph.operations:
+            for buffer in operation.reads:
+                self.readers[buffer].append(operation.id)
+        self.results = {*self.graph.forward_outputs, *self.graph.outputs}
+        self.domain: dict[int, int] = {}
+        for operation in self.graph.operations:
+            node = step.node_of_operation[operation.id]
+            if self._is_member(operation, node, may_join):
+                self.domain[operation.id] = domain(node)
+        self.leader = {operation.id: operation.id for operation in self.graph.operations}
+        self.members = {operation: [operation] for operation in self.leader}
+
+    def _is_member(
+        self, operation: Operation, node: fx.Node, may_join: Callable[[fx.Node, Kind], bool]
+    ) -> bool:
+        if operation.kind is not OperationKind.COMPUTE or not operation.can_recompute:
+            return False
+        kind = kind_of(node)
+        return kind is not None and domain(node) >= MIN_ELEMENTS and may_join(node, kind)
+
+    def groups(self) -> list[Group]:
+        """Grow groups until nothing changes."""
+        while any([self._grow(consumer) for consumer in self.domain]):
+            pass
+        found = (sorted(self.members[o]) for o in self.domain if self.leader[o] == o)
+        return [self._group(members) for members in found if len(members) > 1]
+
+    def _grow(self, consumer: int) -> bool:
+        """Join a call with those that made what it reads."""
+        has_grown = False
+        for buffer in self.graph.operations[consumer].reads:
+            producer = self.maker.get(buffer)
+            if producer is None or producer not in self.domain:
+                continue
+            one, other = self.leader[producer], self.leader[consumer]
+            if one != other and self._can_join(one, other):
+                self.members[one] += self.members.pop(other)
+                for member in self.members[one]:
+                    self.leader[member] = one
+                has_grown = True
+        return has_grown
+
+    def _can_join(self, one: int, other: int) -> bool:
+        first, second = self.graph.operations[one], self.graph.operations[other]
+        union = [*self.members[one], *self.members[other]]
+        if first.phase is not second.phase or self.domain[one] != self.domain[other]:
+            return False
+        if len(union) > MOST_MEMBERS or not self._is_closed(union):
+            return False
+        if first.phase is not Phase.FORWARD:
+            return True
+        sizes = [self.graph.buffers[b].bytes for b in self._outputs(union)]
+        limit = LARGE * self.domain[one]  # in bytes, of the narrowest type
+        return sum(size >= limit for size in sizes) <= 1
+
+    def _outputs(self, members: Iterable[int]) -> list[int]:
+        inside = set(members)
+        created = [b for o in members for b in self.graph.operations[o].creates]
+        return [
+            b for b in created
+            if b in self.results or any(reader not in inside for reader in self.readers[b])
+        ]
+
+    def _is_closed(self, members: Iterable[int]) -> bool:
+        """Whether no path leaves a set of calls, through other groups, and comes back."""
+        inside = set(members)
+        last = max(inside)
+        seen: set[int] = set()
+        stack = [
+            reader for o in inside for b in self.graph.operations[o].creates
+            for reader in self.readers[b] if reader not in inside
+        ]
+        while stack:
+            group = self.leader[stack.pop()]
+            if group in seen:
+                continue
+            seen.add(group)
+            members_of = self.members[group]
+            if min(members_of) > last:
+                continue
+            for operation in members_of:
+                for buffer in self.graph.operations[operation].creates:
+                    for reader in self.readers[buffer]:
+                        if reader in inside:
+                            return False
+                        stack.append(reader)
+        return True
+
+    def _group(self, members: list[int]) -> Group:
+        outputs = self._outputs(members)
+        size = {b: self.graph.buffers[b].bytes for o in members
+                for b in self.graph.operations[o].creates}
+        outputs.sort(key=lambda b: (-size[b], b))
+        saved_bytes = sum(size.values()) - sum(size[b] for b in outputs)
+        return Group(tuple(members), tuple(outputs), saved_bytes)

@@ -1,0 +1,362 @@
+"""Checkpoints through torch.distributed.checkpoint: saved by some ranks, loaded by any number.
+
+Each rank writes the rows that are its own; whoever loads reads the rows that it needs, be it on as
+many ranks, on others, or in a process that is alone. Names are those of a `state_dict`:
+`model.<name>`, `optimizer.state.<name>.<state>`, `optimizer.param_groups.<number>.<setting>`.
+
+A state of a parameter in pieces that has the piece's shape lies as the parameter does; one with a
+single dimension (codes and scales of quantized states) goes on from rank to rank; others (a step
+counter) are the same on all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from packlight.errors import FormatError
+from packlight.ranks.group import Ranks
+from packlight.ranks.pieces import Pieces
+from packlight.run.checkpoint import generator_states, pack, set_generators, unpack
+from packlight.torch_internals.modules import uncompiled
+from packlight.updates.several import parts_of
+
+Sharding = Mapping[nn.Parameter, Pieces]
+
+
+class PieceOfTensor(torch.Tensor):
+    """Some rows of a tensor, as torch.distributed.checkpoint asks for them.
+
+    Attributes:
+        whole_shape: of the tensor.
+        first: row.
+    """
+
+    whole_shape: tuple[int, ...]
+    first: int
+
+    @staticmethod
+    def of(value: torch.Tensor, whole_shape: tuple[int, ...], first: int) -> PieceOfTensor:
+        """Return rows that look at a tensor's memory."""
+        piece = value.detach().as_subclass(PieceOfTensor)
+        piece.whole_shape, piece.first = whole_shape, first
+        return piece
+
+    @property
+    def plain(self) -> torch.Tensor:
+        """The rows as an ordinary tensor."""
+        return self.as_subclass(torch.Tensor)
+
+    def size(self, dim: int | None = None) -> Any:
+        """Return the size of the whole tensor, with which the checkpoint's is compared."""
+        return torch.Size(self.whole_shape) if dim is None else self.whole_shape[dim]
+
+    def _chunk(self) -> ChunkStorageMetadata:
+        offsets = torch.Size((self.first, *(0,) * (len(self.whole_shape) - 1)))
+        return ChunkStorageMetadata(offsets=offsets, sizes=self.plain.shape)
+
+    def __create_write_items__(self, name: str, value: object) -> list[WriteItem]:
+        if not self.plain.numel():
+            return []
+        chunk = self._chunk()
+        data = TensorWriteData(
+            chunk=chunk, properties=TensorProperties.create_from_tensor(self.plain),
+            size=torch.Size(self.whole_shape),
+        )
+        place = MetadataIndex(name, chunk.offsets)
+        return [WriteItem(place, WriteItemType.SHARD, tensor_data=data)]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [self._chunk()] if self.plain.numel() else []
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
+        return self.plain
+
+
+def save_distributed(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks | None,
+    sharding: Sharding,
+    extra: Any,
+) -> None:
+    """Write a checkpoint, all ranks together; it appears whole, or not at all.
+
+    Args:
+        directory: of the checkpoint; one that is there is replaced.
+        model: parameters in pieces have this rank's.
+        optimizer: of the model.
+        ranks: None for a process that is alone.
+        sharding: the parameters in pieces.
+        extra: anything that JSON can hold.
+    """
+    rank = 0 if ranks is None else ranks.rank
+    content: dict[str, Any] = {
+        name: value for name, value in _state(model, optimizer, sharding, rank).items()
+        if rank == 0 or isinstance(value, PieceOfTensor)
+    }
+    generators: dict[str, torch.Tensor] = {}
+    content[f"generators.{rank}"] = json.dumps(
+        pack(generator_states(), f"generators.{rank}", generators, {})
+    )
+    content.update(generators)
+    if rank == 0:
+        content["extra"] = json.dumps(extra)
+    temporary = directory.with_name(f".{directory.name}.tmp")
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+    _wait(ranks)
+    with _quiet(ranks):
+        save(content, checkpoint_id=temporary, **_among(ranks))
+    _wait(ranks)
+    if rank == 0:
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(temporary, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    _wait(ranks)
+
+
+def load_distributed(
+    directory: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks | None = None,
+    sharding: Sharding | None = None,
+) -> Any:
+    """Put a checkpoint's values into a model and its optimizer, all ranks together.
+
+    Random number generators go on where those of this rank were, if there was such a rank.
+
+    Args:
+        directory: of the checkpoint, saved by any number of ranks.
+        model: parameters in pieces have this rank's.
+        optimizer: of the model.
+        ranks: None for a process that is alone.
+        sharding: the parameters in pieces.
+
+    Returns:
+        What was saved as `extra`.
+
+    Raises:
+        FormatError: it is no such checkpoint, or one of another model; nothing was changed.
+    """
+    rank, sharding = 0 if ranks is None else ranks.rank, sharding or {}
+    try:
+        saved = FileSystemReader(directory).read_metadata().state_dict_metadata
+    except (OSError, CheckpointException) as error:
+        raise FormatError(f"{directory} is no checkpoint of ranks: {error}") from error
+    if "extra" not in saved:
+        raise FormatError(f"{directory} is no checkpoint that step.save wrote")
+    content = _targets(model, optimizer, sharding, rank, saved)
+    settings = [name for name in saved if name.startswith("optimizer.param_groups.")]
+    mine = f"generators.{rank}"
+    generators = [name for name in saved if name == mine or name.startswith(f"{mine}.")]
+    for name in ("extra", *settings, *generators):
+        content[name] = _like(saved[name])
+    states = {n: v for n, v in content.items() if n.startswith("optimizer.state.")}
+    with _quiet(ranks):
+        load(content, checkpoint_id=directory, **_among(ranks))
+    names = _names(model)
+    for part in parts_of(optimizer):
+        for group in part.param_groups:
+            for parameter in group["params"]:
+                prefix = f"optimizer.state.{names[id(parameter)]}."
+                state = {
+                    name.removeprefix(prefix): _plain(content[name])
+                    for name in states if name.startswith(prefix)
+                }
+                if state:
+                    part.state[parameter] = state
+    for number, group in enumerate(_groups(optimizer)):
+        prefix = f"optimizer.param_groups.{number}."
+        group.update(
+            (name.removeprefix(prefix), content[name])
+            for name in settings if name.startswith(prefix)
+        )
+    if mine in content:
+        tensors = {name: content[name] for name in generators if name != mine}
+        set_generators(unpack(json.loads(content[mine]), tensors))
+    return json.loads(content["extra"])
+
+
+def _targets(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sharding: Sharding,
+    rank: int,
+    saved: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return what is to be read: the model's tensors, and states as they were saved."""
+    content: dict[str, Any] = _model_state(model, sharding, rank)
+    missing = [name for name in content if name not in saved]
+    strange = [n for n in saved if n.startswith("model.") and n not in content]
+    other = [
+        name for name, value in content.items()
+        if name in saved and tuple(saved[name].size) != tuple(value.size())
+    ]
+    for wrong, words in (
+        (missing, "it has no"), (strange, "the model has no"), (other, "of another shape is")
+    ):
+        if wrong:
+            raise FormatError(
+                f"the checkpoint is of another model: {words} {wrong[0].removeprefix('model.')!r}"
+                f" ({len(wrong)} such)"
+            )
+    names = _names(model)
+    for group in _groups(optimizer):
+        for parameter in group["params"]:
+            prefix = f"optimizer.state.{names[id(parameter)]}."
+            pieces = sharding.get(parameter)
+            if pieces is not None and not pieces.num_rows(rank):
+                continue  # all of it is another rank's
+            for name in (name for name in saved if name.startswith(prefix)):
+                content[name] = _state_like(saved[name], parameter, pieces, rank)
+    return content
+
+
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, sharding: Sharding, rank: int
+) -> dict[str, Any]:
+    content: dict[str, Any] = _model_state(model, sharding, rank)
+    names = _names(model)
+    for number, group in enumerate(_groups(optimizer)):
+        for name, value in group.items():
+            if name != "params":
+                content[f"optimizer.param_groups.{number}.{name}"] = value
+    for part in parts_of(optimizer):
+        for parameter, state in part.state.items():
+            pieces = sharding.get(parameter) if isinstance(parameter, nn.Parameter) else None
+            for name, value in state.items():
+                key = f"optimizer.state.{names[id(parameter)]}.{name}"
+                is_cut = pieces is not None and isinstance(value, torch.Tensor) and value.ndim > 0
+                content[key] = _cut(value, pieces, rank) if is_cut and pieces else value
+    return content
+
+
+def _model_state(model: nn.Module, sharding: Sharding, rank: int) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for name, value in uncompiled(model).state_dict(keep_vars=True).items():
+        pieces = sharding.get(value) if isinstance(value, nn.Parameter) else None
+        if not isinstance(value, torch.Tensor):
+            raise FormatError(f"{name!r} of the model's state_dict is no tensor")
+        content[f"model.{name}"] = (
+            value.detach() if pieces is None
+            else PieceOfTensor.of(value, pieces.shape, pieces.rows[rank][0])
+        )
+    return content
+
+
+def _cut(value: torch.Tensor, pieces: Pieces, rank: int) -> PieceOfTensor:
+    """Return a state of a piece as a part of the whole parameter's."""
+    own = (pieces.num_rows(rank), *pieces.shape[1:])
+    if tuple(value.shape) == own:
+        return PieceOfTensor.of(value, pieces.shape, pieces.rows[rank][0])
+    mine, all_of_it = pieces.num_elements(rank), sum(map(pieces.num_elements, _ranks_of(pieces)))
+    if mine == all_of_it:  # the owner of all
+        return PieceOfTensor.of(value, tuple(value.shape), 0)
+    if value.ndim != 1:
+        raise FormatError(
+            f"an optimizer state of shape {tuple(value.shape)} of a piece of shape {own} cannot be "
+            "saved: where it lies in the whole parameter's is not known"
+        )
+    before = sum(pieces.num_elements(other) for other in range(rank))
+    # Quantized states: as many of each as elements, or as blocks of them.
+    is_last = before + mine == all_of_it
+    each = _elements_of_each(pieces, rank, value.numel())
+    whole = -(-all_of_it // each) if not is_last else before // each + value.numel()
+    return PieceOfTensor.of(value, (whole,), before // each)
+
+
+def _elements_of_each(pieces: Pieces, rank: int, count: int) -> int:
+    """Return how many elements one of `count` values stands for: a power of two."""
+    each = 1
+    while -(-pieces.num_elements(rank) // each) > count:
+        each *= 2
+    return each
+
+
+def _state_like(
+    saved: Any, parameter: nn.Parameter, pieces: Pieces | None, rank: int
+) -> Any:
+    """Return what a saved state is read into."""
+    if pieces is None or not isinstance(saved, TensorStorageMetadata) or not saved.size:
+        return _like(saved)
+    shape, dtype = tuple(saved.size), saved.properties.dtype
+    if shape == pieces.shape:
+        own = parameter.new_empty((pieces.num_rows(rank), *shape[1:]), dtype=dtype)
+        return PieceOfTensor.of(own, shape, pieces.rows[rank][0])
+    total = sum(map(pieces.num_elements, _ranks_of(pieces)))
+    if pieces.num_elements(rank) == total:
+        return PieceOfTensor.of(parameter.new_empty(shape, dtype=dtype), shape, 0)
+    each = 1
+    while -(-total // each) > shape[0]:
+        each *= 2
+    first = sum(pieces.num_elements(other) for other in range(rank)) // each
+    own = parameter.new_empty(-(-pieces.num_elements(rank) // each), dtype=dtype)
+    return PieceOfTensor.of(own, shape, first)
+
+
+def _ranks_of(pieces: Pieces) -> range:
+    return range(len(pieces.rows))
+
+
+def _like(saved: Any) -> Any:
+    """Return what a saved value is read into."""
+    if isinstance(saved, TensorStorageMetadata):
+        return torch.empty(saved.size, dtype=saved.properties.dtype)
+    return None
+
+
+def _plain(value: Any) -> Any:
+    return value.plain if isinstance(value, PieceOfTensor) else value
+
+
+def _names(model: nn.Module) -> dict[int, str]:
+    return {id(p): name for name, p in uncompiled(model).named_parameters()}
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
+    return (group for part in parts_of(optimizer) for group in part.param_groups)
+
+
+def _among(ranks: Ranks | None) -> dict[str, Any]:
+    return {"no_dist": True} if ranks is None else {"process_group": ranks.group}
+
+
+@contextmanager
+def _quiet(ranks: Ranks | None) -> Iterator[None]:
+    """Have nobody warned that a process is alone which is."""
+    with warnings.catch_warnings():
+        if ranks is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _wait(ranks: Ranks | None) -> None:
+    if ranks is not None:
+        ranks.exchange(0)

@@ -1,0 +1,45 @@
+"""An optimizer's step without what torch wraps around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import optimizer as torch_optimizer
+
+STEP_HOOKS = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+
+
+def has_global_step_hooks() -> bool:
+    """Whether hooks are registered that run in every optimizer's step."""
+    return bool(
+        torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+    )
+
+
+def plain_step(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., Any]:
+    """Return a class's `step` without the wrapper in which torch runs hooks and profiles.
+
+    Relied upon: the wrapper has `hooked` and `__wrapped__`.
+    """
+    step: Any = optimizer_class.step
+    while getattr(step, "hooked", False):
+        step = step.__wrapped__
+    return step  # type: ignore[no-any-return]
+
+
+def is_replaced_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an object's `step` is neither its class's nor that of torch's LR schedulers.
+
+    Relied upon: theirs has `_wrapped_by_lr_sched`, and the class's as `__wrapped__`.
+    """
+    patched = optimizer.__dict__.get("step")
+    is_of_scheduler = getattr(patched, "_wrapped_by_lr_sched", False)
+    is_class_step = getattr(patched, "__wrapped__", None) is type(optimizer).step
+    return patched is not None and not (is_of_scheduler and is_class_step)
+
+
+def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
+    """Note on an optimizer that it was stepped: LR schedulers warn if they step before it."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -1,0 +1,206 @@
+"""Graphs that nothing breaks, in loops: forwards and backwards that share one budget."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from packlight.backend import PacklightBackend
+from packlight.capture.dynamo import plain_errors
+from packlight.costs.peak import measure_peak
+from packlight.errors import InfeasibleBudgetError
+from packlight.planner.pieces import keeping_little, order_of, piece_schedule
+from packlight.planner.plain import plain_schedule
+from packlight.planner.shrink import backward_peak_bytes, with_smaller_backward
+from packlight.step import live_after_forward, simulate
+from tests.oracles.graphs import graphs
+
+Loop = Callable[[Callable[..., Any], list[torch.Tensor]], torch.Tensor]
+
+
+class Encoder(nn.Module):
+    """Layers with many activations, dropout among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(48, 48) for _ in range(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + F.dropout(F.gelu(layer(x)), 0.1)
+        return x
+
+
+def contrast(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    first, second = (F.normalize(net(batch), dim=1) for batch in batches[:2])
+    loss = (first - second).square().mean()
+    loss.backward()
+    return loss.detach()
+
+
+def triplet(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    anchor, near, far = (net(batch) for batch in batches[:3])
+    loss = F.triplet_margin_loss(anchor, near, far)
+    loss.backward()
+    return loss.detach()
+
+
+def oldest_first(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    losses = [net(batch).square().mean() for batch in batches[:3]]
+    for loss in losses:
+        loss.backward()
+    return torch.stack([loss.detach() for loss in losses])
+
+
+def accumulated(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    total = torch.zeros(())
+    for batch in batches:
+        loss = net(batch).square().mean() / len(batches)
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def with_a_look_before(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    """A forward whose backward never comes, dropped, then two that are trained on."""
+    assert net(batches[2]).shape == batches[2].shape
+    return contrast(net, batches)
+
+
+def of_two_lengths(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    return contrast(net, [batches[0], batches[1][:1].expand(512, -1).contiguous()])
+
+
+def twins(loop: Loop) -> tuple[nn.Module, nn.Module, list[torch.Tensor], int]:
+    """Return a model, its twin, batches, and the peak of a step in eager PyTorch."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = Encoder()
+    mine = copy.deepcopy(eager)
+    batches = [torch.randn(512, 48) for _ in range(4)]
+    peak = measure_peak(lambda: loop(eager, batches)).peak_bytes
+    eager.zero_grad()
+    return mine, eager, batches, peak
+
+
+def compiled(model: nn.Module, budget: int, **options: Any) -> Callable[..., Any]:
+    backend = PacklightBackend(budget, rehearse=False, progress=False, **options)
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    ("loop", "share"),
+    [(contrast, 0.6), (triplet, 0.5), (oldest_first, 0.5), (accumulated, 0.7),
+     (with_a_look_before, 0.6), (of_two_lengths, 0.6)],
+)
+def test_a_loop_keeps_to_its_budget_from_the_first_step_on(loop: Loop, share: float) -> None:
+    """The first step is measured when its graphs are there, the last when its path is planned."""
+    mine, eager, batches, peak = twins(loop)
+    budget = int(share * peak)
+    net = compiled(mine, budget)
+    theirs = torch.optim.SGD(eager.parameters(), 0.1)
+    optimizer = torch.optim.SGD(mine.parameters(), 0.1)
+    for number in range(4):
+        torch.manual_seed(number)
+        expected = loop(eager, batches)
+        theirs.step()
+        theirs.zero_grad()
+        torch.manual_seed(number)
+        if number in (1, 3):
+            measured = measure_peak(lambda: loop(net, batches))
+            assert measured.peak_bytes <= budget
+            loss = measured.result
+        else:
+            loss = loop(net, batches)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(loss, expected), number
+    for ours, other in zip(mine.parameters(), eager.parameters(), strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_a_plan_for_one_forward_gives_way_to_a_second_one() -> None:
+    """One forward alone runs as planned; when a second comes, the first lets go of what it kept."""
+    mine, eager, batches, _ = twins(contrast)
+    one = measure_peak(lambda: eager(batches[0]).square().mean().backward()).peak_bytes
+    net = compiled(mine, one)
+
+    def alone() -> torch.Tensor:
+        loss = net(batches[0]).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    for _ in range(2):
+        alone()
+        mine.zero_grad()
+    eager.zero_grad()
+    torch.manual_seed(1)
+    expected = contrast(eager, batches)
+    torch.manual_seed(1)
+    measured = measure_peak(lambda: contrast(net, batches))
+    assert torch.equal(measured.result, expected)
+    assert measured.peak_bytes <= one
+    for ours, other in zip(mine.parameters(), eager.parameters(), strict=True):
+        assert ours.grad is not None and other.grad is not None
+        assert torch.equal(ours.grad, other.grad)
+
+
+def test_forwards_that_do_not_fit_beside_one_another_are_refused() -> None:
+    mine, _, batches, _ = twins(contrast)
+    with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
+        compiled(mine, 1)(batches[0])
+    torch._dynamo.reset()
+    net = compiled(mine, caught.value.smallest_bytes)
+    net(batches[0]).square().mean().backward()
+    mine.zero_grad()
+    with pytest.raises(InfeasibleBudgetError, match="kept by others") as refused:
+        contrast(net, batches)
+    assert refused.value.smallest_bytes > refused.value.budget_bytes
+
+
+def test_gradients_of_earlier_backwards_are_counted_and_named() -> None:
+    mine, _, batches, _ = twins(contrast)
+    with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
+        compiled(mine, 1)(batches[0])
+    torch._dynamo.reset()
+    net = compiled(mine, caught.value.smallest_bytes)
+    with pytest.raises(InfeasibleBudgetError, match="gradients"):
+        accumulated(net, batches)
+
+
+def test_forwards_that_transfer_are_refused_beside_one_another(tmp_path: Path) -> None:
+    mine, _, batches, _ = twins(contrast)
+    with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
+        compiled(mine, 1)(batches[0])
+    torch._dynamo.reset()
+    budget = int(0.8 * caught.value.smallest_bytes)
+    net = compiled(mine, budget, offload_directory=tmp_path)
+    net(batches[0]).square().mean().backward()
+    mine.zero_grad()
+    with pytest.raises(InfeasibleBudgetError, match="forward 2 before a backward"):
+        contrast(net, batches)
+
+
+@pytest.mark.parametrize(
+    "name", ["chain-0", "residual-0", "transformer-0", "u-shape-0", "dag-0", "towers-0"]
+)
+def test_what_a_run_has_kept_it_can_let_go_of(name: str) -> None:
+    """The forward stays, nothing else is needed than what was kept, and less of it."""
+    graph = graphs()[name]
+    plain = order_of(graph, plain_schedule(graph))
+    kept = live_after_forward(graph, plain_schedule(graph)) | graph.resident
+    shrunk = with_smaller_backward(graph, plain, keeping_little(graph), kept)
+    assert shrunk is not None and shrunk[0] == plain[0]
+    schedule = piece_schedule(graph, shrunk)
+    left = live_after_forward(graph, schedule)
+    assert left <= kept
+    sizes = [sum(graph.buffers[b].bytes for b in held - graph.resident) for held in (left, kept)]
+    assert sizes[0] <= sizes[1]
+    assert backward_peak_bytes(graph, schedule) <= simulate(graph, schedule).peak_bytes
