@@ -21,7 +21,8 @@ from benchmarks.compress.lenets import Recipe, error_percent, train
 from benchmarks.compress.recipes import METHODS, NETWORKS, Method, prune, share
 
 MODULE = "benchmarks.compress"
-RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results.jsonl"
 
 
 @dataclass(frozen=True)
