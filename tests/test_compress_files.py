@@ -183,6 +183,22 @@ def test_weights_that_keep_together_in_images_take_less(tmp_path: Path) -> None:
     assert Entry.from_json(line.entry.to_json(), "range") == line.entry
 
 
+def test_values_whose_signs_keep_together_take_less(tmp_path: Path) -> None:
+    """The same places; signs as smooth as they are, or drawn at random."""
+    generator = torch.Generator().manual_seed(0)
+    smooth = torch.nn.functional.avg_pool2d(
+        torch.randn(60, 1, 18, 18, generator=generator), 5, stride=1
+    ).reshape(60, 196)
+    weight = torch.where(smooth.abs() > 0.2, smooth.sign(), 0.0)
+    drawn = weight.abs() * torch.randn(weight.shape, generator=generator).sign()
+    sizes = [
+        compress.save(tmp_path / "m.plc", {"w": tensor}).file_bytes for tensor in (drawn, weight)
+    ]
+    assert torch.equal(compress.load(tmp_path / "m.plc")["w"], weight)
+    num_weights = int((weight != 0).sum())
+    assert sizes[0] - sizes[1] > 0.5 * num_weights / 8, "half a bit for each weight"
+
+
 def test_every_byte_of_a_file_is_accounted_for(tmp_path: Path) -> None:
     report = compress.save(tmp_path / "m.plc", a_model())
     counted = sum(tensor.file_bytes for tensor in report.tensors)

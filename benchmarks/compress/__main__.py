@@ -115,8 +115,10 @@ def run(network: str, name: str, method: Method, seed: int, work: Path) -> Recor
 
 
 def recoded(record: Record, work: Path) -> Record:
-    """Return a record of the same weights, written anew by the coder as it is now."""
+    """Return a record of the same weights, if they are there, written by the coder as it is now."""
     path = _file_of(record.network, record.method, record.seed, work)
+    if not path.exists():
+        return record
     report = compress.save(
         path, compress.load(path), coding=compress.inspect(path).coding
     )

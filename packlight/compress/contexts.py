@@ -161,10 +161,15 @@ def likely_lags(is_weight: npt.NDArray[np.bool_]) -> list[int]:
 
 
 class Values:
-    """Which of `num` values comes next: counts so far, and a half each (Krichevsky, Trofimov)."""
+    """Which of some values comes next: counts so far, and a half each (Krichevsky, Trofimov).
 
-    def __init__(self, num: int) -> None:
-        self._counts: Integers = np.zeros(num, dtype=np.int64)
+    Args:
+        num: of values.
+        num_contexts: in each of which values are counted for themselves.
+    """
+
+    def __init__(self, num: int, num_contexts: int = 1) -> None:
+        self._counts: Integers = np.zeros((num_contexts, num), dtype=np.int64)
         self._num_seen = 0
 
     def blocks(self, num: int) -> Iterator[tuple[int, int]]:
@@ -175,12 +180,46 @@ class Values:
             yield begin, end
             begin = end
 
-    def likely(self) -> Floats:
-        """Return each value's probability, up to a factor."""
-        likely: Floats = (2 * self._counts + 1).astype(np.float64)
+    def likely(self, contexts: Integers | None = None) -> Floats:
+        """Return each value's probability, up to a factor: [num], or in contexts [M, num]."""
+        counts = self._counts[0] if contexts is None else self._counts[contexts]
+        likely: Floats = (2 * counts + 1).astype(np.float64)
         return likely
 
-    def learn(self, values: npt.NDArray[Any]) -> None:
+    def learn(self, values: npt.NDArray[Any], contexts: Integers | None = None) -> None:
         """Take note of values that were coded."""
-        self._counts += np.bincount(values, minlength=len(self._counts))
+        num_contexts, num = self._counts.shape
+        places = values if contexts is None else contexts * num + values
+        counts = np.bincount(places, minlength=num_contexts * num)
+        self._counts += counts.reshape(self._counts.shape)
         self._num_seen += len(values)
+
+
+class Signs:
+    """The signs of the weights in up to two rows before, as a context of 3 or 9 for each cell.
+
+    Args:
+        num_columns: of a row.
+        num_negative: codes from 1 up to this one stand for negative values.
+        lags: how many rows before those are.
+    """
+
+    def __init__(self, num_columns: int, num_negative: int, lags: tuple[int, ...]) -> None:
+        self._lags = lags[:2]
+        self._num_negative = num_negative
+        self._none: Integers = np.zeros(num_columns, dtype=np.int64)
+        self._past: deque[Integers] = deque(maxlen=max(self._lags, default=1))
+        self.num_contexts = 3 ** len(self._lags)
+
+    def contexts(self) -> Integers:
+        """Return each cell's context in the next row."""
+        contexts = self._none
+        for lag in self._lags:
+            before = self._past[-lag] if lag <= len(self._past) else self._none
+            contexts = 3 * contexts + before
+        return contexts
+
+    def learn(self, row: npt.NDArray[Any]) -> None:
+        """Take note of a row of codes."""
+        if self._lags:
+            self._past.append(np.where(row > self._num_negative, 2, np.minimum(row, 1)))

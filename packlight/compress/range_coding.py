@@ -17,6 +17,7 @@ from packlight.compress.alphabet import Codes
 from packlight.compress.contexts import (
     WEIGHINGS,
     Positions,
+    Signs,
     Values,
     Weighing,
     likely_lags,
@@ -106,6 +107,7 @@ class RowCoder:
         num_nonzeros: in the whole tensor, which the file tells first.
         num_elements: of the whole tensor.
         weighing: of the past.
+        num_negative: how many of the codes stand for negative values.
     """
 
     def __init__(
@@ -115,13 +117,17 @@ class RowCoder:
         num_nonzeros: int,
         num_elements: int,
         weighing: Weighing,
+        num_negative: int = 0,
     ) -> None:
         self.num_columns = num_columns
         self.is_empty = num_nonzeros == 0
         self.is_full = num_nonzeros == num_elements
         density = num_nonzeros / max(1, num_elements)
         self.positions = Positions(num_columns, density, weighing)
-        self.values = Values(num_codes - 1) if num_codes > 2 else None  # one value: nothing to tell
+        self.signs = Signs(num_columns, num_negative, weighing.lags)
+        # Of one value there is nothing to tell.
+        num_values = num_codes - 1
+        self.values = Values(num_values, self.signs.num_contexts) if num_values > 1 else None
 
     def encode(self, encoder: Any, row: Codes) -> None:
         """Put a row of codes into a range encoder."""
@@ -130,10 +136,9 @@ class RowCoder:
             family = constriction().stream.model.Bernoulli(perfect=False)
             for begin, end, likely in self._segments(is_weight):
                 encoder.encode(is_weight[begin:end].astype(np.int32), family, likely)
-        values = row[is_weight] - 1
-        for begin, end, model in self._blocks(len(values)):
-            encoder.encode(values[begin:end], model)
-            self.values.learn(values[begin:end])  # type: ignore[union-attr]
+        self._code_values(row[is_weight] - 1, is_weight, lambda values, *model:
+                          encoder.encode(values, *model))  # fmt: skip
+        self.signs.learn(row)
 
     def decode(self, decoder: Any) -> Codes:
         """Take a row of codes out of a range decoder."""
@@ -144,10 +149,13 @@ class RowCoder:
                 is_weight[begin:end] = decoder.decode(family, likely)
         row = np.zeros(self.num_columns, dtype=np.int32)
         values = np.zeros(int(is_weight.sum()), dtype=np.int32)
-        for begin, end, model in self._blocks(len(values)):
-            values[begin:end] = decoder.decode(model, end - begin)
-            self.values.learn(values[begin:end])  # type: ignore[union-attr]
+
+        def decode(values: Codes, model: Any, *likely: Any) -> None:
+            values[:] = decoder.decode(model, *(likely or (len(values),)))
+
+        self._code_values(values, is_weight, decode)
         row[is_weight] = values + 1
+        self.signs.learn(row)
         return row
 
     def estimate(self, row: Codes) -> float:
@@ -171,11 +179,29 @@ class RowCoder:
             num_expected += int(expected.sum())
         self.positions.learn(is_weight)
 
-    def _blocks(self, num: int) -> Iterator[tuple[int, int, Any]]:
+    def _code_values(
+        self, values: Codes, is_weight: npt.NDArray[np.bool_], code: Callable[..., None]
+    ) -> None:
+        """Code the values of a row's weights, block by block.
+
+        Args:
+            values: to encode, or where decoded ones are put.
+            is_weight: where in the row they are.
+            code: given a block of values, a model, and probabilities for each if they differ.
+        """
         if self.values is None:
             return
-        for begin, end in self.values.blocks(num):
-            yield begin, end, _categorical(self.values)
+        contexts = self.signs.contexts()[is_weight] if self.signs.num_contexts > 1 else None
+        for begin, end in self.values.blocks(len(values)):
+            block = values[begin:end]
+            if contexts is None:
+                code(block, _categorical(self.values))
+                self.values.learn(block)
+            else:
+                here = contexts[begin:end]
+                family = constriction().stream.model.Categorical(perfect=False)
+                code(block, family, self.values.likely(here))
+                self.values.learn(block, here)
 
 
 def estimate_bits(rows: Codes, weighing: Weighing) -> float:
