@@ -140,7 +140,7 @@ def test_a_stream_yields_the_same_tensors_one_by_one(tmp_path: Path) -> None:
 
 def test_places_and_values_take_about_their_entropy(tmp_path: Path) -> None:
     """An oracle for the coder: the entropy of independent places and values, known exactly."""
-    rows, columns, density, num_values = 200, 500, 0.05, 8
+    rows, columns, density, num_values = 150, 300, 0.06, 8
     generator = torch.Generator().manual_seed(1)
     is_weight = torch.rand(rows, columns, generator=generator) < density
     values = torch.arange(1, num_values + 1)[
@@ -151,12 +151,12 @@ def test_places_and_values_take_about_their_entropy(tmp_path: Path) -> None:
     share_of = float(is_weight.float().mean())
     places = -share_of * math.log2(share_of) - (1 - share_of) * math.log2(1 - share_of)
     entropy_bytes = rows * columns * (places + share_of * math.log2(num_values)) / 8
-    assert entropy_bytes < report.file_bytes < 1.04 * entropy_bytes + 100
+    assert entropy_bytes < report.file_bytes < 1.05 * entropy_bytes + 110
 
 
 def test_rows_and_columns_that_differ_take_less_than_if_they_were_alike(tmp_path: Path) -> None:
-    weight = torch.zeros(300, 400)
-    weight[:60, :80] = sparse_weight(60, 80, 0.5, 4)
+    weight = torch.zeros(120, 200)
+    weight[:40, :60] = sparse_weight(40, 60, 0.5, 4)
     shuffled = weight.reshape(-1)[torch.randperm(weight.numel())].reshape(weight.shape)
     sizes = [
         compress.save(tmp_path / "m.plc", {"w": tensor}).file_bytes for tensor in (weight, shuffled)

@@ -14,7 +14,7 @@ from packlight.compress.alphabet import Alphabet, Codes, alphabet_of, write_valu
 from packlight.compress.contexts import MAX_LAG, MAX_LAGS, WEIGHINGS, Weighing
 from packlight.compress.errors import CompressionError
 from packlight.compress.huffman_coding import default_index_bits
-from packlight.compress.range_coding import choose_weighing
+from packlight.compress.range_coding import choose_lags, choose_settings
 
 # Larger tensors are written without a search for the best way.
 _MAX_SEARCHED_ELEMENTS = 1 << 19
@@ -192,9 +192,10 @@ def _part_of(name: str, tensor: torch.Tensor, coding: str, index_bits: int | Non
 
 def _best_way(entry: Entry, codes: Codes) -> Entry:
     """Return the entry with the order and the weighing under which places take fewest bits."""
-    ways = [replace(entry, is_transposed=transposed) for transposed in (False, True)]
-    weighings = [choose_weighing(rows_of(codes, way)) for way in ways]
-    (weighing, bits), (other, other_bits) = weighings
-    if other_bits < bits:
-        return replace(ways[1], weighing=other)
-    return replace(ways[0], weighing=weighing)
+    ways = []
+    for is_transposed in (False, True):
+        way = replace(entry, is_transposed=is_transposed)
+        rows = rows_of(codes, way)
+        ways.append((*choose_lags(rows), way, rows))
+    weighing, bits, way, rows = min(ways, key=lambda found: found[1])
+    return replace(way, weighing=choose_settings(rows, weighing, bits))

@@ -136,8 +136,7 @@ class RowCoder:
             family = constriction().stream.model.Bernoulli(perfect=False)
             for begin, end, likely in self._segments(is_weight):
                 encoder.encode(is_weight[begin:end].astype(np.int32), family, likely)
-        self._code_values(row[is_weight] - 1, is_weight, lambda values, *model:
-                          encoder.encode(values, *model))  # fmt: skip
+        self._code_values(row[is_weight] - 1, is_weight, encoder.encode)
         self.signs.learn(row)
 
     def decode(self, decoder: Any) -> Codes:
@@ -210,10 +209,8 @@ def estimate_bits(rows: Codes, weighing: Weighing) -> float:
     return sum(coder.estimate(row) for row in rows)
 
 
-def choose_weighing(rows: Codes) -> tuple[Weighing, float]:
-    """Return a weighing under which places take few bits, and those bits.
-
-    Lags first, then one setting after the other.
+def choose_lags(rows: Codes) -> tuple[Weighing, float]:
+    """Return a weighing with the lags under which places take fewest bits, and those bits.
 
     Args:
         rows: codes.
@@ -223,11 +220,24 @@ def choose_weighing(rows: Codes) -> tuple[Weighing, float]:
     lags = likely_lags(rows != 0)
     for num in range(1, len(lags) + 1):
         best, best_bits = _better(rows, replace(best, lags=tuple(lags[:num])), best, best_bits)
+    return best, best_bits
+
+
+def choose_settings(rows: Codes, best: Weighing, best_bits: float) -> Weighing:
+    """Return a weighing with the same lags under which places take few bits.
+
+    One setting after the other is tried.
+
+    Args:
+        rows: codes.
+        best: to begin with.
+        best_bits: under that.
+    """
     for setting in ("row", "column", "neighbours"):
         for value in sorted({getattr(weighing, setting) for weighing in WEIGHINGS}):
             other = replace(best, **{setting: value})
             best, best_bits = _better(rows, other, best, best_bits)
-    return best, best_bits
+    return best
 
 
 def _better(
