@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -128,6 +129,24 @@ def test_blocks_may_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     loaded = compress.load(tmp_path / "m.plc")
     state = model.state_dict()
     assert all(same(loaded[name], positive_zeros(state[name])) for name in state)
+
+
+def test_reading_holds_a_block_and_a_row_beside_the_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Numpy's memory, which is where decoding happens; the tensor itself is torch's."""
+    monkeypatch.setattr("packlight.compress.range_coding.MAX_BLOCK_ELEMENTS", 20_000)
+    weight = sparse_weight(300, 1000, 0.1, 8)
+    report = compress.save(tmp_path / "m.plc", {"w": weight})
+    compress.load(tmp_path / "m.plc")  # what is made once is there
+    tracemalloc.start()
+    try:
+        compress.load(tmp_path / "m.plc")
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < 150_000 < weight.nbytes / 4
+    assert report.file_bytes > 15_000
 
 
 def test_a_stream_yields_the_same_tensors_one_by_one(tmp_path: Path) -> None:
