@@ -147,7 +147,7 @@ class RowCoder:
             for begin, end, likely in self._segments(is_weight):
                 is_weight[begin:end] = decoder.decode(family, likely)
         row = np.zeros(self.num_columns, dtype=np.int32)
-        values = np.zeros(int(is_weight.sum()), dtype=np.int32)
+        values = np.zeros(np.count_nonzero(is_weight), dtype=np.int32)
 
         def decode(values: Codes, model: Any, *likely: Any) -> None:
             values[:] = decoder.decode(model, *(likely or (len(values),)))
@@ -174,7 +174,7 @@ class RowCoder:
         for begin, end in self.positions.segments():
             expected = cells[begin:end]
             yield begin, end, self.positions.likely(expected, num_seen, num_expected)
-            num_seen += int(is_weight[begin:end].sum())
+            num_seen += int(np.count_nonzero(is_weight[begin:end]))
             num_expected += int(expected.sum())
         self.positions.learn(is_weight)
 
