@@ -4,6 +4,7 @@
     retention       the worked example of how-a-budget-becomes-a-schedule.md, plain and planned
     chunked_head    a small GPT with a large vocabulary, its loss head whole and in row chunks
     offload         the character GPT with a disk to offload to
+    pipelines       four schedules of the same pipeline
     report          the page of `packlight plan examples/char_gpt.py --report`, in a real browser
 
 Everything is captured and profiled on this machine; nothing is trained. Times differ from machine
@@ -33,9 +34,17 @@ import packlight  # noqa: E402
 from packlight.cli import build_parser, main  # noqa: E402
 from packlight.cli.options import moves  # noqa: E402
 from packlight.cli.profile import planned  # noqa: E402
+from packlight.cluster import StageCosts, simulate_pipeline  # noqa: E402
+from packlight.cluster.schedules import (  # noqa: E402
+    interleaved,
+    one_f_one_b,
+    varuna,
+    zero_bubble_h1,
+)
 from packlight.fitting import planned_step  # noqa: E402
 from packlight.planner import plain_schedule, plan_schedule  # noqa: E402
 from packlight.planner.accounts import curve  # noqa: E402
+from packlight.report.cluster import pipeline_picture  # noqa: E402
 from packlight.report.figures import memory_over_time  # noqa: E402
 from packlight.report.style import LIGHT, drawing  # noqa: E402
 from packlight.report.transfers import lanes_over_time  # noqa: E402
@@ -215,6 +224,25 @@ def offload(quick: bool) -> bytes:
     return _png(lanes_over_time(step.profile.graph, step.plan.schedule, machine))
 
 
+def pipelines(quick: bool) -> bytes:
+    """Return four schedules of four ranks and eight microbatches, layers computed again."""
+    p, m = 4, 8
+    whole = StageCosts(1.0, 1.0, 1.0, recompute_seconds=1.0)
+    half = StageCosts(0.5, 0.5, 0.5, recompute_seconds=0.5)
+    kept = StageCosts(1.0, 1.0, 1.0)
+    timelines = {
+        "1F1B, all computed again": simulate_pipeline(one_f_one_b(p, m), [whole] * p),
+        "interleaved, two chunks": simulate_pipeline(interleaved(p, m, 2), [half] * 2 * p),
+        "Varuna: before the gradient is there; the last stage keeps": simulate_pipeline(
+            varuna(p, m), [*[whole] * (p - 1), kept]
+        ),
+        "ZB-H1: backward in halves, nothing computed again": simulate_pipeline(
+            zero_bubble_h1(p, m), [kept] * p
+        ),
+    }
+    return _png(pipeline_picture(timelines))
+
+
 def report(quick: bool) -> bytes:
     """Return a report page as a browser shows it: its first screen and a half."""
     executable = find_chromium()
@@ -244,7 +272,7 @@ def smaller(png: bytes) -> bytes:
 
 
 PICTURES: dict[str, Callable[[bool], bytes]] = {
-    f.__name__: f for f in (memory, retention, chunked_head, offload, report)
+    f.__name__: f for f in (memory, retention, chunked_head, offload, pipelines, report)
 }
 
 

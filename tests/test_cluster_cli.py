@@ -42,6 +42,7 @@ def test_a_machine_of_ones_own_is_planned_for(capsys: pytest.CaptureFixture[str]
         (["--gpu", "b900", "--peak-tflops", "5"], "give its own numbers"),
         (["--network", "fast"], "hint: such as 25GB/s"),
         (["--picture", "plan.txt"], "hint: plan.svg"),
+        (["--rack-link", "5GB/s"], "--nodes-per-rack 4 --rack-link 10GB/s"),
         (["--per-node", "5"], "hint: 30 or 35 GPUs do"),
     ],
 )

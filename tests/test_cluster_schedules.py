@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+import re
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +19,7 @@ from packlight.cluster.instructions import (
     weight_versions,
 )
 from packlight.cluster.schedules import (
+    bidirectional,
     gpipe,
     interleaved,
     one_f_one_b,
@@ -34,7 +38,7 @@ UNIT = StageCosts(1.0, 1.0, 1.0, kept_bytes=10, held_bytes=6, static_bytes=100, 
 
 def all_schedules(p: int, m: int) -> list[PipelineSchedule]:
     found = [f(p, m) for f in (gpipe, one_f_one_b, varuna, zero_bubble_h1, pipedream)]
-    found.append(pipedream_2bw(p, m, m))
+    found += [pipedream_2bw(p, m, m), bidirectional(p, m)]
     if m % p == 0:
         found += [interleaved(p, m, 2), interleaved(p, m, 3)]
     return found
@@ -74,6 +78,16 @@ def test_frames_in_flight_are_those_of_the_papers(p: int, m: int) -> None:
     assert frames(interleaved(p, m, 2)) == [min(2 * m, 2 * (p - r - 1) + p + 1) for r in range(p)]
 
 
+@pytest.mark.parametrize(("p", "m"), [(2, 3), (4, 8), (8, 16)])
+def test_two_ways_have_a_smaller_bubble_than_one_for_one_more_microbatch(p: int, m: int) -> None:
+    both = simulate_pipeline(bidirectional(p, m), [UNIT] * 2 * p)
+    one = simulate_pipeline(zero_bubble_h1(p, 2 * m), [UNIT] * p)
+    assert max(both.frames) <= p + 1
+    assert sum(both.busy_seconds) == sum(one.busy_seconds) == pytest.approx(2 * m * 3 * p)
+    assert one.total_seconds - 6 * m == pytest.approx(p - 1)
+    assert both.total_seconds - 6 * m == pytest.approx(p / 2 - 1)
+
+
 def test_peaks_count_what_each_instruction_holds() -> None:
     peaks = simulate_pipeline(one_f_one_b(3, 6), [UNIT] * 3).peak_bytes
     assert peaks == (100 + 3 * 10 + 3, 100 + 2 * 10 + 3, 100 + 10 + 3)
@@ -106,6 +120,13 @@ def test_a_pipeline_that_never_flushes_has_one_bubble_for_all_batches() -> None:
     endless = simulate_pipeline(pipedream_2bw(p, m * batches, m), [UNIT] * p).total_seconds
     flushed = simulate_pipeline(one_f_one_b(p, m), [UNIT] * p).total_seconds
     assert endless == pytest.approx(batches * flushed - (batches - 1) * 3 * (p - 1))
+
+
+def test_the_page_shows_what_its_code_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "cluster.md").read_text(encoding="utf-8")
+    code, shown = re.findall(r"^```python\n(.*?)^```\n\n((?:    [^\n]*\n)+)", page, re.M | re.S)[0]
+    exec(code, {})
+    assert capsys.readouterr().out == textwrap.dedent(shown)
 
 
 def swapped(schedule: PipelineSchedule, rank: int, a: int, b: int) -> PipelineSchedule:

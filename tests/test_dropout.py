@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -123,3 +124,30 @@ def test_a_steps_dropouts_are_eagers_in_every_bit(
             assert again.equal(loss)
         for ours, theirs in zip(twin.parameters(), model.parameters(), strict=True):
             assert same_bits(ours.detach(), theirs.detach())
+
+
+def test_the_noise_of_rrelu_is_eagers_where_it_is_computed_again() -> None:
+    """Around which torch.utils.checkpoint computes gradients from left-over memory."""
+    torch.manual_seed(0)
+    eager = nn.Sequential(nn.Linear(16, 64), nn.RReLU(), nn.Linear(64, 64), nn.RReLU())
+    mine, batch = copy.deepcopy(eager), torch.randn(64, 16)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.1) for m in (eager, mine)]
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    arguments: Any = mine, loss_fn, optimizers[1], batch
+    options: Any = {"moves": packlight.EXACT_MOVES, "progress": False}
+    with pytest.raises(packlight.InfeasibleBudgetError) as caught:
+        packlight.plan(*arguments, 1, **options)
+    step = packlight.fit(*arguments, caught.value.smallest_bytes, **options)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        loss = loss_fn(eager, batch)
+        loss.backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+        torch.manual_seed(seed)
+        assert torch.equal(step(batch), loss)
+        for ours, theirs in zip(mine.parameters(), eager.parameters(), strict=True):
+            assert torch.equal(ours, theirs)

@@ -313,6 +313,27 @@ def test_layers_frozen_and_freed_and_groups_added_later() -> None:
     assert not torch.equal(mine.model.first.weight, before)
 
 
+@pytest.mark.parametrize("moves", [packlight.EXACT_MOVES, ()])
+def test_the_state_of_frozen_layers_still_counts(moves: Any) -> None:
+    """What an optimizer remembers of a layer stays in memory when the layer is frozen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    optimizer = torch.optim.AdamW(model.parameters())
+    batch = torch.randn(4, 32)
+
+    def loss_fn(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        return model(batch).square().mean()
+
+    step = packlight.fit(model, loss_fn, optimizer, batch, moves=moves, progress=False)
+    step(batch)
+    model[0].requires_grad_(False)
+    step.prepare(batch)
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    resident = sum(t.nbytes for t in (*model.parameters(), *states, batch))
+    measured = packlight.measure_peak(lambda: step(batch))
+    assert resident + measured.peak_bytes <= step.peak_bytes
+
+
 def test_two_shapes_of_batches_alternate_and_are_planned_once(num_plans: list[Any]) -> None:
     mine, eager = twins(net(), loss_of, two_groups)
     compare(mine, eager, [batch_of(seed, rows) for seed, rows in enumerate([12, 8, 12, 8, 12])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import os
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from torch import nn
 import packlight
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.read_joint import read_joint_graph
+from packlight.cli import options
 from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, WayError
@@ -157,6 +159,13 @@ def test_groups_are_closed_and_have_one_large_result_in_the_forward() -> None:
             assert not (downstream - made) & set(graph.operations[o].reads)
 
 
+def test_no_more_kernels_are_compiled_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_groups, "MOST_KERNELS", 1)
+    groups = grouped(joint_of(normed, ROWS, WIDTH), is_exact=False)
+    assert len({graph.name for graph in groups.kernels}) == 1
+    assert "no more than 1 kernels are compiled" in groups.failures
+
+
 # -- in fit
 
 
@@ -228,6 +237,7 @@ def test_a_fused_step_trains_like_eager_and_is_described_saved_and_loaded(
     assert again.plan.schedule == step.plan.schedule
 
 
+@pytest.mark.slow
 def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None) -> None:
     moves = ("update-in-backward", "fuse")
     plain, batch = fitted(moves=moves)
@@ -254,6 +264,12 @@ def test_nothing_is_fused_unless_it_is_asked_for() -> None:
     assert not {"fuse", "fuse-exactly"} & {*packlight.MOVES, *packlight.EXACT_MOVES}
     step, _ = fitted()
     assert "fuse" not in step.describe()
+
+
+def test_the_command_line_names_it() -> None:
+    for is_exact, name in ((False, "fuse"), (True, "fuse-exactly")):
+        names = options.moves(argparse.Namespace(exact=is_exact, fuse=True))
+        assert names == (*(packlight.EXACT_MOVES if is_exact else packlight.MOVES), name)
 
 
 # -- what cannot be compiled

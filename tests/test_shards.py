@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import packlight
+from packlight.errors import NonFiniteLossError
 from packlight.optim import AdamW8bit
 from packlight.ranks.link import faster
 from packlight.run.distributed import load_distributed
@@ -190,6 +192,28 @@ def test_what_cannot_lie_in_pieces_is_said_on_all_ranks(
 
 def _raise(text: str) -> None:
     raise ValueError(text)
+
+
+def trained_on_nan() -> tuple[str, bool, float]:
+    """Give one rank a batch that is not finite, then go on."""
+    step, batches = fitted("mlp", "sgd", count=2)
+    before = [p.detach().clone() for p in step.model.parameters()]
+    if dist.get_rank() == 1:
+        batches[0][0][0, 0] = float("nan")
+    try:
+        step(batches[0])
+        kind = "none"
+    except NonFiniteLossError as error:
+        kind = type(error).__name__
+    is_untouched = all(map(torch.equal, before, step.model.parameters()))
+    return kind, is_untouched, float(step(batches[1]))
+
+
+def test_nan_on_one_rank_leaves_all_pieces_as_they_are(pool: RankPool) -> None:
+    one, other = pool.run(trained_on_nan)
+    assert one == other
+    assert one[:2] == ("NonFiniteLossError", True)
+    assert one[2] == one[2]
 
 
 # -- checkpoints

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
 from packlight.planner.pieces import keeping_little, order_of, piece_schedule
 from packlight.planner.plain import plain_schedule
 from packlight.planner.shrink import backward_peak_bytes, with_smaller_backward
@@ -36,6 +35,13 @@ class Encoder(nn.Module):
         for layer in self.layers:
             x = x + F.dropout(F.gelu(layer(x)), 0.1)
         return x
+
+
+class Scored(Encoder):
+    """Returns its own loss."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).square().mean()
 
 
 def contrast(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
@@ -75,7 +81,24 @@ def with_a_look_before(net: Callable[..., Any], batches: list[torch.Tensor]) -> 
 
 
 def of_two_lengths(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
-    return contrast(net, [batches[0], batches[1][:1].expand(512, -1).contiguous()])
+    losses = [net(batch).square().mean() for batch in (batches[0], batches[1][:300].contiguous())]
+    loss = losses[0] * losses[1]
+    loss.backward()
+    return loss.detach()
+
+
+def scored_together(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    loss = net(batches[0]) + net(batches[1])
+    loss.backward()
+    return loss.detach()
+
+
+def scored_one_by_one(net: Callable[..., Any], batches: list[torch.Tensor]) -> torch.Tensor:
+    losses = [net(batch) for batch in batches[:1]]
+    losses[0].backward()
+    losses.append(net(batches[1]))
+    losses[1].backward()
+    return torch.stack([loss.detach() for loss in losses])
 
 
 def twins(loop: Loop) -> tuple[nn.Module, nn.Module, list[torch.Tensor], int]:
@@ -152,40 +175,50 @@ def test_a_plan_for_one_forward_gives_way_to_a_second_one() -> None:
         assert torch.equal(ours.grad, other.grad)
 
 
-def test_forwards_that_do_not_fit_beside_one_another_are_refused() -> None:
-    mine, _, batches, _ = twins(contrast)
+def smallest_bytes(model: nn.Module, batch: torch.Tensor) -> int:
+    """Return the smallest budget of one call, as an error names it."""
     with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
-        compiled(mine, 1)(batches[0])
+        compiled(model, 1)(batch)
     torch._dynamo.reset()
-    net = compiled(mine, caught.value.smallest_bytes)
-    net(batches[0]).square().mean().backward()
-    mine.zero_grad()
-    with pytest.raises(InfeasibleBudgetError, match="kept by others") as refused:
-        contrast(net, batches)
+    return caught.value.smallest_bytes
+
+
+@pytest.mark.parametrize(
+    ("loop", "what"),
+    [(scored_together, "kept by others"), (scored_one_by_one, "gradients of earlier backwards")],
+)
+def test_what_does_not_fit_beside_the_rest_of_a_loop_is_refused(loop: Loop, what: str) -> None:
+    torch.manual_seed(0)
+    model, batches = Scored(), [torch.randn(512, 48) for _ in range(2)]
+    torch._dynamo.reset()
+    # A few bytes for what Python makes of the losses.
+    net = compiled(model, smallest_bytes(model, batches[0]) + 64)
+    net(batches[0]).backward()
+    model.zero_grad()
+    with pytest.raises(InfeasibleBudgetError, match=what) as refused:
+        loop(net, batches)
     assert refused.value.smallest_bytes > refused.value.budget_bytes
 
 
-def test_gradients_of_earlier_backwards_are_counted_and_named() -> None:
-    mine, _, batches, _ = twins(contrast)
-    with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
-        compiled(mine, 1)(batches[0])
+def test_hooks_on_what_autograd_saves_change_no_bit_or_are_refused() -> None:
+    """`save_on_cpu` saves the same memory on a CPU; what copies is named before it is wrong."""
+    torch.manual_seed(0)
+    eager = Scored()
+    model, batch = copy.deepcopy(eager), torch.randn(64, 48)
     torch._dynamo.reset()
-    net = compiled(mine, caught.value.smallest_bytes)
-    with pytest.raises(InfeasibleBudgetError, match="gradients"):
-        accumulated(net, batches)
-
-
-def test_forwards_that_transfer_are_refused_beside_one_another(tmp_path: Path) -> None:
-    mine, _, batches, _ = twins(contrast)
-    with pytest.raises(InfeasibleBudgetError) as caught, plain_errors():
-        compiled(mine, 1)(batches[0])
-    torch._dynamo.reset()
-    budget = int(0.8 * caught.value.smallest_bytes)
-    net = compiled(mine, budget, offload_directory=tmp_path)
-    net(batches[0]).square().mean().backward()
-    mine.zero_grad()
-    with pytest.raises(InfeasibleBudgetError, match="forward 2 before a backward"):
-        contrast(net, batches)
+    net = compiled(model, 2**24)
+    for forward in (eager, net):
+        torch.manual_seed(1)
+        with torch.autograd.graph.save_on_cpu(pin_memory=False):
+            loss = forward(batch)
+        loss.backward()
+    for ours, theirs in zip(model.parameters(), eager.parameters(), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert torch.equal(ours.grad, theirs.grad)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+        loss = net(batch)
+    with pytest.raises(UnsupportedModelError, match="hooks that copy what autograd saves"):
+        loss.backward()
 
 
 @pytest.mark.parametrize(

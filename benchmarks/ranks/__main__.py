@@ -78,10 +78,12 @@ def main() -> int:
     if arguments.fresh and arguments.out.exists():
         arguments.out.unlink()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["PACKLIGHT_CACHE"] = folder
+        os.environ["PACKLIGHT_CACHE"] = str(arguments.cache or folder)
         context = mp.get_context("spawn")
+        # Turns are added to those that the file has.
+        first = 1 + max((record.round for record in read_lines(arguments.out, Record)), default=-1)
         ranks = [
-            context.Process(target=_rank, args=(rank, arguments, folder, told))
+            context.Process(target=_rank, args=(rank, arguments, folder, told, first))
             for rank in range(arguments.ranks)
         ]
         for process in ranks:
@@ -96,14 +98,16 @@ def main() -> int:
     return max(process.exitcode or 0 for process in ranks)
 
 
-def _rank(rank: int, arguments: argparse.Namespace, folder: str, told: dict[str, Any]) -> None:
+def _rank(
+    rank: int, arguments: argparse.Namespace, folder: str, told: dict[str, Any], first: int
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=arguments.ranks
     )
     console = Console(stderr=True, quiet=rank > 0)
     modes = [mode for mode in MODES if not arguments.modes or mode.name in arguments.modes]
-    for turn in range(arguments.rounds):
+    for turn in range(first, first + arguments.rounds):
         reference: list[torch.Tensor] = []
         for mode in modes:
             trained = train(mode, arguments.steps, time.perf_counter)
@@ -137,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10, help="timed in each turn")
     parser.add_argument("--modes", nargs="+", choices=[mode.name for mode in MODES])
+    parser.add_argument("--cache", type=Path, help="of Packlight's; by default an empty one")
     parser.add_argument("--fresh", action="store_true", help="forget what the file has")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser

@@ -71,7 +71,8 @@ def speed_table(records: list[Record]) -> list[str]:
 def rival_table(records: list[Record]) -> list[str]:
     """Return bytes and times beside sparselab's."""
     header = [
-        "layer", "density", "ours, of dense bytes", "sparselab's", "... without its transposed copy",
+        "layer", "density", "ours, of dense bytes", "sparselab's",
+        "... without its transposed copy",
         "our time over theirs", "ours over dense", "theirs over dense",
     ]
     rows = []

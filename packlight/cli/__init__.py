@@ -1,4 +1,4 @@
-"""The command line: `packlight profile|plan|train|compress FILE`, and `packlight cluster`.
+"""The command line: `packlight profile|plan|train|compress|cluster FILE`.
 
 One file per command; each imports torch only when it runs, so that `packlight --help` is quick.
 What a user can mend is told in a line or two on the error stream, with exit code 2.
@@ -20,7 +20,7 @@ _COMMANDS = {
 }
 
 _EPILOG = """\
-FILE (of profile, plan and train) is a Python file with plain functions:
+FILE is a Python file with plain functions:
   model() -> nn.Module
   loss(model, batch) -> scalar tensor
   optimizer(model) -> torch.optim.Optimizer

@@ -52,6 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machines.add_argument("--memory-speed", metavar="SPEED", help="of that memory: 2TB/s")
     machines.add_argument("--node-link", metavar="SPEED", help="of a GPU in its node: 300GB/s")
     machines.add_argument("--network", metavar="SPEED", help="of a GPU's share: 25GB/s")
+    machines.add_argument(
+        "--nodes-per-rack", type=positive_int, help="where racks are further apart than nodes"
+    )
+    machines.add_argument("--rack-link", metavar="SPEED", help="of a GPU's share between racks")
     allowed = parser.add_argument_group("what may be used")
     allowed.add_argument("--max-tensor", type=positive_int, default=None, metavar="N",
                          help="ranks that share a layer (default: those of a node)")
@@ -180,7 +184,7 @@ def _run_transformer(arguments: argparse.Namespace) -> int:
     if picture is not None:
         from packlight.report.cluster import pipeline_picture
 
-        pipeline_picture(prediction.timeline, describe_layout(plan.layout)).savefig(picture)
+        pipeline_picture({describe_layout(plan.layout): prediction.timeline}).savefig(picture)
         line(f"picture: {picture}")
     return 0
 
@@ -210,10 +214,22 @@ def machines_of(arguments: argparse.Namespace) -> Cluster:
     gpu = replace(
         cluster.gpu, name=arguments.gpu, **{key: value for key, value in own.items() if value}
     )
-    return replace(cluster, gpu=gpu, **{
+    cluster = replace(cluster, gpu=gpu, **{
         key: replace(getattr(cluster, key), bytes_per_second=value)
         for key, value in links.items() if value
     })
+    racks = _speed(arguments.rack_link, "--rack-link")
+    if (racks is None) is not (arguments.nodes_per_rack is None):
+        raise OptionError(
+            "--nodes-per-rack and --rack-link belong together\n"
+            "hint: --nodes-per-rack 4 --rack-link 10GB/s"
+        )
+    if racks is None:
+        return cluster
+    return replace(
+        cluster, nodes_per_rack=arguments.nodes_per_rack,
+        rack_link=replace(cluster.network, bytes_per_second=racks),
+    )
 
 
 def _speed(text: str | None, option: str) -> float | None:

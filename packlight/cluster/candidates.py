@@ -283,12 +283,14 @@ def _split_backward(problem: Problem, layout: Layout) -> Candidate | None:
         )
         if peak > problem.budget_bytes:
             continue
-        most = max(c.seconds for c in costs) + message
-        bubble = max(
-            c.forward_seconds + c.input_seconds + c.recompute_seconds - c.weight_seconds
-            for c in costs
-        ) + message
-        seconds = microbatches * most + (p - 1) * max(bubble, 0.0)
+        slowest = max(range(p), key=lambda i: costs[i].seconds)
+        others = [c for i, c in enumerate(costs) if i != slowest]
+        # Gradients of weights fill what is left of the way there and back, if there are enough.
+        filled = min(1.0, (microbatches - 1) / max(p - 1, 1))
+        bubble = sum(
+            max(c.seconds - (1 + filled) * c.weight_seconds, 0.0) + message for c in others
+        )
+        seconds = microbatches * (costs[slowest].seconds + message) + bubble
         seconds += _afterwards(problem, layout, pieces)
         if best is None or seconds < best.seconds:
             best = Candidate(

@@ -57,8 +57,10 @@ class PipelineSchedule:
     Attributes:
         name: for reports.
         rank_of_stage: where each stage is.
-        num_microbatches: of all batches that it covers.
+        num_microbatches: of all batches that it covers, on each way.
         ranks: for each rank its instructions, in order.
+        num_ways: how many times the model is there, each with microbatches of its own: stages are
+            numbered one way after the other.
 
     >>> from packlight.cluster.schedules import one_f_one_b
     >>> for instructions in one_f_one_b(2, 3).ranks:
@@ -71,6 +73,7 @@ class PipelineSchedule:
     rank_of_stage: tuple[int, ...]
     num_microbatches: int
     ranks: tuple[tuple[Instruction, ...], ...]
+    num_ways: int = 1
 
     @property
     def num_ranks(self) -> int:
@@ -85,12 +88,20 @@ class PipelineSchedule:
     def needs(self, instruction: Instruction) -> Instruction | None:
         """Return what another stage must have done before, if anything."""
         stage, microbatch = instruction.stage, instruction.microbatch
-        if instruction.work is Work.FORWARD and stage > 0:
+        if instruction.work is Work.FORWARD and not self.is_first(stage):
             return Instruction(Work.FORWARD, stage - 1, microbatch)
-        if instruction.work in ENDS and stage + 1 < self.num_stages:
+        if instruction.work in ENDS and not self.is_last(stage):
             work = Work.INPUT if stage + 1 in self.split_stages else Work.BACKWARD
             return Instruction(work, stage + 1, microbatch)
         return None
+
+    def is_first(self, stage: int) -> bool:
+        """Whether a stage is the first of its way."""
+        return stage % (self.num_stages // self.num_ways) == 0
+
+    def is_last(self, stage: int) -> bool:
+        """Whether a stage is the last of its way."""
+        return self.is_first(stage + 1)
 
     @cached_property
     def split_stages(self) -> frozenset[int]:

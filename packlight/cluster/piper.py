@@ -104,13 +104,14 @@ def solve(problem: PiperProblem) -> list[PiperStage] | None:
     best: dict[int, npt.NDArray[np.float64]] = {0: np.zeros(shape)}
     for whole in sets[1:]:
         table = np.full(shape, np.inf)
-        for part, t, d, seconds in _stages(problem, whole, sets, frames):
-            behind = best[part][: devices + 1 - t * d, : frames + 1 - d]
+        for part, stage, d in _first_stages(problem, whole, sets, frames):
+            used = stage.tensor * d
+            seconds = stage.seconds(d, frames)
+            behind = best[part][: devices + 1 - used, : frames + 1 - d]
             found = np.maximum(behind, seconds[np.newaxis, d:])
-            np.minimum(table[t * d :, d:], found, out=table[t * d :, d:])
+            np.minimum(table[used:, d:], found, out=table[used:, d:])
         best[whole] = np.minimum.accumulate(np.minimum.accumulate(table, axis=0), axis=1)
-    whole = sets[-1]
-    if not np.isfinite(best[whole][-1, -1]):
+    if not np.isfinite(best[sets[-1]][-1, -1]):
         return None
     return _read(problem, sets, best, frames)
 
@@ -128,17 +129,16 @@ def _read(
     while whole:
         # The table says "at most": the optimum may be that of fewer microbatches in flight.
         s = int(np.argmax(best[whole][k] <= limit))
-        for part, t, d, seconds in _stages(problem, whole, sets, s):
-            if t * d <= k and d <= s and max(best[part][k - t * d, s - d], seconds[s]) <= limit:
-                layers = _members(whole & ~part)
-                y = -(-s // d)
-                ways = _cheapest(problem, layers, whole & ~part, t, d, y)
-                assert ways is not None, "it fitted before"
-                stages.append(PiperStage(tuple(layers), t, d, ways[1], ways[0]))
-                whole, k, s = part, k - t * d, s - d
-                break
-        else:
-            raise AssertionError("a stage of the optimum")
+        part, stage, d = next(
+            (part, stage, d)
+            for part, stage, d in _first_stages(problem, whole, sets, s)
+            if stage.tensor * d <= k and d <= s
+            and max(best[part][k - stage.tensor * d, s - d], stage.seconds(d, s)[s]) <= limit
+        )
+        ways = stage.cheapest(d, -(-s // d))
+        assert ways is not None, "it fitted before"
+        stages.append(PiperStage(tuple(stage.layers), stage.tensor, d, ways[1], ways[0]))
+        whole, k, s = part, k - stage.tensor * d, s - d
     return stages
 
 
@@ -171,66 +171,96 @@ def closed_sets(count: int, edges: Iterable[tuple[int, int]]) -> list[int]:
     return sorted(found, key=lambda each: (each.bit_count(), each))
 
 
-def _members(bits: int) -> list[int]:
-    return [i for i in range(bits.bit_length()) if bits >> i & 1]
-
-
-def _stages(
+def _first_stages(
     problem: PiperProblem, whole: int, sets: Sequence[int], frames: int
-) -> Iterable[tuple[int, int, int, npt.NDArray[np.float64]]]:
-    """Yield (what is behind, t, d, seconds for each s) of all first stages of a closed set."""
+) -> Iterable[tuple[int, _Inside, int]]:
+    """Yield (what is behind, layers and t, d) of all first stages of a closed set."""
     for part in sets:
         if part == whole or part & ~whole:
             continue
         inside = whole & ~part
-        layers = _members(inside)
-        degrees = set.intersection(*(set(problem.ways[layer]) for layer in layers))
-        for t in sorted(degrees):
+        layers = [i for i in range(inside.bit_length()) if inside >> i & 1]
+        for t in sorted(set.intersection(*(set(problem.ways[layer]) for layer in layers))):
+            stage = _Inside(problem, layers, inside, t)
             for d in range(1, min(problem.num_devices // t, frames) + 1):
-                if problem.num_microbatches % d:
-                    continue
-                seconds = np.full(frames + 1, np.inf)
-                for y in range(1, -(-frames // d) + 1):
-                    ways = _cheapest(problem, layers, inside, t, d, y)
-                    if ways is None:
-                        break  # More microbatches in flight take more memory.
-                    seconds[(y - 1) * d + 1 : y * d + 1] = ways[0]
-                if np.isfinite(seconds).any():
-                    yield part, t, d, seconds
+                if problem.num_microbatches % d == 0:
+                    yield part, stage, d
 
 
-def _cheapest(
-    problem: PiperProblem, layers: Sequence[int], inside: int, t: int, d: int, y: int
-) -> tuple[float, tuple[int, ...]] | None:
-    """Return the least seconds of a stage that fits, and the ways of its layers."""
-    # (bytes, seconds, ways): those that no other beats, layer by layer.
-    front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
-    for layer in layers:
+class _Inside:
+    """The layers of a stage on t tensor parallel ranks: what they take with d and y."""
+
+    def __init__(
+        self, problem: PiperProblem, layers: Sequence[int], inside: int, tensor: int
+    ) -> None:
+        self.problem, self.layers, self.tensor = problem, layers, tensor
+        crossing = {
+            edge: num_bytes for edge, num_bytes in problem.edges.items()
+            if (inside >> edge[0] & 1) != (inside >> edge[1] & 1)
+        }
+        # Of each layer its ways: (seconds and crossing bytes as seconds, resync seconds, bytes).
+        self._ways: list[list[tuple[float, float, float, float]]] = []
+        for layer in layers:
+            into = [(edge[0], size) for edge, size in crossing.items() if edge[1] == layer]
+            out = [(edge[1], size) for edge, size in crossing.items() if edge[0] == layer]
+            self._ways.append([
+                (
+                    way.seconds + 2 / problem.bytes_per_second * (
+                        sum(size + way.sync_in.get(other, 0.0) for other, size in into)
+                        + sum(size + way.sync_out.get(other, 0.0) for other, size in out)
+                    ),
+                    4 * way.parameter_bytes / problem.num_microbatches / problem.bytes_per_second,
+                    way.frame_bytes,
+                    way.fixed_bytes,
+                )
+                for way in problem.ways[layer][tensor]
+            ])
+
+    def seconds(self, d: int, frames: int) -> npt.NDArray[np.float64]:
+        """Return the least seconds with data degree d, for s = 0 .. frames."""
+        seconds = np.full(frames + 1, np.inf)
+        for y in range(1, -(-frames // d) + 1):
+            ways = self.cheapest(d, y)
+            if ways is None:
+                break  # More microbatches in flight take more memory.
+            seconds[(y - 1) * d + 1 : y * d + 1] = ways[0]
+        return seconds
+
+    def cheapest(self, d: int, y: int) -> tuple[float, tuple[int, ...]] | None:
+        """Return the least seconds with y microbatches in flight, and the ways of the layers."""
         options = [
-            (way.frame_bytes * y + way.fixed_bytes, _seconds(problem, layer, way, inside, d), i)
-            for i, way in enumerate(problem.ways[layer][t])
+            [
+                (frame * y + fixed, seconds / d + resync * (d - 1) / d, i)
+                for i, (seconds, resync, frame, fixed) in enumerate(ways)
+            ]
+            for ways in self._ways
         ]
+        memory = self.problem.memory_bytes
+        fastest = [min(each, key=lambda o: (o[1], o[0])) for each in options]
+        if sum(o[0] for o in fastest) <= memory:
+            return sum(o[1] for o in fastest), tuple(o[2] for o in fastest)
+        if sum(min(o[0] for o in each) for each in options) > memory:
+            return None
+        return knapsack(options, memory)
+
+
+def knapsack(
+    options: Sequence[Sequence[tuple[float, float, int]]], capacity: float
+) -> tuple[float, tuple[int, ...]] | None:
+    """Return the least seconds of one (bytes, seconds, name) of each, within so many bytes.
+
+    Layer by layer all pairs (bytes, seconds) are kept that no other beats.
+    """
+    front: list[tuple[float, float, tuple[int, ...]]] = [(0.0, 0.0, ())]
+    for each in options:
         grown = sorted(
-            (held + more, seconds + longer, (*ways, i))
-            for held, seconds, ways in front
-            for more, longer, i in options
-            if held + more <= problem.memory_bytes
+            (held + more, seconds + longer, (*names, name))
+            for held, seconds, names in front
+            for more, longer, name in each
+            if held + more <= capacity
         )
         front = []
-        for each in grown:
-            if not front or each[1] < front[-1][1]:
-                front.append(each)
-        if not front:
-            return None
-    return front[-1][1], front[-1][2]
-
-
-def _seconds(problem: PiperProblem, layer: int, way: WayToRun, inside: int, d: int) -> float:
-    crossing = 0.0
-    for (source, target), num_bytes in problem.edges.items():
-        if target == layer and not inside >> source & 1:
-            crossing += 2 * (num_bytes + way.sync_in.get(source, 0.0))
-        if source == layer and not inside >> target & 1:
-            crossing += 2 * (num_bytes + way.sync_out.get(target, 0.0))
-    resync = 4 * (d - 1) / d * way.parameter_bytes / problem.num_microbatches
-    return way.seconds / d + (crossing / d + resync) / problem.bytes_per_second
+        for state in grown:
+            if not front or state[1] < front[-1][1]:
+                front.append(state)
+    return (front[-1][1], front[-1][2]) if front else None

@@ -29,7 +29,7 @@ from packlight.units import format_bytes
 # So many of the best estimates are simulated. Layouts whose estimates are so far behind the best
 # are not looked at: as far as an estimate may be from its simulation.
 _SIMULATED = 3
-_TOLERANCE = 0.03
+_TOLERANCE = 0.06
 _MICROBATCHES = (1, 2, 4, 8, 16, 32)
 
 

@@ -113,6 +113,58 @@ def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     return _on_own_ranks("zb-h1", num_microbatches, ranks)
 
 
+def bidirectional(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
+    """Return two pipelines through the same ranks, one from each end (as DualPipe).
+
+    Each rank has a stage of either way, and so twice the parameters; one way's microbatches fill
+    the other's bubble, and gradients of weights what is left. A rank takes what is ready: gradients
+    of inputs first, then forwards, while no more than `num_ranks + 1` microbatches are in flight.
+    (DualPipe, DeepSeek-AI 2024, arXiv 2412.19437, besides runs a forward and a backward of
+    different ways at once, to hide their messages.)
+
+    Args:
+        num_ranks: of which each is on both ways.
+        num_microbatches: on each way.
+    """
+    _check_sizes(num_ranks, num_microbatches)
+    place = (*range(num_ranks), *reversed(range(num_ranks)))
+    own = [(rank, 2 * num_ranks - 1 - rank) for rank in range(num_ranks)]
+    # How many microbatches of each stage have run each part, and when the latest ended.
+    done = {work: [0] * len(place) for work in (_F, _I, _W)}
+    seen = {work: [0] * len(place) for work in (_F, _I)}
+    ranks: list[list[Instruction]] = [[] for _ in range(num_ranks)]
+
+    def ready(work: Work, stage: int) -> bool:
+        position, microbatch = stage % num_ranks, done[work][stage]
+        if microbatch == num_microbatches:
+            return False
+        if work is _F:
+            in_flight = microbatch - done[_I][stage]
+            held = sum(done[_F][s] - done[_W][s] for s in own[place[stage]])
+            room = in_flight < num_ranks - position and held <= num_ranks
+            return room and (position == 0 or seen[_F][stage - 1] > microbatch)
+        if work is _I:
+            made = done[_F][stage] > microbatch
+            return made and (position == num_ranks - 1 or seen[_I][stage + 1] > microbatch)
+        return done[_I][stage] > microbatch
+
+    while any(count < num_microbatches for count in done[_W]):
+        for rank in range(num_ranks):
+            choices = [
+                (order, done[work][stage], Instruction(work, stage, done[work][stage]))
+                for order, work in enumerate((_I, _F, _W))
+                for stage in own[rank] if ready(work, stage)
+            ]
+            if choices:
+                _, _, instruction = min(choices, key=lambda choice: choice[:2])
+                ranks[rank].append(instruction)
+                done[instruction.work][instruction.stage] += 1
+        seen = {work: list(done[work]) for work in seen}
+    return PipelineSchedule(
+        "bidirectional", place, num_microbatches, tuple(tuple(each) for each in ranks), 2
+    )
+
+
 def pipedream(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """Return 1F1B that never flushes: an update after each backward (Narayanan et al. 2019).
 

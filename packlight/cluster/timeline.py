@@ -99,13 +99,13 @@ def _messages(
 
     Even numbers are forwards (named by the stage that makes them), odd ones backwards.
     """
-    stage, last = instruction.stage, schedule.num_stages - 1
-    width = 2 * schedule.num_microbatches
+    stage, width = instruction.stage, 2 * schedule.num_microbatches
+    is_first, is_last = schedule.is_first(stage), schedule.is_last(stage)
     number = stage * width + 2 * instruction.microbatch
     if instruction.work is Work.FORWARD:
-        return number if stage < last else None, number - width if stage > 0 else None
+        return None if is_last else number, None if is_first else number - width
     if instruction.work in ENDS:
-        return number + 1 if stage > 0 else None, number + 1 + width if stage < last else None
+        return None if is_first else number + 1, None if is_last else number + 1 + width
     return None, None
 
 

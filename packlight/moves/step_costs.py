@@ -40,6 +40,7 @@ from packlight.updates.accounting import (
     tensors_bytes,
 )
 from packlight.updates.several import SeveralUpdates, parts_of, updates_of
+from packlight.updates.twin import state_tensors
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
@@ -89,10 +90,15 @@ class StepCosts:
 
     @cached_property
     def optimizer_bytes(self) -> int:
-        """The optimizer's state, whether it exists yet or not."""
+        """The optimizer's state, whether it exists yet or not, that of frozen layers included."""
+        left = (
+            state for part in parts_of(self.request.optimizer)
+            for parameter, state in part.state.items() if id(parameter) not in self.trained
+        )
+        left_bytes = tensors_bytes(tensor for state in left for tensor in state_tensors(state))
         if self.updates is None or self.updates.refusal is not None:
-            return self._whole_update.state_bytes
-        return sum(self.updates.cost(p).state_bytes for p in self.trained.values())
+            return self._whole_update.state_bytes + left_bytes
+        return sum(self.updates.cost(p).state_bytes for p in self.trained.values()) + left_bytes
 
     @property
     def update_workspace_bytes(self) -> int:

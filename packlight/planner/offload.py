@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from packlight.planner.intervals import Interval
-from packlight.planner.placement import Placement
+from packlight.planner.placement import Placement, peak_of_reading_anew
 from packlight.planner.refine import (
     Effort,
     droppable,
@@ -251,22 +251,8 @@ class OffloadSearch:
         return best
 
     def peak_of_reading_anew(self) -> int:
-        """Return the peak of the plain step that reads what rests elsewhere anew in the backward.
-
-        There is room to read one thing ahead.
-        """
-        graph = self.graph
-        order: list[int] = []
-        read_in: dict[int, bool] = {}
-        for operation in graph.computations:
-            is_forward = operation.id < graph.num_forward
-            for buffer in operation.touches:
-                if buffer in self.resting and read_in.get(buffer) is not is_forward:
-                    read_in[buffer] = is_forward
-                    order.append(self.routes.read(buffer).id)
-            order.append(operation.id)
-        base = Placement(graph, order, self.routes).base_bytes
-        return int(base.max()) + max(graph.buffers[b].bytes for b in self.resting)
+        """See `placement.peak_of_reading_anew`."""
+        return peak_of_reading_anew(self.graph, self.routes)
 
     # -- one budget
 

@@ -199,3 +199,21 @@ class Placement:
             )
         base[num] = live + arriving[num]
         self.base_bytes = base
+
+
+def peak_of_reading_anew(graph: StepGraph, routes: Routes) -> int:
+    """Return the peak of the plain step that reads what rests elsewhere anew in the backward.
+
+    There is room to read one thing ahead.
+    """
+    order: list[int] = []
+    read_in: dict[int, bool] = {}
+    for operation in graph.computations:
+        is_forward = operation.id < graph.num_forward
+        for buffer in operation.touches:
+            if buffer in routes.resting and read_in.get(buffer) is not is_forward:
+                read_in[buffer] = is_forward
+                order.append(routes.read(buffer).id)
+        order.append(operation.id)
+    base = Placement(graph, order, routes).base_bytes
+    return int(base.max()) + max(graph.buffers[b].bytes for b in routes.resting)

@@ -12,6 +12,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -29,12 +30,22 @@ NUM_ROUNDS = 8
 Measured = list[float]
 
 
+# In this process.
+_links: WeakKeyDictionary[Ranks, Lane] = WeakKeyDictionary()
+
+
 def measure_link(ranks: Ranks, device: torch.device) -> Lane:
     """Return the lane on which these ranks reduce and gather; the same on all of them.
 
     Raises:
         RankError: another rank failed meanwhile, or is gone.
     """
+    if ranks not in _links:
+        _links[ranks] = _looked_at(ranks, device)
+    return _links[ranks]
+
+
+def _looked_at(ranks: Ranks, device: torch.device) -> Lane:
     hosts = ranks.gather(socket.gethostname)
     cache = Cache("links", device)
     key = f"collectives, {ranks.size} ranks on {[hosts.count(h) for h in dict.fromkeys(hosts)]}"

@@ -148,7 +148,7 @@ class PieceLoop:
         self._gradients_before = {key: g.nbytes for key, g in self._gradients().items()}
         self._first, self._is_over = first, False
         self._is_end_awaited = False  # the backward that it waited for may have failed
-        pieces.begin_step(self._gradient_bytes)
+        pieces.begin_step(self._gradient_bytes, is_captured=first.plan is not None)
 
     def _backward_ended(self) -> None:
         self._is_end_awaited = False

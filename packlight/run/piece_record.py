@@ -160,15 +160,15 @@ class StepRecord:
         """Watch no more; return what was seen, if anything was."""
         recorder, self._recorder = self._recorder, None
         levels = None if recorder is None else recorder.stop()
-        if levels is None:
+        # Somebody else's profiler may have ended this one.
+        num_marks = 2 * len(self.borders) + len(self._taken_back)
+        if levels is None or len(levels) != num_marks:
             return None
         for place in self._taken_back:
-            if place + 1 < len(levels):
-                now, later = levels[place : place + 2]
-                peak_bytes = max(now.peak_bytes, later.peak_bytes)
-                levels[place : place + 2] = [replace(later, peak_bytes=peak_bytes)]
-        # Somebody else's profiler may have ended this one.
-        return levels if len(levels) == 2 * len(self.borders) else None
+            now, later = levels[place : place + 2]
+            peak_bytes = max(now.peak_bytes, later.peak_bytes)
+            levels[place : place + 2] = [replace(later, peak_bytes=peak_bytes)]
+        return levels
 
     def look_around(self) -> Border:
         """Note what there is now."""

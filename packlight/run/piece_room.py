@@ -66,6 +66,13 @@ class Room:
             self._small_orders[key] = order
         return self._small_orders[key]
 
+    def _candidates(self, piece: Piece) -> Iterator[ReadyPiece]:
+        """Yield ways to run a piece, that which keeps least first."""
+        yield self.small(piece)
+        yield self.small(piece, smallest=True)
+        if piece.plan is not None:
+            yield ready_piece(piece, order_of(piece.step.graph, piece.plan.schedule))
+
     def make(self, run: Run) -> None:
         """Choose how a forward runs by what is left; let others go of what they can, if need be.
 
@@ -77,8 +84,8 @@ class Room:
             return
         for _ in self._growing(None):
             used_bytes = self._in_flight.used_bytes()
-            for smallest in (False, True):
-                run.ready = self.small(run.piece, smallest)
+            for ready in self._candidates(run.piece):
+                run.ready = ready
                 inside_bytes = simulate(run.piece.step.graph, run.ready.schedule).peak_bytes
                 if used_bytes + inside_bytes <= budget_bytes:
                     return

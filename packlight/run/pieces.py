@@ -10,7 +10,7 @@ holds and allocates is recorded, and then all pieces of the path are planned tog
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
@@ -27,6 +27,7 @@ from packlight.planner.pieces import (
     PathPlan,
     PieceRun,
     Section,
+    Stitched,
     order_of,
     plan_path,
 )
@@ -34,6 +35,7 @@ from packlight.run.in_flight import RunsInFlight
 from packlight.run.piece_record import ReadyPiece, Run, StepRecord
 from packlight.run.piece_room import Room, ready_piece
 from packlight.search.piece_times import PieceTimes
+from packlight.step import simulate
 from packlight.torch_internals.autograd import is_graph_retained
 from packlight.torch_internals.storages import StorageWatch, version
 
@@ -88,6 +90,8 @@ class Pieces:
         self._latest_of_kind: dict[int, PlannedPath | None] = {}
         self.left_out: dict[str, str] = {}
         self._planned: dict[Taken, PlannedPath] = {}
+        # Those of which it is not known yet what Python does between the sections.
+        self._alone: dict[Taken, PlannedPath] = {}
         self._seen: dict[Taken, int] = {}
         self._in_flight = RunsInFlight(gradients)
         self._room = Room(self._in_flight, budget_bytes)
@@ -119,8 +123,7 @@ class Pieces:
         nothing = Gap(0, 0, frozenset())
         path = Path((PieceRun(graph, inputs),), sections, (nothing, nothing, nothing))
         planned = PlannedPath(path, PathPlan((order,), piece.plan), (piece,))
-        self._planned[0, tuple((section, piece.digest) for section in sections)] = planned
-        self._latest_of_kind.setdefault(0, planned)
+        self._alone[0, tuple((section, piece.digest) for section in sections)] = planned
 
     def left_to_eager(self, code: CodeType, reason: str) -> None:
         """Take note of a function that runs uncompiled."""
@@ -139,12 +142,13 @@ class Pieces:
         """Whether a backward of the step may still come."""
         return any(run.step_number == self._step_number for run in self._in_flight.alive())
 
-    def begin_step(self, gradient_bytes: int = 0) -> None:
+    def begin_step(self, gradient_bytes: int = 0, is_captured: bool = False) -> None:
         """Expect a step; record it unless the path of the one before is planned.
 
         Args:
             gradient_bytes: of gradients that are there already: each number of them makes a step of
                 another kind.
+            is_captured: no piece has to be captured first.
         """
         self._step_number += 1
         self._gradient_bytes = gradient_bytes
@@ -155,7 +159,7 @@ class Pieces:
         self._record = self._times = None
         if self._expected is None:
             self._record = StepRecord(self.device)
-            if self._step_number == 1:
+            if self._step_number == 1 and not is_captured:
                 self._record.stop()  # pieces are about to be captured
 
     def end_sections(self) -> None:
@@ -180,14 +184,32 @@ class Pieces:
         is_worth_it = len(self._planned) < MANY_PATHS or self._seen[taken] > 1
         # Of a retained graph a backward comes twice.
         is_simple = self._is_alone and len(set(self._taken)) == len(self._taken)
-        if self.latest is not None or levels is None or not (is_worth_it and is_simple):
+        if self.latest is not None or not is_simple:
             return
-        self._keep_times(record)
-        path = record.path([section for section, _ in self._taken], levels, self._end_bytes())
-        plan = plan_path(path, self._budget_bytes(), [run.ready.order for run in record.runs])
-        pieces = tuple(run.piece for run in record.runs)
-        self._planned[taken] = PlannedPath(path, plan, pieces)
-        self._note_latest(self._planned[taken])
+        alone = self._alone.get(taken)
+        if levels is not None and (is_worth_it or alone is not None):
+            self._keep_times(record)
+            path = record.path([section for section, _ in self._taken], levels, self._end_bytes())
+            planned = self._planned_path(path, record, alone)
+        elif alone is not None:  # somebody else watches
+            planned = alone
+        else:
+            return
+        self._planned[taken] = planned
+        self._note_latest(planned)
+
+    def _planned_path(
+        self, path: Path, record: StepRecord, alone: PlannedPath | None
+    ) -> PlannedPath:
+        """Plan a path, unless a plan made for its only piece holds with what Python does, too."""
+        pieces, budget_bytes = tuple(run.piece for run in record.runs), self._budget_bytes()
+        if alone is not None:
+            stitched = Stitched(path)
+            peak_bytes = simulate(stitched.graph, stitched.schedule(alone.plan.orders)).peak_bytes
+            if budget_bytes is None or peak_bytes <= budget_bytes:
+                return replace(alone, path=replace(path, runs=alone.path.runs))
+        plan = plan_path(path, budget_bytes, [run.ready.order for run in record.runs])
+        return PlannedPath(path, plan, pieces)
 
     def _note_latest(self, planned: PlannedPath | None) -> None:
         self.latest = self._latest_of_kind[self._gradient_bytes] = planned

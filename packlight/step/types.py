@@ -347,14 +347,10 @@ class StepGraph:
         )
 
     def with_computations(self, computations: Iterable[Operation]) -> StepGraph:
-        """Return the step with as many other computations in the place of its own.
-
-        They may be those of `without_transfers`.
-        """
+        """Return the step with other computations, perhaps those of `without_transfers`."""
         there = {here: there for there, here in self.gathered_from.items()}
-        return replace(
-            self, operations=(*(_renamed(o, there) for o in computations), *self.transfers)
-        )
+        renamed = (_renamed(operation, there) for operation in computations)
+        return replace(self, operations=(*renamed, *self.transfers))
 
     # -- what else planners and reports ask
 
@@ -396,9 +392,8 @@ class StepGraph:
 
 def _renamed(operation: Operation, new: Mapping[int, int]) -> Operation:
     """Return an operation that updates other buffers."""
-    if not new or new.keys().isdisjoint(operation.mutates):
-        return operation
-    return replace(operation, mutates=tuple(new.get(b, b) for b in operation.mutates))
+    mutates = tuple(new.get(b, b) for b in operation.mutates)
+    return operation if mutates == operation.mutates else replace(operation, mutates=mutates)
 
 
 def _named(operation: Operation) -> str:

@@ -7,7 +7,6 @@ seen to give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from math import ceil
 from typing import Any
@@ -18,32 +17,26 @@ from packlight.after_step import hooks_after_step
 from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
 from packlight.torch_internals.optimizers import mark_stepped
-from packlight.updates.accounting import TwoSteps, measure_two_steps, tensors_bytes
+from packlight.updates.accounting import TwoSteps, tensors_bytes
+from packlight.updates.copies import Slices, measure_copy, step_one
 from packlight.updates.observe import (
     Kind,
     SliceFacts,
     observe_pieces,
     observe_slices,
-    state_form,
     why_not_alone,
 )
 from packlight.updates.remembered import RememberedSteps
-from packlight.updates.slices import like_eager, rows_of_slices, step_in_slices
+from packlight.updates.slices import rows_of_slices
 from packlight.updates.twin import (
-    Group,
     interception,
     kinds_of_settings,
-    stand_in,
     state_tensors,
-    step_alone,
     trainable,
 )
 
 # Slices of AdamW are then 1 MiB, which stay in cache from one pass over them to the next.
 DEFAULT_WORKSPACE_BYTES = 4 * 2**20
-
-# Parameters, gradients and states in measurements: any number that takes no special path.
-_FILLER = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +154,7 @@ class ParameterUpdates:
             def observe() -> list[list[str]]:
                 group = self.optimizer.param_groups[index]
                 with real_tensors():
-                    copy = _measure_copy(self.optimizer, group, value, value.stride(), None)
+                    copy = measure_copy(self.optimizer, group, value, value.stride(), None)
                 return sorted([name, str(kind)] for name, kind, _ in copy.state_form)
 
             return self._remembered.seen(("form", *_key(index, value)), observe)
@@ -205,7 +198,7 @@ class ParameterUpdates:
         group_index = self._group_index[parameter]
         group = self.optimizer.param_groups[group_index]
         slices = self._slices_of(group_index, parameter)
-        _step(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
+        step_one(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
 
     def end_step(self) -> None:
         """Say that all parameters were updated.
@@ -237,7 +230,7 @@ class ParameterUpdates:
         }
         self._observed = self._fingerprint()
         self._facts: dict[tuple[int, Kind], SliceFacts | None] = {}
-        self._slices: dict[Any, _Slices | None] = {}
+        self._slices: dict[Any, Slices | None] = {}
         self._measured: dict[Any, tuple[TwoSteps, float, int]] = {}
         kinds = [list(dict.fromkeys(map(Kind.of, trainable(group)))) for group in groups]
 
@@ -281,7 +274,7 @@ class ParameterUpdates:
     # -----------------------------------------------------------------------------------------
     # Slices
 
-    def _slices_of(self, group_index: int, parameter: torch.Tensor) -> _Slices | None:
+    def _slices_of(self, group_index: int, parameter: torch.Tensor) -> Slices | None:
         """Return how a parameter (or a piece of one) is sliced, None if it is stepped whole."""
         key = _key(group_index, parameter)
         if key not in self._slices:
@@ -292,10 +285,10 @@ class ParameterUpdates:
                 return chosen and [chosen.first_rows, chosen.rows, sorted(chosen.split_names)]
 
             seen = self._remembered.seen(("slices", self.max_workspace_bytes, *key), observe)
-            self._slices[key] = seen and _Slices(seen[0], seen[1], frozenset(seen[2]))
+            self._slices[key] = seen and Slices(seen[0], seen[1], frozenset(seen[2]))
         return self._slices[key]
 
-    def _choose_slices(self, group_index: int, parameter: torch.Tensor) -> _Slices | None:
+    def _choose_slices(self, group_index: int, parameter: torch.Tensor) -> Slices | None:
         if parameter.ndim == 0 or parameter.shape[0] < 2 or not parameter.is_contiguous():
             return None
         num_rows = parameter.shape[0]
@@ -305,7 +298,7 @@ class ParameterUpdates:
         trial_rows = min(rows_of_slices(parameter, trial_rows, False), num_rows)
         group = self.optimizer.param_groups[group_index]
         piece = parameter.detach()[:trial_rows]
-        trial = _measure_copy(self.optimizer, group, piece, piece.stride(), None)
+        trial = measure_copy(self.optimizer, group, piece, piece.stride(), None)
         if trial.bytes.workspace_bytes * num_rows <= self.max_workspace_bytes * trial_rows:
             return None
         kind = Kind.of(parameter)
@@ -324,7 +317,7 @@ class ParameterUpdates:
             )
             for peak in (trial.bytes.first_bytes, trial.bytes.later_bytes)
         )
-        return _Slices(first_rows, rows, facts.split_names)
+        return Slices(first_rows, rows, facts.split_names)
 
     def _may_slice(self, group_index: int, kind: Kind) -> bool:
         if (group_index, kind) not in self._facts:
@@ -343,7 +336,7 @@ class ParameterUpdates:
         slices = self._slices_of(group_index, parameter)
         group = self.optimizer.param_groups[group_index]
         with real_tensors():
-            copy = _measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
+            copy = measure_copy(self.optimizer, group, parameter, gradient_stride, slices)
             seconds = median_seconds(copy.step, parameter.device)
         num_slices = 1 if slices is None else ceil(parameter.shape[0] / slices.rows)
         return [*astuple(copy.bytes), seconds, num_slices]
@@ -351,65 +344,3 @@ class ParameterUpdates:
 
 def _key(group_index: int, parameter: torch.Tensor) -> tuple[Any, ...]:
     return group_index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device
-
-
-@dataclass(frozen=True, slots=True)
-class _Slices:
-    first_rows: int  # in the step that makes the state
-    rows: int
-    split_names: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """A copy of a parameter that was stepped twice.
-
-    Attributes:
-        bytes: what that allocated.
-        state_form: of the state that it made.
-        step: steps it once more.
-    """
-
-    bytes: TwoSteps
-    state_form: frozenset[tuple[str, Any, bool]]
-    step: Callable[[], None]
-
-
-def _step(
-    optimizer: torch.optim.Optimizer,
-    group: Group,
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    states: Any,
-    slices: _Slices | None,
-) -> None:
-    if slices is None:
-        step_alone(optimizer, group, parameter, like_eager(gradient, parameter), states)
-    else:
-        rows = slices.rows if states.get(parameter) else slices.first_rows
-        step_in_slices(optimizer, group, parameter, gradient, states, rows, slices.split_names)
-
-
-def _measure_copy(
-    optimizer: torch.optim.Optimizer,
-    group: Group,
-    parameter: torch.Tensor,
-    gradient_stride: tuple[int, ...],
-    slices: _Slices | None,
-) -> _Copy:
-    copy = torch.nn.Parameter(_filled(parameter, parameter.stride()))
-    gradient = _filled(parameter, gradient_stride)
-    twin = stand_in(optimizer, [group], [[copy]])
-
-    def step() -> None:
-        _step(twin, twin.param_groups[0], copy, gradient, twin.state, slices)
-
-    seen = measure_two_steps(step, twin.state, parameter.device)
-    return _Copy(seen, state_form(twin.state.get(copy, {}), copy.shape), step)
-
-
-def _filled(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:
-    last = sum((size - 1) * step for size, step in zip(like.shape, stride, strict=True))
-    num_elements = last + 1 if like.numel() else 0
-    values = torch.full((num_elements,), _FILLER, dtype=like.dtype, device=like.device)
-    return values.as_strided(like.shape, stride)

@@ -166,29 +166,49 @@ class _Loop:
             if event == "not finite":
                 for one in (batch, twin):
                     tensors_of(one)[0][0, 0, 0] = torch.nan
+            step = self.prepared(step, seed)
             self.compare(step, seed, batch, twin)
             if self.outcome.problem:
                 return
             self.outcome.num_steps += 1
 
-    def fitted(self) -> Any:
+    def arguments(self, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what `fit` is given before the budget, and its options."""
         trial = self.trial
         options: dict[str, Any] = {"moves": MOVES[trial.moves], "progress": False}
         if trial.clip:
             options[f"clip_grad_{trial.clip}"] = 0.1
-        arguments = self.mine, self.loss_fn, self.my_optimizers, self.batch(0)
-        budget = None
-        if trial.tightness is not None:
+        return (self.mine, self.loss_fn, self.my_optimizers, self.batch(seed)), options
+
+    def fitted(self) -> Any:
+        tightness, budget = self.trial.tightness, None
+        arguments, options = self.arguments(0)
+        if tightness is not None:
             plain = packlight.fit(*arguments, **options).peak_bytes
             try:
                 packlight.plan(*arguments, 1, **options)
             except InfeasibleBudgetError as error:
                 smallest = error.smallest_bytes
-            budget = int(smallest + trial.tightness * max(0, plain - smallest))
+            budget = int(smallest + tightness * max(0, plain - smallest))
+        return self.fitted_within(budget, 0)
+
+    def fitted_within(self, budget: int | None, seed: int) -> Any:
+        """Fit within a budget that an error has named, or a larger one."""
+        arguments, options = self.arguments(seed)
         try:
             return packlight.fit(*arguments, budget, **options)
         except InfeasibleBudgetError as error:
             raise AssertionError(f"the budget {budget} was named, and refused: {error}") from error
+
+    def prepared(self, step: Any, seed: int) -> Any:
+        """Return what trains the next batch: where that needs more, the budget is what it needs."""
+        try:
+            step.prepare(self.batch(seed))
+        except InfeasibleBudgetError as error:
+            self.outcome.said = f"InfeasibleBudgetError: {error}".partition("\n")[0]
+            step = self.fitted_within(error.smallest_bytes, seed)
+            self.is_exact = self.is_exact and step.way.is_bit_exact
+        return step
 
     def change(self, event: str, step: Any) -> None:
         if event in ("rows", "both sizes"):

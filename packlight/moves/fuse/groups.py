@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
 from torch import fx
 
@@ -13,7 +13,7 @@ from packlight.capture.read_joint import Measure, read_joint_graph
 from packlight.kernels.kernel import CompileError, Kernel, kernel_of
 from packlight.moves.fuse.bits import equal_results, keeping_bits
 from packlight.moves.fuse.fusable import Kind, domain, kind_of, literals
-from packlight.moves.fuse.partition import MIN_ELEMENTS, groups_of
+from packlight.moves.fuse.partition import MIN_ELEMENTS, MayJoin, groups_of
 from packlight.moves.fuse.reread import REREAD_KEY, with_rereads
 from packlight.moves.fuse.rewrite import GroupGraph, fused
 from packlight.moves.fuse.verdicts import Verdicts
@@ -21,6 +21,8 @@ from packlight.moves.fuse.verdicts import Verdicts
 # A kernel that takes more than so many times as long as its calls, each alone, is not used. Alone
 # they find what they read in the cache, and a kernel's advantage is that it reads less.
 MOST_SECONDS = 1.1
+# Each takes seconds to compile.
+MOST_KERNELS = 64
 
 
 class Groups:
@@ -37,7 +39,7 @@ class Groups:
     Attributes:
         step: the graph, as it was read, with what the backward makes again in its kernels.
         kernels: that are used.
-        failures: why other groups could not be compiled -> how many.
+        failures: why other groups run call by call -> how many.
     """
 
     def __init__(
@@ -61,18 +63,30 @@ class Groups:
             self.step = read(with_rereads(plain, may_join, banned))
             self.kernels: dict[GroupGraph, Kernel] = {}
             self.failures: Counter[str] = Counter()
-            for group in groups_of(self.step, may_join):
-                graph = GroupGraph(self.step, group, rounds_as_eager=is_exact)
-                if graph.name in left_out:
-                    continue
-                try:
-                    self.kernels[graph] = kernel_of(graph.region)
-                except CompileError as error:
-                    self.failures[str(error)] += 1
+            found = (
+                GroupGraph(self.step, group, rounds_as_eager=is_exact)
+                for group in groups_of(self.step, may_join)
+            )
+            self._compile([graph for graph in found if graph.name not in left_out])
             lost = self._made_again_for_nothing()
             if not lost:
                 return
             banned |= lost
+
+    def _compile(self, graphs: Sequence[GroupGraph]) -> None:
+        """Compile groups, those that save most where there are many."""
+        saved_bytes: Counter[str] = Counter()
+        for graph in graphs:
+            saved_bytes[graph.name] += graph.group.saved_bytes
+        names = {name for name, _ in saved_bytes.most_common(MOST_KERNELS)}
+        for graph in graphs:
+            if graph.name not in names:
+                self.failures[f"no more than {MOST_KERNELS} kernels are compiled"] += 1
+                continue
+            try:
+                self.kernels[graph] = kernel_of(graph.region)
+            except CompileError as error:
+                self.failures[f"they do not compile: {error}"] += 1
 
     def _made_again_for_nothing(self) -> set[str]:
         """Return the names of calls that the backward makes again outside of kernels."""
@@ -80,7 +94,7 @@ class Groups:
         nodes = (node for node in self.step.module.graph.nodes if node not in inside)
         return {node.meta[REREAD_KEY] for node in nodes if REREAD_KEY in node.meta}
 
-    def _may_join(self, step: JointStep) -> Callable[[fx.Node, Kind], bool]:
+    def _may_join(self, step: JointStep) -> MayJoin:
         if not self.is_exact:
             return lambda node, kind: True
         pointwise = [
@@ -103,7 +117,7 @@ class Groups:
     def why_none(self) -> str:
         """Return why there are no kernels."""
         for reason, count in self.failures.items():
-            return f"{count} groups of calls do not compile: {reason}"
+            return f"{count} groups of calls: {reason}"
         return "no calls that a kernel could contain read one another's results"
 
     def not_worth_it(self) -> set[str]:

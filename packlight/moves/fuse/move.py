@@ -77,7 +77,7 @@ class Fuse(Move):
             f"{format_seconds(seconds)}; {format_bytes(saved_bytes)} of results never in memory)"
         ]
         words += [
-            f"{count} groups run call by call, since they do not compile: {reason}"
+            f"{count} groups run call by call: {reason}"
             for reason, count in groups.failures.items()
         ]
         return ", ".join(words)

@@ -42,7 +42,21 @@ class Group:
     saved_bytes: int
 
 
-def groups_of(step: JointStep, may_join: Callable[[fx.Node, Kind], bool]) -> list[Group]:
+MayJoin = Callable[[fx.Node, Kind], bool]
+
+
+def domain_of(step: JointStep, operation: Operation, may_join: MayJoin) -> int | None:
+    """Return how many elements an operation goes through, None if no kernel can contain it."""
+    if operation.kind is not OperationKind.COMPUTE or not operation.can_recompute:
+        return None
+    node = step.node_of_operation[operation.id]
+    kind = kind_of(node)
+    if kind is None or domain(node) < MIN_ELEMENTS or not may_join(node, kind):
+        return None
+    return domain(node)
+
+
+def groups_of(step: JointStep, may_join: MayJoin) -> list[Group]:
     """Return the groups of a step, of two calls or more.
 
     Args:
@@ -53,7 +67,7 @@ def groups_of(step: JointStep, may_join: Callable[[fx.Node, Kind], bool]) -> lis
 
 
 class _Partition:
-    def __init__(self, step: JointStep, may_join: Callable[[fx.Node, Kind], bool]) -> None:
+    def __init__(self, step: JointStep, may_join: MayJoin) -> None:
         self.step, self.graph = step, step.graph
         self.maker = {b: o.id for o in self.graph.operations for b in o.creates}
         self.readers: dict[int, list[int]] = defaultdict(list)
@@ -63,19 +77,11 @@ class _Partition:
         self.results = {*self.graph.forward_outputs, *self.graph.outputs}
         self.domain: dict[int, int] = {}
         for operation in self.graph.operations:
-            node = step.node_of_operation[operation.id]
-            if self._is_member(operation, node, may_join):
-                self.domain[operation.id] = domain(node)
+            size = domain_of(step, operation, may_join)
+            if size is not None:
+                self.domain[operation.id] = size
         self.leader = {operation.id: operation.id for operation in self.graph.operations}
         self.members = {operation: [operation] for operation in self.leader}
-
-    def _is_member(
-        self, operation: Operation, node: fx.Node, may_join: Callable[[fx.Node, Kind], bool]
-    ) -> bool:
-        if operation.kind is not OperationKind.COMPUTE or not operation.can_recompute:
-            return False
-        kind = kind_of(node)
-        return kind is not None and domain(node) >= MIN_ELEMENTS and may_join(node, kind)
 
     def groups(self) -> list[Group]:
         """Grow groups until nothing changes."""

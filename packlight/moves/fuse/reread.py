@@ -10,7 +10,7 @@ take.)
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from torch import fx
@@ -19,18 +19,14 @@ from packlight.capture.aot import GraphData
 from packlight.capture.fakes import fake_mode_of
 from packlight.capture.joint import JointStep
 from packlight.capture.writer import GraphWriter
-from packlight.moves.fuse.fusable import Kind, domain, kind_of
-from packlight.moves.fuse.partition import LARGE, MIN_ELEMENTS
+from packlight.moves.fuse.partition import LARGE, MayJoin, domain_of
 from packlight.moves.fuse.rewrite import is_view
-from packlight.step import Operation, OperationKind, Phase
+from packlight.step import OperationKind, Phase
 from packlight.torch_internals.aot import TRACED_IN_BACKWARD
 from packlight.torch_internals.calling import copy_calling_convention
 
 # In a node's metadata: the name of the forward's call that it makes again.
 REREAD_KEY = "packlight_reread"
-
-MayJoin = Callable[[fx.Node, Kind], bool]
-
 
 def with_rereads(step: JointStep, may_join: MayJoin, banned: Collection[str]) -> fx.GraphModule:
     """Return a joint graph whose backward makes some values again; the step's if there are none.
@@ -48,25 +44,17 @@ def _chosen(step: JointStep, may_join: MayJoin, banned: Collection[str]) -> set[
     """Return the forward's calls whose readers in the backward make them again, last ones first."""
     graph = step.graph
 
-    def domain_of(operation: Operation) -> int | None:
-        node = step.node_of_operation[operation.id]
-        if operation.kind is not OperationKind.COMPUTE or not operation.can_recompute:
-            return None
-        kind = kind_of(node)
-        is_member = kind is not None and domain(node) >= MIN_ELEMENTS and may_join(node, kind)
-        return domain(node) if is_member else None
-
     # Per buffer: what its readers go through, None for those that no kernel can contain.
     forward: dict[int, set[int | None]] = defaultdict(set)
     backward: dict[int, set[int | None]] = defaultdict(set)
     for operation in graph.operations:
         readers = forward if operation.phase is Phase.FORWARD else backward
         for buffer in operation.reads:
-            readers[buffer].add(domain_of(operation))
+            readers[buffer].add(domain_of(step, operation, may_join))
     results = {*graph.forward_outputs, *graph.outputs}
     chosen: set[fx.Node] = set()
     for operation in reversed(graph.operations[: graph.num_forward]):
-        node, size = step.node_of_operation[operation.id], domain_of(operation)
+        node, size = step.node_of_operation[operation.id], domain_of(step, operation, may_join)
         if size is None or node.name in banned or len(operation.creates) != 1:
             continue
         (made,) = operation.creates
