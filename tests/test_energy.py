@@ -60,7 +60,7 @@ def test_a_step_counts_what_its_operations_touch() -> None:
     (hidden,) = build.operation("forward", [weight], [20])
     (gradient,) = build.operation("backward", [weight, hidden], [100], phase=Phase.BACKWARD)
     build.operation(
-        "update", [gradient], [], phase=Phase.UPDATE, mutates=[weight]
+        "update", [gradient], [], phase=Phase.UPDATE, mutates=[weight], can_recompute=False
     )
     graph = build.finish(num_forward=1, forward_outputs=[hidden], outputs=[])
     energy = step_energy(graph, 7, 14, update_bytes=3)

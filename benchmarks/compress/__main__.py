@@ -8,20 +8,21 @@ import shlex
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import packlight.compress as compress
-from benchmarks.common import append_line, provenance
+from benchmarks.common import append_line, provenance, read_lines, write_lines
 from benchmarks.compress.data import mnist
 from benchmarks.compress.lenets import Recipe, error_percent, train
 from benchmarks.compress.recipes import METHODS, NETWORKS, Method, prune, share
 
 MODULE = "benchmarks.compress"
-RESULTS = Path(__file__).resolve().parent / "results.jsonl"
+FOLDER = Path(__file__).resolve().parent
+RESULTS = FOLDER / "results.jsonl"
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def run(network: str, name: str, method: Method, seed: int, work: Path) -> Recor
           flush=True)
     share(model, mnist("train"), method, seed + 2000)
     lap("share")
-    path = work / f"{network}-{name.replace(' ', '-')}-{seed}.plc"
+    path = _file_of(network, name, seed, work)
     report = compress.save(path, model, coding=method.coding)
     fresh = copy.deepcopy(model)
     for parameter in fresh.parameters():
@@ -106,18 +107,43 @@ def run(network: str, name: str, method: Method, seed: int, work: Path) -> Recor
         error_percent(fresh, mnist("test")),
         sum(int((p != 0).sum()) for p in fresh.parameters()),
         report.file_bytes, dense_bytes,
-        [(t.name, t.num_nonzeros or 0, t.num_values or 0, t.file_bytes or 0)
-         for t in report.tensors],
+        _tensors(report),
         report.frame_bytes or 0, seconds,
         provenance(seed, "cpu", f"python -m {MODULE} {shlex.join(sys.argv[1:])}",
                    ("constriction", "kmeans1d")),
     )  # fmt: skip
 
 
+def recoded(record: Record, work: Path) -> Record:
+    """Return a record of the same weights, if they are there, written by the coder as it is now."""
+    path = _file_of(record.network, record.method, record.seed, work)
+    if not path.exists():
+        return record
+    report = compress.save(
+        path, compress.load(path), coding=compress.inspect(path).coding
+    )
+    return replace(record, file_bytes=report.file_bytes, tensors=_tensors(report),
+                   frame_bytes=report.frame_bytes or 0)  # fmt: skip
+
+
+def _file_of(network: str, method: str, seed: int, work: Path) -> Path:
+    return work / f"{network}-{method.replace(' ', '-')}-{seed}.plc"
+
+
+def _tensors(report: compress.FileReport) -> list[tuple[str, int, int, int]]:
+    return [
+        (t.name, t.num_nonzeros or 0, t.num_values or 0, t.file_bytes or 0) for t in report.tensors
+    ]
+
+
 def main() -> int:
     """Run what was asked for, one record after the other."""
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.recode:
+        records = read_lines(arguments.out, Record)
+        write_lines(arguments.out, [recoded(record, arguments.work) for record in records])
+        return 0
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -144,6 +170,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, help="keeps trained networks and files, for reruns")
+    parser.add_argument(
+        "--recode", action="store_true",
+        help="write the files of --work anew and update their records; nothing is trained",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
 

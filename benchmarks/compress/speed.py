@@ -29,7 +29,6 @@ from benchmarks.common import (
     replace_between_markers,
     table,
 )
-from packlight.costs.peak import measure_peak
 
 MODULE = "benchmarks.compress.speed"
 FOLDER = Path(__file__).resolve().parent
@@ -53,8 +52,6 @@ class Record:
         tensor, compressor: what through what.
         dense_bytes, file_bytes: as float32, and compressed.
         write_seconds, read_seconds: processor seconds of this process.
-        read_transient_bytes: the most that torch's allocator held beside the result while reading,
-            None for the others.
         provenance: where, when, with what.
     """
 
@@ -64,7 +61,6 @@ class Record:
     file_bytes: int
     write_seconds: float
     read_seconds: float
-    read_transient_bytes: int | None
     provenance: dict[str, Any]
 
 
@@ -112,11 +108,9 @@ def measured(name: str, made: dict[str, Any]) -> Iterator[Record]:
             report, write_seconds = timed(save)
             loaded, read_seconds = timed(partial(compress.load, path))
             assert torch.equal(loaded["w"], tensor)
-            del loaded
-            peak = measure_peak(partial(compress.load, path)).peak_bytes
             yield Record(
                 name, f"packlight, {coding}", tensor.nbytes, report.file_bytes, write_seconds,
-                read_seconds, peak - tensor.nbytes, made,
+                read_seconds, made,
             )  # fmt: skip
     _, codes = torch.unique(tensor, return_inverse=True)
     content = codes.to(torch.uint8).numpy().tobytes()
@@ -124,9 +118,7 @@ def measured(name: str, made: dict[str, Any]) -> Iterator[Record]:
         packed, write_seconds = timed(partial(pack, content))
         found, read_seconds = timed(partial(unpack, packed))
         assert found == content
-        yield Record(
-            name, label, tensor.nbytes, len(packed), write_seconds, read_seconds, None, made
-        )
+        yield Record(name, label, tensor.nbytes, len(packed), write_seconds, read_seconds, made)
 
 
 def main() -> int:
@@ -152,13 +144,10 @@ def report_speed(records: list[Record]) -> None:
             r.tensor, r.compressor, f"{r.dense_bytes / r.file_bytes:.1f}",
             f"{r.dense_bytes / 1e6 / r.write_seconds:.0f}",
             f"{r.dense_bytes / 1e6 / r.read_seconds:.0f}",
-            "-" if r.read_transient_bytes is None else f"{r.read_transient_bytes / 1e6:.1f}",
         ]
         for r in records
     ]  # fmt: skip
-    header = [
-        "tensor", "compressor", "times smaller", "MB/s in", "MB/s out", "MB held beside, reading"
-    ]
+    header = ["tensor", "compressor", "times smaller", "MB/s in", "MB/s out"]
     replace_between_markers(FOLDER / "README.md", "speed", table(header, rows, right_from=2))
 
 

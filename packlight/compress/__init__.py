@@ -16,6 +16,7 @@ from packlight.compress.accounts import FileReport, TensorReport
 from packlight.compress.channels import remove_channels, remove_dead_channels
 from packlight.compress.errors import (
     AlteredFileError,
+    CalibrationError,
     CompressedFileError,
     CompressionError,
     ModelMismatchError,
@@ -34,6 +35,7 @@ from packlight.compress.variational import VariationalPruner
 
 __all__ = [
     "AlteredFileError",
+    "CalibrationError",
     "CompressedFileError",
     "CompressionError",
     "FileReport",

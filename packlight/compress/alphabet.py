@@ -36,6 +36,11 @@ class Alphabet:
         """Zero included, whether or not it occurs."""
         return len(self.values) + 1
 
+    @property
+    def num_negative(self) -> int:
+        """How many of the codes from 1 on stand for negative values."""
+        return int((_sortable(self.values) < 0).sum())
+
     def codes_of(self, tensor: torch.Tensor) -> Codes:
         """Return the code of each element, flat, in the order of rows."""
         flat = _sortable(tensor).reshape(-1)

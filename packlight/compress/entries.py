@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from packlight.compress.alphabet import Alphabet, Codes, alphabet_of, write_values
-from packlight.compress.contexts import WEIGHINGS, Weighing
+from packlight.compress.contexts import MAX_LAG, MAX_LAGS, WEIGHINGS, Weighing
 from packlight.compress.errors import CompressionError
 from packlight.compress.huffman_coding import default_index_bits
-from packlight.compress.range_coding import choose_weighing, estimate_bits
+from packlight.compress.range_coding import choose_lags, choose_settings
 
 # Larger tensors are written without a search for the best way.
 _MAX_SEARCHED_ELEMENTS = 1 << 19
@@ -42,7 +42,7 @@ class Entry:
         form: how the values are written; see `alphabet.write_values`.
         num_values: other than zero.
         num_nonzeros: elements that are not zero.
-        weighing: number of the range coder's way to weigh the past.
+        weighing: how the range coder weighs the past.
         is_transposed: whether rows of the matrix are coded as columns.
         index_bits: of a distance, for Huffman's code.
     """
@@ -55,7 +55,7 @@ class Entry:
     form: str = ""
     num_values: int = 0
     num_nonzeros: int = 0
-    weighing: int = 0
+    weighing: Weighing = Weighing()
     is_transposed: bool = False
     index_bits: int = 0
 
@@ -78,10 +78,11 @@ class Entry:
             return [*start, self.tied_to]
         if self.kind == "raw":
             return start
-        return [
-            *start[:3], self.form, self.num_values, self.num_nonzeros,
-            self.index_bits or 2 * self.weighing + self.is_transposed,
-        ]  # fmt: skip
+        few = [*start[:3], self.form, self.num_values, self.num_nonzeros]
+        if self.index_bits:
+            return [*few, self.index_bits]
+        number = WEIGHINGS.index(replace(self.weighing, lags=()))
+        return [*few, 2 * number + self.is_transposed, *self.weighing.lags]
 
     @classmethod
     def from_json(cls, line: Any, coding: str) -> Entry:
@@ -98,7 +99,7 @@ class Entry:
             return replace(entry, tied_to=str(rest[0]))
         if kind == "raw":
             return entry
-        num_values, num_nonzeros, setting = (int(number) for number in rest)
+        num_values, num_nonzeros, setting, *lags = (int(number) for number in rest)
         entry = replace(
             entry, kind="few", form=kind, num_values=num_values, num_nonzeros=num_nonzeros
         )
@@ -108,9 +109,11 @@ class Entry:
             if not 0 < setting <= 24:
                 raise ValueError(f"{name} has distances of {setting} bits")
             return replace(entry, index_bits=setting)
-        if not 0 <= setting < 2 * len(WEIGHINGS):
-            raise ValueError(f"{name} is weighed by {setting}")
-        return replace(entry, weighing=setting // 2, is_transposed=bool(setting % 2))
+        is_lag = all(0 < lag <= MAX_LAG for lag in lags) and len(lags) <= MAX_LAGS
+        if not is_lag or not 0 <= setting < 2 * len(WEIGHINGS):
+            raise ValueError(f"{name} is weighed by {setting} and {lags}")
+        weighing = replace(WEIGHINGS[setting // 2], lags=tuple(lags))
+        return replace(entry, weighing=weighing, is_transposed=bool(setting % 2))
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,7 @@ def _part_of(name: str, tensor: torch.Tensor, coding: str, index_bits: int | Non
     form, table = write_values(alphabet.values)
     entry = Entry(
         name, tensor.dtype, shape, "few", form=form, num_values=len(alphabet.values),
-        num_nonzeros=int((tensor != 0).sum()), weighing=WEIGHINGS.index(Weighing()),
+        num_nonzeros=int((tensor != 0).sum()),
     )  # fmt: skip
     if coding == "huffman":
         entry = replace(entry, index_bits=index_bits or default_index_bits(tensor.dim()))
@@ -189,8 +192,10 @@ def _part_of(name: str, tensor: torch.Tensor, coding: str, index_bits: int | Non
 
 def _best_way(entry: Entry, codes: Codes) -> Entry:
     """Return the entry with the order and the weighing under which places take fewest bits."""
-    ways = [replace(entry, is_transposed=transposed) for transposed in (False, True)]
-    bits = [estimate_bits(rows_of(codes, way), way.weighing) for way in ways]
-    better = int(bits[1] < bits[0])
-    weighing = choose_weighing(rows_of(codes, ways[better]), bits[better])
-    return replace(ways[better], weighing=weighing)
+    ways = []
+    for is_transposed in (False, True):
+        way = replace(entry, is_transposed=is_transposed)
+        rows = rows_of(codes, way)
+        ways.append((*choose_lags(rows), way, rows))
+    weighing, bits, way, rows = min(ways, key=lambda found: found[1])
+    return replace(way, weighing=choose_settings(rows, weighing, bits))

@@ -107,3 +107,13 @@ class TargetError(PacklightError, ValueError):
             f"{what} do not fit in {target_bytes} bytes: with {with_} they take {best_bytes}\n"
             f"hint: ask for {best_bytes} bytes, or prune further first"
         )
+
+
+class CalibrationError(PacklightError, ValueError):
+    """No data where a method looks at what a model does with data."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"{method} got no batches: there is no calibration data\n"
+            "hint: pass some; an iterator that was used up yields nothing more"
+        )

@@ -197,7 +197,8 @@ def _write_parts(frame: FrameWriter, parts: list[Part], coding: str) -> list[int
             sizes.append(len(part.table) + frame.num_bytes - bytes_before)
             continue
         elif entry.kind == "few":
-            coder = _coder(entry)
+            assert part.alphabet is not None
+            coder = _coder(entry, part.alphabet)
             for row in part.rows():
                 coder.encode(writer.encoder, row)
                 writer.count(len(row))
@@ -206,10 +207,10 @@ def _write_parts(frame: FrameWriter, parts: list[Part], coding: str) -> list[int
     return sizes
 
 
-def _coder(entry: Entry) -> RowCoder:
+def _coder(entry: Entry, alphabet: Alphabet) -> RowCoder:
     return RowCoder(
         entry.matrix_shape[1], entry.num_values + 1, entry.num_nonzeros, entry.num_elements,
-        entry.weighing,
+        entry.weighing, alphabet.num_negative,
     )  # fmt: skip
 
 
@@ -298,7 +299,7 @@ def _few(
     if entry.is_transposed:
         tensor = torch.empty(num_columns, num_rows, dtype=entry.dtype)
     rows = tensor.T if entry.is_transposed else tensor
-    coder, num_nonzeros = _coder(entry), 0
+    coder, num_nonzeros = _coder(entry, alphabet), 0
     for row in rows:
         codes = coder.decode(reader.decoder)
         row.copy_(alphabet.tensor_of(codes))

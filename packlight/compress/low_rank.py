@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packlight.compress.errors import CompressionError
+from packlight.compress.errors import CalibrationError, CompressionError
 from packlight.errors import OptionError
 
 _PENALTIES = [0.01] * 15 + [1.0] * 15
@@ -77,7 +77,7 @@ def low_rank(
     Raises:
         OptionError: `kept` or `cost` is out of range.
         CompressionError: no such layer, or the share cannot be met with one rank each.
-        ValueError: no batches.
+        CalibrationError: no batches.
 
     >>> layer = nn.Linear(20, 30)
     >>> with torch.no_grad():
@@ -96,7 +96,7 @@ def low_rank(
         raise OptionError(f"cost={cost!r}\nhint: one of {', '.join(COSTS)}")
     examples = [tuple(b) if isinstance(b, (tuple, list)) else (b,) for b in batches]
     if not examples:
-        raise ValueError("low_rank got no batches: there is no calibration data")
+        raise CalibrationError("low_rank")
     was_training = model.training
     model.eval()
     layers = _seen(model, examples, _names(model, names))

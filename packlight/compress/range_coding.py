@@ -14,7 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from packlight.compress.alphabet import Codes
-from packlight.compress.contexts import WEIGHINGS, Positions, Values, Weighing
+from packlight.compress.contexts import (
+    WEIGHINGS,
+    Positions,
+    Signs,
+    Values,
+    Weighing,
+    likely_lags,
+)
 from packlight.compress.packages import constriction
 
 # So many elements at most share a block of the file: what a reader holds of it at one time.
@@ -99,18 +106,28 @@ class RowCoder:
         num_codes: zero included.
         num_nonzeros: in the whole tensor, which the file tells first.
         num_elements: of the whole tensor.
-        weighing: number of how to weigh the past, in `WEIGHINGS`.
+        weighing: of the past.
+        num_negative: how many of the codes stand for negative values.
     """
 
     def __init__(
-        self, num_columns: int, num_codes: int, num_nonzeros: int, num_elements: int, weighing: int
+        self,
+        num_columns: int,
+        num_codes: int,
+        num_nonzeros: int,
+        num_elements: int,
+        weighing: Weighing,
+        num_negative: int = 0,
     ) -> None:
         self.num_columns = num_columns
         self.is_empty = num_nonzeros == 0
         self.is_full = num_nonzeros == num_elements
         density = num_nonzeros / max(1, num_elements)
-        self.positions = Positions(num_columns, density, WEIGHINGS[weighing])
-        self.values = Values(num_codes - 1) if num_codes > 2 else None  # one value: nothing to tell
+        self.positions = Positions(num_columns, density, weighing)
+        self.signs = Signs(num_columns, num_negative, weighing.lags)
+        # Of one value there is nothing to tell.
+        num_values = num_codes - 1
+        self.values = Values(num_values, self.signs.num_contexts) if num_values > 1 else None
 
     def encode(self, encoder: Any, row: Codes) -> None:
         """Put a row of codes into a range encoder."""
@@ -119,10 +136,8 @@ class RowCoder:
             family = constriction().stream.model.Bernoulli(perfect=False)
             for begin, end, likely in self._segments(is_weight):
                 encoder.encode(is_weight[begin:end].astype(np.int32), family, likely)
-        values = row[is_weight] - 1
-        for begin, end, model in self._blocks(len(values)):
-            encoder.encode(values[begin:end], model)
-            self.values.learn(values[begin:end])  # type: ignore[union-attr]
+        self._code_values(row[is_weight] - 1, is_weight, encoder.encode)
+        self.signs.learn(row)
 
     def decode(self, decoder: Any) -> Codes:
         """Take a row of codes out of a range decoder."""
@@ -132,11 +147,14 @@ class RowCoder:
             for begin, end, likely in self._segments(is_weight):
                 is_weight[begin:end] = decoder.decode(family, likely)
         row = np.zeros(self.num_columns, dtype=np.int32)
-        values = np.zeros(int(is_weight.sum()), dtype=np.int32)
-        for begin, end, model in self._blocks(len(values)):
-            values[begin:end] = decoder.decode(model, end - begin)
-            self.values.learn(values[begin:end])  # type: ignore[union-attr]
+        values = np.zeros(np.count_nonzero(is_weight), dtype=np.int32)
+
+        def decode(values: Codes, model: Any, *likely: Any) -> None:
+            values[:] = decoder.decode(model, *(likely or (len(values),)))
+
+        self._code_values(values, is_weight, decode)
         row[is_weight] = values + 1
+        self.signs.learn(row)
         return row
 
     def estimate(self, row: Codes) -> float:
@@ -151,47 +169,84 @@ class RowCoder:
 
     def _segments(self, is_weight: Any) -> Iterator[tuple[int, int, Any]]:
         """Yield (begin, end, probabilities); a segment's cells are filled in before the next."""
-        columns = self.positions.columns()
+        cells = self.positions.begin_row()
         num_seen = num_expected = 0
         for begin, end in self.positions.segments():
-            expected = columns[begin:end]
+            expected = cells[begin:end]
             yield begin, end, self.positions.likely(expected, num_seen, num_expected)
-            num_seen += int(is_weight[begin:end].sum())
+            num_seen += int(np.count_nonzero(is_weight[begin:end]))
             num_expected += int(expected.sum())
         self.positions.learn(is_weight)
 
-    def _blocks(self, num: int) -> Iterator[tuple[int, int, Any]]:
+    def _code_values(
+        self, values: Codes, is_weight: npt.NDArray[np.bool_], code: Callable[..., None]
+    ) -> None:
+        """Code the values of a row's weights, block by block.
+
+        Args:
+            values: to encode, or where decoded ones are put.
+            is_weight: where in the row they are.
+            code: given a block of values, a model, and probabilities for each if they differ.
+        """
         if self.values is None:
             return
-        for begin, end in self.values.blocks(num):
-            yield begin, end, _categorical(self.values)
+        contexts = self.signs.contexts()[is_weight] if self.signs.num_contexts > 1 else None
+        for begin, end in self.values.blocks(len(values)):
+            block = values[begin:end]
+            if contexts is None:
+                code(block, _categorical(self.values))
+                self.values.learn(block)
+            else:
+                here = contexts[begin:end]
+                family = constriction().stream.model.Categorical(perfect=False)
+                code(block, family, self.values.likely(here))
+                self.values.learn(block, here)
 
 
-def estimate_bits(rows: Codes, weighing: int) -> float:
+def estimate_bits(rows: Codes, weighing: Weighing) -> float:
     """Return about how many bits the places of a tensor's weights take under a weighing."""
     coder = RowCoder(rows.shape[1], 1, int(np.count_nonzero(rows)), rows.size, weighing)
     return sum(coder.estimate(row) for row in rows)
 
 
-def choose_weighing(rows: Codes, default_bits: float) -> int:
-    """Return the number of the weighing under which places take fewest bits.
-
-    One setting of a weighing after the other is tried.
+def choose_lags(rows: Codes) -> tuple[Weighing, float]:
+    """Return a weighing with the lags under which places take fewest bits, and those bits.
 
     Args:
         rows: codes.
-        default_bits: under `Weighing()`.
     """
-    best, best_bits = WEIGHINGS.index(Weighing()), default_bits
+    best = Weighing()
+    best_bits = estimate_bits(rows, best)
+    lags = likely_lags(rows != 0)
+    for num in range(1, len(lags) + 1):
+        best, best_bits = _better(rows, replace(best, lags=tuple(lags[:num])), best, best_bits)
+    return best, best_bits
+
+
+def choose_settings(rows: Codes, best: Weighing, best_bits: float) -> Weighing:
+    """Return a weighing with the same lags under which places take few bits.
+
+    One setting after the other is tried.
+
+    Args:
+        rows: codes.
+        best: to begin with.
+        best_bits: under that.
+    """
     for setting in ("row", "column", "neighbours"):
-        start = WEIGHINGS[best]
-        for number, weighing in enumerate(WEIGHINGS):
-            is_near = weighing == replace(start, **{setting: getattr(weighing, setting)})
-            if is_near and weighing != start:
-                bits = estimate_bits(rows, number)
-                if bits < best_bits:
-                    best, best_bits = number, bits
+        for value in sorted({getattr(weighing, setting) for weighing in WEIGHINGS}):
+            other = replace(best, **{setting: value})
+            best, best_bits = _better(rows, other, best, best_bits)
     return best
+
+
+def _better(
+    rows: Codes, other: Weighing, best: Weighing, best_bits: float
+) -> tuple[Weighing, float]:
+    if other == best:
+        return best, best_bits
+    bits = estimate_bits(rows, other) + 8 * len(other.lags)
+    return (other, bits) if bits < best_bits else (best, best_bits)
 
 
 # -- tensors without an alphabet: their bytes, each place of an element on its own

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packlight.compress.errors import TargetError
+from packlight.compress.errors import CalibrationError, TargetError
 from packlight.compress.layers import places_of
 from packlight.compress.share import start_values
 
@@ -40,7 +40,7 @@ def squared_gradients(
 
     Raises:
         CompressionError: no such parameter.
-        ValueError: no batches.
+        CalibrationError: no batches.
     """
     places = places_of(model, names)
     squares = {place.name: torch.zeros_like(place.stored).detach() for place in places}
@@ -54,7 +54,7 @@ def squared_gradients(
         num_batches += 1
     model.zero_grad()
     if not num_batches:
-        raise ValueError("squared_gradients got no batches: there is no calibration data")
+        raise CalibrationError("squared_gradients")
     return {name: square / num_batches for name, square in squares.items()}
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from packlight.compress.errors import CompressionError
+from packlight.compress.errors import CalibrationError, CompressionError
 from packlight.compress.packages import torch_pruning
 from packlight.errors import OptionError
 
@@ -47,7 +47,7 @@ def remove_inputs(
     Raises:
         CompressionError: no such layer, or its inputs are not one channel each.
         OptionError: `num_kept` is out of range.
-        ValueError: no batches.
+        CalibrationError: no batches.
         MissingExtraError: torch-pruning is not installed.
     """
     layer = dict(model.named_modules()).get(name)
@@ -132,7 +132,7 @@ def _sampled(
         hook.remove()
         model.train(was_training)
     if example is None:
-        raise ValueError("remove_inputs got no batches: there is no calibration data")
+        raise CalibrationError("remove_inputs")
     if not parts:
         raise CompressionError(type(layer).__name__, "does not run in the model's forward")
     return torch.cat(parts), example
