@@ -13,12 +13,16 @@ class PacklightError(Exception):
     """Base class of all errors in this module."""
 
 
+def _hinted(hint: str) -> str:
+    return f"\nhint: {hint}" if hint else ""
+
+
 class BudgetFormatError(PacklightError, ValueError):
     """A budget that is not a positive number of bytes."""
 
     def __init__(self, budget: Any, hint: str) -> None:
         self.budget = budget
-        super().__init__(f"not a memory budget: {budget!r}" + (f"\nhint: {hint}" if hint else ""))
+        super().__init__(f"not a memory budget: {budget!r}" + _hinted(hint))
 
 
 class InfeasibleBudgetError(PacklightError, ValueError):
@@ -53,7 +57,7 @@ class InfeasibleBudgetError(PacklightError, ValueError):
         super().__init__(
             f"budget {format_bytes(budget_bytes)} is below the smallest feasible peak, "
             f"{format_bytes(smallest_bytes)} ({smallest_bytes} bytes)\n"
-            f"  the peak is at {peak_operation}: {live}{more}" + (f"\nhint: {hint}" if hint else "")
+            f"  the peak is at {peak_operation}: {live}{more}" + _hinted(hint)
         )
 
 
@@ -177,18 +181,15 @@ class OffloadError(PacklightError, RuntimeError):
         free_bytes: int | None = None,
         hint: str = "",
     ) -> None:
-        self.directory = directory
-        self.needed_bytes = needed_bytes
-        self.free_bytes = free_bytes
-        super().__init__(message + (f"\nhint: {hint}" if hint else ""))
+        self.directory, self.needed_bytes, self.free_bytes = directory, needed_bytes, free_bytes
+        super().__init__(message + _hinted(hint))
 
 
 class MissingExtraError(PacklightError, ImportError):
     """A feature needs a package that is not installed; names the extra that brings it."""
 
     def __init__(self, package: str, extra: str, feature: str) -> None:
-        self.package = package
-        self.extra = extra
+        self.package, self.extra = package, extra
         super().__init__(
             f"{feature} needs the package {package!r}\nhint: pip install 'packlight[{extra}]'"
         )
@@ -246,8 +247,7 @@ class RankMismatchError(RankError):
         self.what, self.expected, self.found = what, expected, found
         super().__init__(
             f"rank {rank} differs from rank 0 in {what}: {found}, where rank 0 has {expected}"
-            + (f"\nhint: {hint}" if hint else ""),
-            rank,
+            f"{_hinted(hint)}", rank,
         )
 
 
@@ -307,10 +307,9 @@ class BatchError(PacklightError, ValueError):
     def __init__(
         self, path: str, shape: tuple[int, ...] | None, problem: str, hint: str = ""
     ) -> None:
-        self.path = path
-        self.shape = shape
+        self.path, self.shape = path, shape
         where = path if shape is None else f"{path} of shape {shape}"
-        super().__init__(f"{where} {problem}" + (f"\nhint: {hint}" if hint else ""))
+        super().__init__(f"{where} {problem}" + _hinted(hint))
 
 
 class MicrobatchError(PacklightError, ValueError):
@@ -332,8 +331,7 @@ class MicrobatchError(PacklightError, ValueError):
         self.problem = problem
         where = f" at {operation}" if operation else ""
         super().__init__(
-            f"this loss does not split into microbatches{where}: {problem}"
-            + (f"\nhint: {hint}" if hint else "")
+            f"this loss does not split into microbatches{where}: {problem}" + _hinted(hint)
         )
 
 
@@ -352,7 +350,7 @@ class UnsupportedParameterError(PacklightError, ValueError):
         self.problem = problem
         super().__init__(
             f"a parameter of shape {self.shape} ({self.dtype} on {self.device}) {problem}"
-            + (f"\nhint: {hint}" if hint else "")
+            + _hinted(hint)
         )
 
 
@@ -370,7 +368,7 @@ class OptimizerStateError(PacklightError, ValueError):
         self.expected = expected
         super().__init__(
             f"{what} of the saved optimizer state is {saved!r}, that of this optimizer {expected!r}"
-            "; nothing was loaded" + (f"\nhint: {hint}" if hint else "")
+            "; nothing was loaded" + _hinted(hint)
         )
 
 
@@ -390,8 +388,7 @@ class SparsePatternError(PacklightError, ValueError):
     def __init__(self, name: str, shape: tuple[int, ...], problem: str, hint: str = "") -> None:
         self.name, self.shape, self.problem = name, shape, problem
         super().__init__(
-            f"the pattern of {name!r}, of shape {shape}, does not fit: {problem}"
-            + (f"\nhint: {hint}" if hint else "")
+            f"the pattern of {name!r}, of shape {shape}, does not fit: {problem}{_hinted(hint)}"
         )
 
 
@@ -399,4 +396,4 @@ class SparseTensorError(PacklightError, ValueError):
     """A tensor that the kernels of `packlight.sparse` do not take."""
 
     def __init__(self, problem: str, hint: str = "") -> None:
-        super().__init__(f"packlight.sparse got {problem}" + (f"\nhint: {hint}" if hint else ""))
+        super().__init__(f"packlight.sparse got {problem}" + _hinted(hint))

@@ -24,16 +24,8 @@ from packlight.errors import (
     NonFiniteLossError,
     UnsupportedModelError,
 )
-from packlight.planner.pieces import (
-    Gap,
-    Path,
-    PieceRun,
-    Section,
-    Stitched,
-    _lives,
-    order_of,
-    plan_path,
-)
+from packlight.planner.path import Gap, Path, PieceRun, Section, order_of
+from packlight.planner.pieces import Stitched, _lives, plan_path
 from packlight.planner.plain import plain_schedule
 from packlight.step import BufferKind, GraphBuilder, Phase, simulate
 from packlight.torch_internals.storages import StorageWatch

@@ -16,7 +16,8 @@ from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
 from packlight.errors import InfeasibleBudgetError, UnsupportedModelError
-from packlight.planner.pieces import keeping_little, order_of, piece_schedule
+from packlight.planner.path import order_of, piece_schedule
+from packlight.planner.pieces import keeping_little
 from packlight.planner.plain import plain_schedule
 from packlight.planner.shrink import backward_peak_bytes, with_smaller_backward
 from packlight.step import live_after_forward, simulate

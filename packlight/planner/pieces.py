@@ -13,11 +13,12 @@ of the others: whatever Python does in another step, each backward has what it n
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from packlight.errors import InfeasibleBudgetError
+from packlight.planner.path import Gap, Order, Path, PathPlan, PieceRun, Section, tangents
 from packlight.planner.plain import schedule_from_order
 from packlight.planner.plan import least_peak_bytes, plan_schedule
 from packlight.planner.smallest import smallest_schedules
@@ -37,95 +38,6 @@ from packlight.step import (
 PYTHON = "packlight.python"
 # Taken apart, a schedule may hold a little more than it did: then less is asked for.
 MAX_ATTEMPTS = 3
-
-
-@dataclass(frozen=True)
-class PieceRun:
-    """One run of a piece: its forward and, if it comes to that, its backward.
-
-    Attributes:
-        graph: of the piece.
-        shared: buffers of it whose storages other pieces or Python may hold, too (results,
-            gradients, and inputs that a piece has made): buffer -> storage.
-    """
-
-    graph: StepGraph
-    shared: Mapping[int, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """The forward or the backward of a run.
-
-    Attributes:
-        run: which.
-        is_forward: which of the two.
-    """
-
-    run: int
-    is_forward: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """What Python does before a section, or after the last one.
-
-    Attributes:
-        held_bytes: what it holds when it ends, shared storages aside.
-        peak_bytes: the most above what there is when it begins.
-        holds: the shared storages that somebody outside of pieces holds when it ends.
-    """
-
-    held_bytes: int
-    peak_bytes: int
-    holds: frozenset[int]
-
-
-@dataclass(frozen=True)
-class Path:
-    """What happened in one step.
-
-    Attributes:
-        runs: of pieces, in the order of their forwards.
-        sections: in order.
-        gaps: one before each section, and one after the last.
-    """
-
-    runs: tuple[PieceRun, ...]
-    sections: tuple[Section, ...]
-    gaps: tuple[Gap, ...]
-
-
-# The operations of one run in order: those of its forward, those of its backward.
-Order = tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class PathPlan:
-    """How the pieces of a path run.
-
-    Attributes:
-        orders: of each run.
-        plan: of the path as one graph.
-    """
-
-    orders: tuple[Order, ...]
-    plan: Plan
-
-
-def order_of(graph: StepGraph, schedule: Schedule) -> Order:
-    """Return the order of a piece's own schedule."""
-    instructions = schedule.instructions
-    forward = Schedule(instructions[: schedule.num_forward], schedule.num_forward)
-    backward = Schedule(instructions[schedule.num_forward :], 0)
-    tangents = _tangents(graph)
-    return tuple(forward.runs()), tuple(run for run in backward.runs() if run not in tangents)
-
-
-def piece_schedule(graph: StepGraph, order: Order) -> Schedule:
-    """Return a piece's schedule that runs its operations in an order."""
-    forward, backward = order
-    return schedule_from_order(graph, (*forward, *_tangents(graph), *backward), len(forward))
 
 
 def keeping_little(graph: StepGraph) -> Order:
@@ -192,10 +104,6 @@ def _judged(plan: Plan, schedule: Schedule, timeline: Timeline, budget_bytes: in
     )
 
 
-def _tangents(graph: StepGraph) -> tuple[int, ...]:
-    return tuple(o.id for o in graph.operations if o.kind is OperationKind.TANGENT)
-
-
 class Stitched:
     """A path as one graph, and back.
 
@@ -259,7 +167,7 @@ class Stitched:
 
     def _places(self, run: PieceRun) -> list[int]:
         """Return for each buffer of a run which one of the whole it is."""
-        tangents = {b for o in _tangents(run.graph) for b in run.graph.operations[o].creates}
+        arriving = {b for o in tangents(run.graph) for b in run.graph.operations[o].creates}
         places = []
         for buffer in run.graph.buffers:
             storage = run.shared.get(buffer.id)
@@ -271,7 +179,7 @@ class Stitched:
                     self._shared[storage] = self._new_buffer(buffer.bytes, kind, buffer.name)
                 places.append(self._shared[storage])
             else:  # tangents that Python has made are its own
-                kind = BufferKind.INPUT if buffer.id in tangents else buffer.kind
+                kind = BufferKind.INPUT if buffer.id in arriving else buffer.kind
                 places.append(self._new_buffer(buffer.bytes, kind, buffer.name))
         return places
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from packlight.errors import ScheduleError
-from packlight.planner.pieces import Order, piece_schedule
+from packlight.planner.path import Order, piece_schedule
 from packlight.step import (
     Action,
     Operation,

@@ -12,7 +12,7 @@ from packlight.capture.pieces import Piece
 from packlight.costs.levels import Level, LevelRecorder
 from packlight.lower.frame import Frame
 from packlight.lower.program import Program
-from packlight.planner.pieces import Gap, Order, Path, PieceRun, Section
+from packlight.planner.path import Gap, Order, Path, PieceRun, Section
 from packlight.step import Schedule, live_after_forward
 from packlight.torch_internals.storages import StorageWatch, storage_identity
 

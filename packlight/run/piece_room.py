@@ -13,7 +13,8 @@ from typing import Any
 from packlight.capture.pieces import Piece
 from packlight.errors import InfeasibleBudgetError
 from packlight.lower.emit import emit
-from packlight.planner.pieces import Order, keeping_little, order_of, piece_schedule
+from packlight.planner.path import Order, order_of, piece_schedule
+from packlight.planner.pieces import keeping_little
 from packlight.planner.plain import plain_schedule
 from packlight.planner.shrink import backward_peak_bytes, with_smaller_backward
 from packlight.planner.smallest import smallest_schedules

@@ -21,16 +21,8 @@ from packlight.capture.pieces import Piece
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
 from packlight.lower.frame import Frame
-from packlight.planner.pieces import (
-    Gap,
-    Path,
-    PathPlan,
-    PieceRun,
-    Section,
-    Stitched,
-    order_of,
-    plan_path,
-)
+from packlight.planner.path import Gap, Path, PathPlan, PieceRun, Section, order_of
+from packlight.planner.pieces import Stitched, plan_path
 from packlight.run.in_flight import RunsInFlight
 from packlight.run.piece_record import ReadyPiece, Run, StepRecord
 from packlight.run.piece_room import Room, ready_piece

@@ -258,7 +258,7 @@ class _Team:
         self.buckets: tuple[tuple[str, ...], ...] | None = None
         self._observed: set[tuple[Moves, int | None]] = set()
 
-    # -- on the rank that plans (see `plan_way.Partners`)
+    # -- on the rank that plans (see `Partners`)
 
     def led(self, find: Callable[[], Ready]) -> Ready:
         """Return the way found, once all others have bound it."""

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -32,6 +31,7 @@ from packlight.moves.registry import of_package
 from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
+from packlight.search.partners import Partners
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
     fits,
@@ -43,23 +43,6 @@ from packlight.step import Plan, Schedule, StepMemory
 from packlight.step.digest import structure_digest
 
 Moves = tuple[Move, ...]
-
-
-class Partners(Protocol):
-    """Other ranks that see the same steps."""
-
-    def observe(self, moves: Moves, size: int | None) -> None:
-        """Have the profiler know what calls cost on the slowest rank.
-
-        Args:
-            moves: that shape the step.
-            size: rows of the microbatch; None for the whole batch.
-        """
-
-    def rehearse(
-        self, moves: Moves, size: int | None, step: WholeStep, schedule: Schedule
-    ) -> dict[int, float]:
-        """Return seconds of operations inside a step, on the slowest rank."""
 
 
 class HopelessError(Exception):
