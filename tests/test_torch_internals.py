@@ -36,7 +36,7 @@ from packlight.torch_internals import (
     storages,
     translator,
 )
-from packlight.torch_internals.profiler import memory_events
+from packlight.torch_internals.profiler import AllocationLog, is_profiled
 
 PACKAGE = Path(__file__).resolve().parent.parent / "packlight"
 LOGGER = logging.getLogger("packlight.test")
@@ -716,13 +716,28 @@ def test_a_fake_tensor_is_made_from_one_without_memory() -> None:
 # -- the profiler
 
 
-def test_every_allocation_and_free_is_an_event() -> None:
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:
+def test_every_allocation_and_free_is_logged_and_no_call() -> None:
+    """Calls may begin in one log and end in the next: neither keeps a record of them."""
+    log = AllocationLog()
+    with torch.autograd.profiler.record_function("a call of the user's"):
         first = torch.empty(100, dtype=torch.uint8)
         second = torch.empty(3, 7, dtype=torch.uint8)
         del first
-        del second
-    assert memory_events(profiler) == [100, 21, -100, -21]
+        assert is_profiled() and log.stop() == [100, 21, -100] and not is_profiled()
+        log = AllocationLog()
+    del second
+    (torch.ones(2, 2) @ torch.ones(2, 2)).sum()
+    sizes = log.stop()
+    assert sizes[0] == -21 and sum(sizes) == -21 and len(sizes) == 9
+
+
+def test_a_log_of_allocations_is_told_of_no_call() -> None:
+    log = AllocationLog()
+    with torch.autograd.profiler.record_function("a call of the user's"):
+        torch.ones(3)
+    names = {event.name() for event in torch._C._autograd._disable_profiler().events()}
+    assert names == {"[memory]"}
+    del log
 
 
 # -- inductor

@@ -6,12 +6,11 @@ mark on the CPU is a few allocations of odd sizes, which are found again among t
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 
-from packlight.torch_internals.profiler import is_profiled, memory_events
+from packlight.torch_internals.profiler import AllocationLog, is_profiled
 
 # Allocated and freed one after the other: nobody else does that.
 MARK_BYTES = (61, 67, 71, 61)
@@ -47,10 +46,7 @@ class LevelRecorder:
             self._start = torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
             return
-        # The profiler's library prints a line at each start unless told otherwise before.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-        self._profiler = torch.autograd.profiler.profile(profile_memory=True, use_kineto=True)
-        self._profiler.__enter__()
+        self._log = AllocationLog()
 
     @staticmethod
     def is_possible(device: torch.device) -> bool:
@@ -72,8 +68,7 @@ class LevelRecorder:
         """Return the level at each mark."""
         if self._device.type == "cuda":
             return self._levels
-        self._profiler.__exit__(None, None, None)
-        return levels_at_marks(memory_events(self._profiler))
+        return levels_at_marks(self._log.stop())
 
 
 def levels_at_marks(events: list[int]) -> list[Level]:

@@ -7,7 +7,6 @@ own temporaries included, so their running sum is exact. CUDA's caching allocato
 from __future__ import annotations
 
 import gc
-import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 
-from packlight.torch_internals.profiler import memory_events
+from packlight.torch_internals.profiler import AllocationLog
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +68,12 @@ def allocator_peak(fn: Callable[[], Any], device: torch.device) -> tuple[Any, in
 
 def record_allocations(fn: Callable[[], Any]) -> tuple[Any, list[int]]:
     """Run `fn()`; return its result and every CPU allocation (+bytes) and free (-bytes)."""
-    # The profiler's library prints a line at each start unless told otherwise before its first use.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")
-    with torch.autograd.profiler.profile(profile_memory=True, use_kineto=True) as profiler:
+    log = AllocationLog()
+    try:
         result = fn()
-    return result, memory_events(profiler)
+    finally:
+        events = log.stop()
+    return result, events
 
 
 def running_peak(events: list[int]) -> tuple[int, int]:
