@@ -740,6 +740,20 @@ def test_a_log_of_allocations_is_told_of_no_call() -> None:
     del log
 
 
+# -- modules
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_a_convolutions_padding_and_what_it_makes_with_another_weight(mode: str) -> None:
+    layer = nn.Conv2d(2, 3, (3, 5), padding="same", padding_mode=mode, dilation=2)
+    assert isinstance(layer, modules.CONVOLUTION) and not isinstance(layer, modules.BATCH_NORM)
+    assert isinstance(nn.BatchNorm3d(2), modules.BATCH_NORM)
+    x, weight, bias = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 5), torch.randn(3)
+    padded = F.pad(x, modules.padding_of(layer), mode="constant" if mode == "zeros" else mode)
+    expected = F.conv2d(padded, weight, bias, dilation=2)
+    assert torch.allclose(modules.convolved(layer, x, weight, bias), expected, atol=1e-5)
+
+
 # -- inductor
 
 

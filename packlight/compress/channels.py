@@ -19,9 +19,10 @@ from torch.utils._pytree import tree_leaves
 from packlight.compress.errors import CompressionError
 from packlight.compress.packages import torch_pruning
 from packlight.errors import OptionError
+from packlight.torch_internals.modules import BATCH_NORM, CONVOLUTION
 
-_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+_NORMS = (BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.InstanceNorm2d)
+_LAYERS = (nn.Linear, CONVOLUTION)
 
 
 @dataclass

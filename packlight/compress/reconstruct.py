@@ -17,6 +17,7 @@ from torch import nn
 from packlight.compress.errors import CalibrationError, CompressionError
 from packlight.compress.packages import torch_pruning
 from packlight.errors import OptionError
+from packlight.torch_internals.modules import padding_of
 
 _SUPPORTED = (nn.Linear, nn.Conv2d)
 
@@ -147,9 +148,8 @@ def _parts(
     if isinstance(layer, nn.Linear):
         rows = inputs.reshape(-1, inputs.shape[-1])
         return rows[drawn(len(rows))] * layer.weight[drawn(layer.out_features)]
-    padding: Any = layer._reversed_padding_repeated_twice
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(inputs, padding, mode=mode)
+    padded = F.pad(inputs, padding_of(layer), mode=mode)
     patches = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)
     num_images, _, num_places = patches.shape
     # [samples, channels, taps]

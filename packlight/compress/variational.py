@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from packlight.compress.errors import CompressionError
+from packlight.torch_internals.modules import convolved
 
 _K1, _K2, _K3 = 0.63576, 1.87320, 1.48695  # equation 14
 _LEAST_VARIANCE = 1e-8
@@ -135,8 +136,7 @@ class _NoisyConv(_Noise):
     def _apply_weight(
         self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        convolved: torch.Tensor = self._conv_forward(inputs, weight, bias)  # type: ignore[operator]
-        return convolved
+        return convolved(self, inputs, weight, bias)
 
 
 class _NoisyConv1d(_NoisyConv, nn.Conv1d):
