@@ -310,7 +310,8 @@ def test_the_share_of_a_batch_that_the_hint_names_needs_about_what_it_says(perce
     assert said is not None
     with pytest.raises(InfeasibleBudgetError) as smaller:
         image_step(16 // int(said[1]), 1000)
-    assert parse_bytes(said[2]) == pytest.approx(smaller.value.smallest_bytes, rel=0.1)
+    # Scaled from what the whole batch needs; looked for by itself, less may do.
+    assert 0.9 <= parse_bytes(said[2]) / smaller.value.smallest_bytes <= 1.2
     image_step(16 // int(said[1]), budget)  # fits
 
 
