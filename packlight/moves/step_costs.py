@@ -283,7 +283,9 @@ class StepCosts:
         """
         assert self.updates is not None
         cost = self.updates.cost(parameter, stride, num_rows)
-        shape = (parameter.shape[0] if num_rows is None else num_rows, *parameter.shape[1:])
+        shape = tuple(parameter.shape)
+        if num_rows is not None:
+            shape = (num_rows, *shape[1:])
         name = (
             f"update {self.updates.kind(parameter)} {shape} "
             f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
