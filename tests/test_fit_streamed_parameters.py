@@ -281,13 +281,17 @@ def test_a_way_that_streams_nothing_has_all_in_memory_but_what_others_look_at(
 
 
 def test_freezing_parameters_later_and_other_batches_keep_all_values(tmp_path: Path) -> None:
-    """The second batch is so small that its way has other schedules; then all is planned anew."""
+    """The second batch is so small that its way has other schedules; then all is planned anew.
+
+    What a layer's optimizer state was stays on the disk when the layer is frozen.
+    """
     step, mine, eager = below_its_parameters(tmp_path)
     for num_rows in (16, 4, 16):
         assert torch.equal(step(batch_of(num_rows)), eager.step(batch_of(num_rows)))
     for training in (mine, eager):
         training.model.layers[0].requires_grad_(False)
     assert torch.equal(step(batch_of()), eager.step(batch_of()))
+    assert in_memory(step) == []
     assert_same_bits(mine, eager)
 
 

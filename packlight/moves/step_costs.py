@@ -28,7 +28,7 @@ from packlight.moves.stream.parameters import (
     parameter_slots,
     without_results,
 )
-from packlight.moves.stream.state import Slots, state_slots
+from packlight.moves.stream.state import Slots, existing_slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
 from packlight.updates.accounting import (
@@ -39,7 +39,7 @@ from packlight.updates.accounting import (
     refuse_uneven_steps,
     tensors_bytes,
 )
-from packlight.updates.several import SeveralUpdates, parts_of, updates_of
+from packlight.updates.several import SeveralUpdates, parts_of, states_left, updates_of
 from packlight.updates.twin import state_tensors
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
@@ -91,10 +91,7 @@ class StepCosts:
     @cached_property
     def optimizer_bytes(self) -> int:
         """The optimizer's state, whether it exists yet or not, that of frozen layers included."""
-        left = (
-            state for part in parts_of(self.request.optimizer)
-            for parameter, state in part.state.items() if id(parameter) not in self.trained
-        )
+        left = states_left(self.request.optimizer, self.trained).values()
         left_bytes = tensors_bytes(tensor for state in left for tensor in state_tensors(state))
         if self.updates is None or self.updates.refusal is not None:
             return self._whole_update.state_bytes + left_bytes
@@ -146,10 +143,12 @@ class StepCosts:
         return self.updates is not None and self.updates.refusal is None and no_norm
 
     def state_slots(self) -> Slots:
-        """Return what of the optimizer's state can be streamed."""
+        """Return what of the optimizer's state can be streamed; that of frozen layers rests."""
         assert self.request.optimizer is not None
         if self._slots is None:
-            self._slots = {}
+            left = states_left(self.request.optimizer, self.trained).items()
+            named = {id(p) for p in self.request.model.parameters()}
+            self._slots = {p: existing_slots(state) for p, state in left if id(p) in named}
             for part in parts_of(self.request.optimizer):
                 held = {id(p) for group in part.param_groups for p in group["params"]}
                 mine = [p for p in self.trained.values() if id(p) in held]

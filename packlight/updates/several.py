@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Container, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,21 @@ def parts_of(optimizer: torch.optim.Optimizer | None) -> tuple[torch.optim.Optim
     if isinstance(optimizer, SeveralOptimizers):
         return optimizer.optimizers
     return () if optimizer is None else (optimizer,)
+
+
+def states_left(optimizer: torch.optim.Optimizer | None, trained: Container[int]) -> dict[Any, Any]:
+    """Return an optimizer's state of what is not trained: layers that were frozen later.
+
+    Args:
+        optimizer: the user's.
+        trained: ids of the parameters that are.
+    """
+    return {
+        parameter: state
+        for part in parts_of(optimizer)
+        for parameter, state in part.state.items()
+        if id(parameter) not in trained
+    }
 
 
 class SeveralUpdates:

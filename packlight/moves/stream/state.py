@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +40,18 @@ def state_slots(
             state: dict[Any, Any] = defaultdict(dict)
             with torch.no_grad():
                 step_alone(optimizer, group, copy, torch.zeros_like(parameter), state)
-            known[key] = {
-                name: SlotSpec.of(value, name)
-                for name, value in state[copy].items()
-                if isinstance(value, torch.Tensor) and value.nbytes >= MIN_STREAMED_BYTES
-            }
+            known[key] = existing_slots(state[copy])
         slots[parameter] = known[key]
     return slots
+
+
+def existing_slots(state: Mapping[str, Any]) -> dict[str, SlotSpec]:
+    """Return what of one parameter's state can be streamed, by name."""
+    return {
+        name: SlotSpec.of(value, name)
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.nbytes >= MIN_STREAMED_BYTES
+    }
 
 
 @dataclass(frozen=True, eq=False)
