@@ -10,7 +10,8 @@ above what was there before: saved activations, outputs, gradients, workspace. W
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from packlight.capture.pieces import Alone, compile_piece
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import InfeasibleBudgetError, OptionError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
 from packlight.memory.far import FarMemory, far_memory
@@ -51,6 +52,13 @@ from packlight.step import (
 from packlight.torch_internals.autograd import is_graph_retained
 from packlight.torch_internals.breaks import break_anywhere
 from packlight.torch_internals.calling import box_arguments, boxed, has_boxed_arguments
+from packlight.torch_internals.calls import (
+    calling_line,
+    is_compiling_off,
+    is_failing,
+    num_recorded,
+    watch_calls,
+)
 from packlight.torch_internals.dispatch import is_fake
 from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
@@ -121,7 +129,9 @@ class PacklightBackend:
             if self.choose_budget is not None or self.offload_directory or self.is_dry_run:
                 refuse_graph_break()
             with CallProfiler(self.progress) as profiler:
-                return compile_piece(module, example_inputs, self.loop, profiler)
+                return self.loop.counting(
+                    compile_piece(module, example_inputs, self.loop, profiler)
+                )
         refuse_values(module)
         self._example_inputs, num_before = example_inputs, len(self.compilations)
         with CallProfiler(self.progress) as profiler:
@@ -137,7 +147,7 @@ class PacklightBackend:
                 refuse_more_runs(new[0], self.budget_bytes, arguments)
             return compiled(*arguments)
 
-        return run
+        return self.loop.counting(run)
 
     def _planned(
         self, step: JointStep, profiler: CallProfiler
@@ -358,4 +368,26 @@ def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
 prepare_dynamo()
 
 
+@contextmanager
+def _looking_at_call(given: Any) -> Iterator[None]:
+    """Refuse a call of which nothing is compiled, so that nobody plans it, once it is over.
+
+    Dynamo does not ask about a function that `torch.compiler.disable` is around.
+    """
+    known, num_before = _backends.get(id(given)), num_recorded()
+    runs_before = 0 if known is None else known.loop.num_runs
+    yield
+    if num_recorded() == num_before or is_failing() or is_compiling_off():
+        return
+    has_budget = options_of(given).get("budget") is not None
+    if has_budget and _backend_of(given).loop.num_runs == runs_before:
+        file, line = calling_line()
+        raise GraphBreakError(
+            file, line, "nothing of this call is compiled: it ran in eager PyTorch, without a plan",
+            "take torch.compiler.disable off the forward, or put it around less; packlight.fit "
+            "counts what runs in eager PyTorch",
+        )
+
+
 break_anywhere(packlight_backend, lambda given: _backend_of(given).loop)
+watch_calls(packlight_backend, _looking_at_call)

@@ -11,7 +11,7 @@ A function that nothing breaks is one piece, and has a plan for the step that ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -36,12 +36,14 @@ class PieceLoop:
     Attributes:
         pieces: runs them; None until a piece is captured.
         is_broken: whether any of them is a piece of something larger.
+        num_runs: how often any graph was called.
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
         self._budget_bytes = budget_bytes
         self.pieces: Pieces | None = None
         self.is_broken = False
+        self.num_runs = 0
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         # Bytes of those that were there when the step began, by their parameters' ids.
         self._gradients_before: dict[int, int] = {}
@@ -63,6 +65,15 @@ class PieceLoop:
 
     def _new_gradients(self) -> list[torch.Tensor]:
         return [g for key, g in self._gradients().items() if key not in self._gradients_before]
+
+    def counting(self, graph: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled graph whose calls are counted."""
+
+        def run(*arguments: Any) -> Any:
+            self.num_runs += 1
+            return graph(*arguments)
+
+        return run
 
     # -- what capture tells
 
