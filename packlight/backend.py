@@ -370,13 +370,18 @@ prepare_dynamo()
 
 @contextmanager
 def _looking_at_call(given: Any) -> Iterator[None]:
-    """Refuse a call of which nothing is compiled, so that nobody plans it, once it is over.
+    """Tell the loop of a call; refuse one of which nothing is compiled once it is over.
 
-    Dynamo does not ask about a function that `torch.compiler.disable` is around.
+    Dynamo does not ask about a function that `torch.compiler.disable` is around: nobody plans it.
     """
     known, num_before = _backends.get(id(given)), num_recorded()
-    runs_before = 0 if known is None else known.loop.num_runs
+    runs_before = 0
+    if known is not None:
+        runs_before = known.loop.num_runs
+        known.loop.call_begins()
     yield
+    if known is not None:
+        known.loop.call_ends()
     if num_recorded() == num_before or is_failing() or is_compiling_off():
         return
     has_budget = options_of(given).get("budget") is not None
