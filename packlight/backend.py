@@ -38,7 +38,7 @@ from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.run.piece_loop import PieceLoop
-from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
+from packlight.search.rehearse import fits, real_inputs, rehearse, with_estimated_seconds
 from packlight.step import (
     Limit,
     Machine,
@@ -59,12 +59,15 @@ from packlight.torch_internals.calls import (
     num_recorded,
     watch_calls,
 )
-from packlight.torch_internals.dispatch import is_fake
 from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
 LANE_PROBE_BYTES = 16 * 2**20
+OUTSIDE_HINT = (
+    "what eager PyTorch does between forward and backward (a loss outside) comes on top, once it "
+    "is seen"
+)
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -164,7 +167,13 @@ class PacklightBackend:
         machine = None if far is None else _machine(step.device, far)
         if machine is not None:
             step = replace(step, graph=with_transfers(step.graph, machine))
-        plan = plan_schedule(step.graph, budget, machine)
+        try:
+            plan = plan_schedule(step.graph, budget, machine)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(
+                error.budget_bytes, error.smallest_bytes, error.peak_operation, error.peak_buffers,
+                "\n  ".join(filter(None, [error.hint, OUTSIDE_HINT])),
+            ) from None
         rehearsed = self._rehearsed(step, budget, plan, profiler)
         if rehearsed is not None:
             step = rehearsed
@@ -193,7 +202,7 @@ class PacklightBackend:
                 plan = plan_schedule(step.graph.without_transfers(), budget_bytes)
             except InfeasibleBudgetError:
                 return with_estimated_seconds(step, profiler)
-        primals = _real_inputs(step, self._example_inputs)
+        primals = real_inputs(step, self._example_inputs)
         if primals is None or not fits(plan.peak_bytes, step.device):
             return None
         tangents = [n.meta["val"] for n in step.tangents]
@@ -322,30 +331,6 @@ def _replanned(
         lane_seconds=timeline.lane_seconds,
         wait_seconds=timeline.wait_seconds,
     )
-
-
-def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | None:
-    """Return the real tensors behind the joint graph's primals, or None if they cannot be told."""
-    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
-    found: list[Any] = []
-    remaining = iter(tensors)
-    for primal in step.primals:
-        fake = primal.meta.get("val")
-        if not isinstance(fake, torch.Tensor):
-            found.append(fake)
-            continue
-        real = next(remaining, None)
-        if (
-            real is None
-            or is_fake(real)
-            or real.shape != fake.shape
-            or real.dtype != fake.dtype
-            or real.device != fake.device
-            or real.stride() != fake.stride()
-        ):
-            return None
-        found.append(real)
-    return found
 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
