@@ -26,7 +26,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 class Spectral(nn.Module):
     """A Fourier layer whose complex weights are a view of real ones."""
 
-    def __init__(self, channels: int = 12, modes: int = 8) -> None:
+    def __init__(self, channels: int = 8, modes: int = 8) -> None:
         super().__init__()
         self.modes = modes
         self.enter, self.leave = nn.Conv1d(1, channels, 1), nn.Conv1d(channels, 1, 1)
@@ -55,7 +55,7 @@ def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 def batch_of(dtype: torch.dtype) -> Batch:
     generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 16, 1, 128, generator=generator, dtype=torch.float64).to(dtype)
+    x, y = torch.randn(2, 4, 1, 128, generator=generator, dtype=torch.float64).to(dtype)
     return x, y
 
 
