@@ -10,7 +10,8 @@ above what was there before: saved activations, outputs, gradients, workspace. W
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from packlight.capture.pieces import Alone, compile_piece
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import InfeasibleBudgetError, OptionError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError, OptionError
 from packlight.lower.aot import OVERWRITTEN_KEY, partitioned
 from packlight.lower.emit import emit
 from packlight.memory.far import FarMemory, far_memory
@@ -37,7 +38,7 @@ from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import lower_bound_seconds, plan_schedule
 from packlight.run.piece_loop import PieceLoop
-from packlight.search.rehearse import fits, rehearse, with_estimated_seconds
+from packlight.search.rehearse import fits, real_inputs, rehearse, with_estimated_seconds
 from packlight.step import (
     Limit,
     Machine,
@@ -51,12 +52,22 @@ from packlight.step import (
 from packlight.torch_internals.autograd import is_graph_retained
 from packlight.torch_internals.breaks import break_anywhere
 from packlight.torch_internals.calling import box_arguments, boxed, has_boxed_arguments
-from packlight.torch_internals.dispatch import is_fake
+from packlight.torch_internals.calls import (
+    calling_line,
+    is_compiling_off,
+    is_failing,
+    num_recorded,
+    watch_calls,
+)
 from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
 
 KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
 LANE_PROBE_BYTES = 16 * 2**20
+OUTSIDE_HINT = (
+    "what eager PyTorch does between forward and backward (a loss outside) comes on top, once it "
+    "is seen"
+)
 
 
 class StepCaptured(Exception):  # noqa: N818 - not an error
@@ -121,7 +132,9 @@ class PacklightBackend:
             if self.choose_budget is not None or self.offload_directory or self.is_dry_run:
                 refuse_graph_break()
             with CallProfiler(self.progress) as profiler:
-                return compile_piece(module, example_inputs, self.loop, profiler)
+                return self.loop.counting(
+                    compile_piece(module, example_inputs, self.loop, profiler)
+                )
         refuse_values(module)
         self._example_inputs, num_before = example_inputs, len(self.compilations)
         with CallProfiler(self.progress) as profiler:
@@ -137,7 +150,7 @@ class PacklightBackend:
                 refuse_more_runs(new[0], self.budget_bytes, arguments)
             return compiled(*arguments)
 
-        return run
+        return self.loop.counting(run)
 
     def _planned(
         self, step: JointStep, profiler: CallProfiler
@@ -154,7 +167,13 @@ class PacklightBackend:
         machine = None if far is None else _machine(step.device, far)
         if machine is not None:
             step = replace(step, graph=with_transfers(step.graph, machine))
-        plan = plan_schedule(step.graph, budget, machine)
+        try:
+            plan = plan_schedule(step.graph, budget, machine)
+        except InfeasibleBudgetError as error:
+            raise InfeasibleBudgetError(
+                error.budget_bytes, error.smallest_bytes, error.peak_operation, error.peak_buffers,
+                "\n  ".join(filter(None, [error.hint, OUTSIDE_HINT])),
+            ) from None
         rehearsed = self._rehearsed(step, budget, plan, profiler)
         if rehearsed is not None:
             step = rehearsed
@@ -183,7 +202,7 @@ class PacklightBackend:
                 plan = plan_schedule(step.graph.without_transfers(), budget_bytes)
             except InfeasibleBudgetError:
                 return with_estimated_seconds(step, profiler)
-        primals = _real_inputs(step, self._example_inputs)
+        primals = real_inputs(step, self._example_inputs)
         if primals is None or not fits(plan.peak_bytes, step.device):
             return None
         tangents = [n.meta["val"] for n in step.tangents]
@@ -314,30 +333,6 @@ def _replanned(
     )
 
 
-def _real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | None:
-    """Return the real tensors behind the joint graph's primals, or None if they cannot be told."""
-    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
-    found: list[Any] = []
-    remaining = iter(tensors)
-    for primal in step.primals:
-        fake = primal.meta.get("val")
-        if not isinstance(fake, torch.Tensor):
-            found.append(fake)
-            continue
-        real = next(remaining, None)
-        if (
-            real is None
-            or is_fake(real)
-            or real.shape != fake.shape
-            or real.dtype != fake.dtype
-            or real.device != fake.device
-            or real.stride() != fake.stride()
-        ):
-            return None
-        found.append(real)
-    return found
-
-
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
     """Compile a graph to a function that takes its arguments in a list and empties the list."""
     if not has_boxed_arguments(module.graph):
@@ -358,4 +353,31 @@ def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
 prepare_dynamo()
 
 
+@contextmanager
+def _looking_at_call(given: Any) -> Iterator[None]:
+    """Tell the loop of a call; refuse one of which nothing is compiled once it is over.
+
+    Dynamo does not ask about a function that `torch.compiler.disable` is around: nobody plans it.
+    """
+    known, num_before = _backends.get(id(given)), num_recorded()
+    runs_before = 0
+    if known is not None:
+        runs_before = known.loop.num_runs
+        known.loop.call_begins()
+    yield
+    if known is not None:
+        known.loop.call_ends()
+    if num_recorded() == num_before or is_failing() or is_compiling_off():
+        return
+    has_budget = options_of(given).get("budget") is not None
+    if has_budget and _backend_of(given).loop.num_runs == runs_before:
+        file, line = calling_line()
+        raise GraphBreakError(
+            file, line, "nothing of this call is compiled: it ran in eager PyTorch, without a plan",
+            "take torch.compiler.disable off the forward, or put it around less; packlight.fit "
+            "counts what runs in eager PyTorch",
+        )
+
+
 break_anywhere(packlight_backend, lambda given: _backend_of(given).loop)
+watch_calls(packlight_backend, _looking_at_call)

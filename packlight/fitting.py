@@ -18,7 +18,7 @@ from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import checked_techniques, chosen_names, technique_names
-from packlight.moves.request import Request
+from packlight.moves.request import Beside, Request
 from packlight.ranks.modelled import ModelledMesh
 from packlight.ranks.parallel import Parallel, ranks_of
 from packlight.run.train_step import TrainStep
@@ -60,6 +60,10 @@ class Options(TypedDict, total=False):
             and `profile` it may be a `ModelledMesh` of ranks that are not there.
         parallel: what the mesh's dimensions are for; can be left out if there is one.
         progress: show what profiling does; True.
+        accumulate: keep room for gradients between steps, which `step.backward` then adds to and
+            `step.update` uses up. Of steps that share an optimizer, each backward adds to the same.
+        beside: what else the loop keeps while this step runs, to be counted: optimizers (their
+            state, made yet or not), modules (an averaged copy) and tensors.
     """
 
     moves: Iterable[str] | None
@@ -73,6 +77,8 @@ class Options(TypedDict, total=False):
     mesh: Any
     parallel: Parallel | None
     progress: bool
+    accumulate: bool
+    beside: Iterable[Beside] | Beside
 
 
 def fit(
@@ -201,6 +207,13 @@ def _request(
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
     parallel = options.get("parallel")
     ranks = ranks_of(None if modelled else mesh, parallel, device)
+    accumulates = options.get("accumulate", False)
+    if accumulates and mesh is not None:
+        raise OptionError(
+            "accumulate=True cannot be combined with mesh=: gradients of ranks are reduced in "
+            "every step\nhint: one larger batch, which fit cuts into microbatches that are reduced "
+            "once"
+        )
     names = chosen_names(options.get("moves"))
     if ranks is not None or modelled is not None:
         names |= {DataParallel.name}
@@ -225,4 +238,18 @@ def _request(
         ranks,
         modelled,
         shards,
+        accumulates,
+        _beside(options.get("beside", ())),
     )
+
+
+def _beside(given: Iterable[Beside] | Beside) -> tuple[Beside, ...]:
+    """Return what a loop keeps beside a step, one by one."""
+    kept = (given,) if isinstance(given, Beside) else tuple(given)
+    for one in kept:
+        if not isinstance(one, Beside):
+            raise OptionError(
+                f"beside= has a {type(one).__name__}, whose bytes are not known\n"
+                "hint: optimizers, modules and tensors can be counted"
+            )
+    return kept

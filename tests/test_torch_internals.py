@@ -11,6 +11,7 @@ import logging
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from packlight.torch_internals import (
     aot,
     autograd,
     calling,
+    calls,
     dispatch,
     dynamo,
     inductor,
@@ -802,6 +804,44 @@ def test_an_operators_names_and_arguments_are_read_from_its_schema() -> None:
     assert torch.ops.aten.view.default.is_view and not add.is_view
     assert torch.Tag.pointwise in torch.ops.aten.add.Tensor.tags
     assert torch.Tag.nondeterministic_seeded in torch.ops.aten.bernoulli.default.tags
+
+
+def test_calls_of_what_is_compiled_are_seen_whatever_dynamo_makes_of_them() -> None:
+    seen: list[str] = []
+
+    def backend(module: fx.GraphModule, _: Any) -> Any:
+        return module.forward
+
+    def other(module: fx.GraphModule, _: Any) -> Any:
+        return module.forward
+
+    @contextmanager
+    def around(given: Any) -> Iterator[None]:
+        assert given.compiler_fn is backend
+        num_before = calls.num_recorded()
+        seen.append("begins")
+        yield
+        is_recorded = calls.num_recorded() > num_before
+        seen.append(f"{is_recorded}, {calls.is_failing()}")
+
+    @torch.compiler.disable
+    def unseen(x: torch.Tensor) -> torch.Tensor:
+        if x.numel() > 1:
+            raise KeyError
+        return x.sin().cos()
+
+    calls.watch_calls(backend, around)
+    x = torch.ones(1, requires_grad=True)
+    compiled(unseen, other)(x)
+    assert seen == []
+    compiled(unseen, backend)(x)
+    assert seen == ["begins", "True, False"]
+    with pytest.raises(KeyError):
+        compiled(unseen, backend, fullgraph=True)(x.repeat(2))
+    assert seen[2:] == ["begins", "False, True"]
+    assert not calls.is_compiling_off()
+    with torch.compiler.set_stance("force_eager"):
+        assert calls.is_compiling_off()
 
 
 def sources() -> list[Path]:

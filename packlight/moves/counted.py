@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import fx, nn
 from packlight.capture.joint import JointStep
 from packlight.capture.step_capture import CapturedLoss
 from packlight.moves.microbatch.split import num_rows
+from packlight.moves.request import Beside
 from packlight.torch_internals.autograd import has_gradient_hooks
+from packlight.updates.accounting import measure_optimizer, tensors_bytes
 from packlight.updates.gradients import fills_storage
 
 # What hooks of a parameter hold of its gradient's size: the copy that they are given, what they
@@ -27,6 +30,39 @@ def primals_among(loss: CapturedLoss, tensors: Container[Any]) -> dict[int, torc
         for primal, argument in enumerate(loss.arguments)
         if isinstance(argument, torch.Tensor) and argument in tensors
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What a loop keeps beside a step.
+
+    Attributes:
+        tensors: of modules, parameters of optimizers, and those that were named themselves.
+        state_bytes: the state of optimizers, made yet or not.
+    """
+
+    tensors: tuple[torch.Tensor, ...]
+    state_bytes: int
+
+    @classmethod
+    def of(cls, beside: Iterable[Beside]) -> Kept:
+        """Return what some objects hold; parameters that are frozen for now have a state, too."""
+        tensors: list[torch.Tensor] = []
+        state_bytes = 0
+        for one in beside:
+            if isinstance(one, torch.optim.Optimizer):
+                tensors += [p for group in one.param_groups for p in group["params"]]
+                state_bytes += measure_optimizer(one, only_trainable=False).state_bytes
+            elif isinstance(one, nn.Module):
+                tensors += [*one.parameters(), *one.buffers()]
+            else:
+                tensors.append(one)
+        return cls(tuple(tensors), state_bytes)
+
+    def bytes_beside(self, counted: Iterable[torch.Tensor]) -> int:
+        """Return how much that is beyond tensors that are counted already."""
+        known = [*counted]
+        return tensors_bytes([*known, *self.tensors]) - tensors_bytes(known) + self.state_bytes
 
 
 def extras_bytes(loss: CapturedLoss, batch: Any, num_microbatches: int) -> int:

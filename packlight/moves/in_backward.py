@@ -25,6 +25,8 @@ class UpdateInBackward(Move):
         request, updates = draft.request, draft.costs.updates
         if updates is None:
             yield Refusal("there is no optimizer")
+        elif request.accumulates:
+            yield Refusal("gradients are kept between steps (accumulate=True)")
         elif request.clipping.norm is not None:
             yield Refusal(
                 "clipping by the norm of all gradients needs all of them first (clip_grad_value "

@@ -14,6 +14,8 @@ from packlight.ranks.group import Ranks
 from packlight.ranks.modelled import ModelledMesh
 from packlight.updates.gradients import Clipping
 
+Beside = torch.optim.Optimizer | nn.Module | torch.Tensor
+
 
 @dataclass(frozen=True)
 class Request:
@@ -33,6 +35,8 @@ class Request:
         ranks: that train together, each on its part of the batch; None for one process.
         modelled: ranks that are planned for and not there.
         shards: parameters lie in pieces with all ranks.
+        accumulates: gradients of several batches are added up before an update.
+        beside: optimizers, modules and tensors that the loop keeps while the step runs.
     """
 
     model: nn.Module
@@ -49,6 +53,8 @@ class Request:
     ranks: Ranks | None = None
     modelled: ModelledMesh | None = None
     shards: bool = False
+    accumulates: bool = False
+    beside: tuple[Beside, ...] = ()
 
     @property
     def num_ranks(self) -> int | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import cycle
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from packlight.capture.joint import JointStep
 from packlight.capture.reduced import with_reductions
 from packlight.capture.step_capture import CapturedLoss
 from packlight.capture.whole_step import Consumer, Consumption, WholeStep, whole_step
-from packlight.costs.measure import median_seconds
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
-from packlight.moves.counted import copied_bytes, extras_bytes, primals_among
+from packlight.moves.additions import Additions
+from packlight.moves.counted import Kept, copied_bytes, extras_bytes, primals_among
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
 from packlight.moves.sharding import Sharding, cut, shardable
@@ -45,8 +44,6 @@ from packlight.updates.update import ParameterUpdates, UpdateCost
 
 # Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
 SCALAR_BYTES = 64
-# To find out how long a cold gradient takes to be added to: enough to fill caches.
-MAX_ACCUMULATED, ACCUMULATED_BYTES = 64, 32 * 2**20
 
 
 class StepCosts:
@@ -56,6 +53,7 @@ class StepCosts:
         device: of the model.
         updates: steps the optimizer one parameter at a time; None where there is no optimizer.
         trained: the parameters that it updates, by id.
+        beside: what the loop keeps that the step has no use for.
         network: the lane to the other ranks, once it is measured.
         agreed_buckets: those that ranks with another size of batch reduce, where there are such.
         are_compared: whether parameters are known to have the same values on all ranks.
@@ -79,10 +77,12 @@ class StepCosts:
         for number, parameter in enumerate(self._others):
             self.name_of[id(parameter)] = f"parameter {number} of the loss"
         self.reductions = ReductionCosts(self.trained.values(), self.name_of, self.device)
+        own = parts_of(optimizer)
+        self.beside = Kept.of(o for o in request.beside if not any(o is part for part in own))
         self.network: Lane | None = None
         self.agreed_buckets: tuple[tuple[str, ...], ...] | None = None
         self.are_compared = False
-        self._additions: dict[Any, float] = {}
+        self._additions = Additions(self.device)
         self._consumers: dict[Any, Consumer] = {}
         self._shardings: dict[Any, Sharding] = {}
         self._slots: Slots | None = None
@@ -254,7 +254,7 @@ class StepCosts:
         if node is None:
             return Consumer(name)
         if how is Consumption.ACCUMULATE:
-            return Consumer(name, self._addition_seconds(parameter, profiler))
+            return Consumer(name, self._additions.seconds(parameter, profiler))
         if self.updates is None or self.updates.refusal is not None:
             return Consumer(name)
         # In a bucket it lies as the parameter does.
@@ -290,22 +290,6 @@ class StepCosts:
             f"{parameter.dtype} {stride or parameter.stride()} in {cost.num_slices}"
         )
         return replace(cost, seconds=profiler.remembered_seconds(name, self.device, cost.seconds))
-
-    def _addition_seconds(self, parameter: nn.Parameter, profiler: CallProfiler) -> float:
-        """Return how long a gradient takes to be added to what has been accumulated.
-
-        That was last touched a microbatch ago: several stand in for it in turn, so that none of
-        them is found in a cache.
-        """
-        key = (tuple(parameter.shape), parameter.dtype)
-        if key not in self._additions:
-            gradient = parameter.new_zeros(parameter.shape)
-            num = max(1, min(MAX_ACCUMULATED, ACCUMULATED_BYTES // max(1, gradient.nbytes)))
-            accumulated = cycle([torch.ones_like(gradient) for _ in range(num)])
-            seconds = median_seconds(lambda: next(accumulated).add_(gradient), self.device)
-            name = f"addition {key} to one of {num}"
-            self._additions[key] = profiler.remembered_seconds(name, self.device, seconds)
-        return self._additions[key]
 
     def moved_primals(
         self, loss: CapturedLoss, streaming: Streaming, reduction: Reduction | None
@@ -349,7 +333,7 @@ class StepCosts:
         Args:
             batch: the whole one.
             loss: as captured.
-            num_microbatches: with more than one, gradients are accumulated.
+            num_microbatches: with more than one, gradients are accumulated in the step.
             streaming: what lies on the disk between uses.
             sharding: what lies in pieces with all ranks.
         """
@@ -360,10 +344,14 @@ class StepCosts:
         gradients = results[loss.num_forward_outputs :]
         gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
         accumulated_bytes = workspace_bytes = 0
+        if self.request.accumulates:  # other steps may add to the others
+            gradient_bytes = sum(p.nbytes for p in self.trained.values())
         kept_extras_bytes = extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
-            accumulated_bytes = gradient_bytes + tensors_bytes(written) + kept_extras_bytes
+            accumulated_bytes = tensors_bytes(written) + kept_extras_bytes
+        if num_microbatches > 1 or self.request.accumulates:
+            accumulated_bytes += gradient_bytes
             if self.steps_alone:
                 assert self.updates is not None
                 workspace_bytes = max(
@@ -392,4 +380,5 @@ class StepCosts:
             update_workspace_bytes=workspace_bytes,
             gradient_bytes=gradient_bytes,
             accumulated_bytes=accumulated_bytes,
+            beside_bytes=self.beside.bytes_beside([*outside, *model.buffers(), *arguments]),
         )

@@ -48,6 +48,7 @@ def plan_whole_step(
         ("parameters", memory.parameter_bytes + memory.state_bytes),
         ("optimizer state", memory.optimizer_bytes),
         ("accumulated gradients", memory.accumulated_bytes),
+        ("beside the step", memory.beside_bytes),
         ("batch", memory.input_bytes),
     ]
     in_memory = [(name, size) for name, size in (*resident, *live) if size > 0]

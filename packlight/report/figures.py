@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _MAX_BARS = 8
 WIDTH_INCHES = 10.2
 # Of `memory_kinds`, in their order.
-KIND_COLOURS = ("parameters", "optimizer", "allocated", "batch", "accumulated")
+KIND_COLOURS = ("parameters", "optimizer", "allocated", "batch", "accumulated", "beside")
 
 
 def memory_over_time(
@@ -326,6 +326,7 @@ def memory_kinds(memory: StepMemory, allocated_bytes: int) -> dict[str, int]:
         - memory.resident_bytes,
         "batch": memory.input_bytes,
         "accumulated gradients": memory.accumulated_bytes,
+        "beside the step": memory.beside_bytes,
     }
 
 

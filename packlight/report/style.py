@@ -30,6 +30,7 @@ COLOURS = {
     "allocated": ("#e0953f", "#e8a95f"),
     "batch": ("#8a9a5b", "#aebd7d"),
     "accumulated": ("#c76b86", "#e08fa8"),
+    "beside": ("#5f9ea0", "#86c0c2"),
 }
 LIGHT = {name: light for name, (light, _) in COLOURS.items()}
 # How far a figure may shrink: from 9 points, or 12 pixels, to 10.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,11 +33,20 @@ def check_parameters(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
         _refuse_forwarding(part)
 
 
-def name_parameters_left(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Warn of parameters that need gradients which nobody gets."""
+def name_parameters_left(
+    model: nn.Module, optimizer: torch.optim.Optimizer | None, others: Iterable[object] = ()
+) -> None:
+    """Warn of parameters that need gradients which nobody gets.
+
+    Args:
+        model: with the parameters.
+        optimizer: of the step.
+        others: of the loop; those that an optimizer of another step holds are no mistake.
+    """
     if optimizer is None:
         return
-    groups = [group for part in parts_of(optimizer) for group in part.param_groups]
+    known = [*parts_of(optimizer), *(o for o in others if isinstance(o, torch.optim.Optimizer))]
+    groups = [group for part in known for group in part.param_groups]
     held = {id(p) for group in groups for p in group["params"]}
     left = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if left:
@@ -58,6 +68,6 @@ def _refuse_forwarding(optimizer: torch.optim.Optimizer) -> None:
     hint = f"fit the optimizer inside, optimizer.{inside}" if inside else "fit that one"
     raise UnsupportedModelError(
         f"{name} has no parameters and state of its own, but those {held}\nhint: {hint}; "
-        "accumulating gradients over batches is fit's own (one larger batch in microbatches), as "
-        "are clipping and scaling (clip_grad_norm=, scaler=)"
+        "accumulating gradients over batches is fit's own (accumulate=True), as are clipping and "
+        "scaling (clip_grad_norm=, scaler=)"
     )

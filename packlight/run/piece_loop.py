@@ -11,7 +11,7 @@ A function that nothing breaks is one piece, and has a plan for the step that ca
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -36,17 +36,21 @@ class PieceLoop:
     Attributes:
         pieces: runs them; None until a piece is captured.
         is_broken: whether any of them is a piece of something larger.
+        num_runs: how often any graph was called.
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
         self._budget_bytes = budget_bytes
         self.pieces: Pieces | None = None
         self.is_broken = False
+        self.num_runs = 0
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         # Bytes of those that were there when the step began, by their parameters' ids.
         self._gradients_before: dict[int, int] = {}
         # Whose forward began the step; None outside of steps.
         self._first: Piece | None = None
+        # Whether a call of the function began the step, and no piece of it has run yet.
+        self._is_called = False
         self._is_over = self._is_end_awaited = False
         self._step_hook: Any = None
 
@@ -63,6 +67,15 @@ class PieceLoop:
 
     def _new_gradients(self) -> list[torch.Tensor]:
         return [g for key, g in self._gradients().items() if key not in self._gradients_before]
+
+    def counting(self, graph: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a compiled graph whose calls are counted."""
+
+        def run(*arguments: Any) -> Any:
+            self.num_runs += 1
+            return graph(*arguments)
+
+        return run
 
     # -- what capture tells
 
@@ -97,6 +110,22 @@ class PieceLoop:
                 "(a try block, a generator that prints) out of this function",
             )
 
+    # -- calls
+
+    def call_begins(self) -> None:
+        """Begin a step with a call of what breaks: what Python does first counts, too."""
+        is_new = self._first is None or self._is_over
+        if self.pieces is not None and self.is_broken and is_new and torch.is_grad_enabled():
+            self._finish()
+            self._begin(self.pieces, None)
+            self._is_called = True
+
+    def call_ends(self) -> None:
+        """Forget a step of which no piece has run."""
+        if self._is_called and self.pieces is not None:
+            self.pieces.leave_step()
+        self._is_called = False
+
     # -- sections
 
     def forward(self, piece: Piece, primals: list[Any]) -> tuple[list[Any], torch.Tensor | None]:
@@ -107,7 +136,9 @@ class PieceLoop:
             (id(p), weakref.ref(p)) for p in primals if isinstance(p, nn.Parameter)
         )
         is_evaluated_again = self._first is piece and not pieces.is_in_step
-        if self._first is None or self._is_over or is_evaluated_again:
+        if self._is_called:
+            self._first, self._is_called = piece, False
+        elif self._first is None or self._is_over or is_evaluated_again:
             self._finish()
             self._begin(pieces, piece)
         with self._in_terms_of_the_budget():
@@ -144,11 +175,12 @@ class PieceLoop:
 
     # -- steps
 
-    def _begin(self, pieces: Pieces, first: Piece) -> None:
+    def _begin(self, pieces: Pieces, first: Piece | None) -> None:
         self._gradients_before = {key: g.nbytes for key, g in self._gradients().items()}
         self._first, self._is_over = first, False
         self._is_end_awaited = False  # the backward that it waited for may have failed
-        pieces.begin_step(self._gradient_bytes, is_captured=first.plan is not None)
+        is_captured = first is not None and first.plan is not None
+        pieces.begin_step(self._gradient_bytes, is_captured)
 
     def _backward_ended(self) -> None:
         self._is_end_awaited = False

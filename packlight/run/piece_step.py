@@ -26,7 +26,7 @@ from packlight.run.pieces import Pieces, PlannedPath
 from packlight.step import Plan, StepMemory
 from packlight.units import format_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
-from packlight.updates.gradients import refuse_held_gradients, update_all
+from packlight.updates.gradients import drop_gradients, refuse_held_gradients, update_all
 
 
 class PieceStepRunner:
@@ -48,7 +48,9 @@ class PieceStepRunner:
         self._costs, self._loss_fn, self._first_break = costs, loss_fn, error
         request = self._request = costs.request
         self._trained = costs.trained_in_order
-        self._in_backward = UpdateInBackward.name in request.moves and costs.steps_alone
+        self._in_backward = (
+            UpdateInBackward.name in request.moves and costs.steps_alone and not request.accumulates
+        )
         self._updates = costs.updates if costs.steps_alone else None
         model = request.model
         self.memory = StepMemory(
@@ -59,8 +61,9 @@ class PieceStepRunner:
             optimizer_bytes=costs.optimizer_bytes,
             update_workspace_bytes=0,
             gradient_bytes=sum(p.nbytes for p in self._trained),
+            beside_bytes=costs.beside.bytes_beside([*model.parameters(), *model.buffers()]),
         )
-        self._returned_bytes = 0
+        self._returned_bytes = self._held_bytes = 0
         self._pieces = Pieces(costs.device, self._left_bytes, self._update_bytes)
         self._call = PiecewiseCall(_called_loss, self._pieces, request.progress)
 
@@ -69,7 +72,12 @@ class PieceStepRunner:
         budget_bytes = self._request.budget_bytes
         if budget_bytes is None:
             return None
-        return budget_bytes - self.memory.resident_bytes - self._returned_bytes
+        return budget_bytes - self._there_bytes
+
+    @property
+    def _there_bytes(self) -> int:
+        """What is there before the first piece begins; gradients of earlier batches, too."""
+        return self.memory.resident_bytes + self._returned_bytes + self._held_bytes
 
     def _update_bytes(self) -> int:
         """Return what the update behind the backward allocates for a moment."""
@@ -102,43 +110,75 @@ class PieceStepRunner:
             NonFiniteLossError: nothing is updated.
             LossScaleError: no parameter is changed, nor is optimizer state.
         """
-        request = self._request
-        optimizer, scaler = request.optimizer, request.scaler
+        optimizer = self._request.optimizer
         assert optimizer is not None
         refuse_held_gradients(self._trained, self._costs.name_of)
         optimizer.zero_grad(set_to_none=True)
         if self._updates is not None:
             self._updates.begin_step()
         try:
-            with self._in_terms_of_the_step():
-                self._pieces.begin_step()
-                loss, returned = self._forward(batch, num_steps)
-                scale = 1.0 if scaler is None else scaler.get_scale()
-                start = loss if scaler is None else scaler.scale(loss)
-                del loss
-                with self._updating_in_backward():
-                    start.backward()
-                del start
-                self._pieces.end_step()
-            if not self._in_backward:
-                update_all(optimizer, self._trained, request.clipping, scaler, self._updates)
-                if scaler is not None:
-                    names = self._costs.name_of
-                    gradients = ((names[id(p)], p.grad) for p in self._trained)
-                    refuse_collapsed_scale(scaler, scale, gradients, num_steps)
-            if self._updates is not None:
-                self._updates.end_step()
-        except BaseException:
-            self._pieces.give_up_step()
-            raise
+            returned = self._run_batch(batch, num_steps, 1.0)
+            self._update(num_steps)
         finally:
             optimizer.zero_grad(set_to_none=True)
         return returned
 
+    def backward(self, batch: Any, num_steps: int, weight: float = 1.0) -> Any:
+        """Add a weighted loss's gradients to those there are; return what the loss function does.
+
+        Raises:
+            Exception: as `run`; gradients that were there are dropped.
+        """
+        self._held_bytes = sum(p.grad.nbytes for p in self._trained if p.grad is not None)
+        try:
+            return self._run_batch(batch, num_steps, weight)
+        except BaseException:
+            drop_gradients(self._trained)
+            raise
+
+    def update(self, num_steps: int) -> None:
+        """Update the parameters from the gradients that are there, and drop those."""
+        if self._updates is not None:
+            self._updates.begin_step()
+        try:
+            self._update(num_steps)
+        finally:
+            drop_gradients(self._trained)
+
+    def _run_batch(self, batch: Any, num_steps: int, weight: float) -> Any:
+        scaler = self._request.scaler
+        try:
+            with self._in_terms_of_the_step():
+                self._pieces.begin_step(self._held_bytes)
+                loss, returned = self._forward(batch, num_steps)
+                start = loss if scaler is None else scaler.scale(loss)
+                del loss
+                with self._updating_in_backward():
+                    start.backward(None if weight == 1.0 else torch.full_like(start, weight))
+                del start
+                self._pieces.end_step()
+        except BaseException:
+            self._pieces.give_up_step()
+            raise
+        return returned
+
+    def _update(self, num_steps: int) -> None:
+        request, scaler = self._request, self._request.scaler
+        assert request.optimizer is not None
+        if not self._in_backward:
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            update_all(request.optimizer, self._trained, request.clipping, scaler, self._updates)
+            if scaler is not None:
+                names = self._costs.name_of
+                gradients = ((names[id(p)], p.grad) for p in self._trained)
+                refuse_collapsed_scale(scaler, scale, gradients, num_steps)
+        if self._updates is not None:
+            self._updates.end_step()
+
     def _forward(self, batch: Any, num_steps: int) -> tuple[torch.Tensor, Any]:
         """Return the loss, and what the loss function returns, detached."""
         returned = self._call(self._loss_fn, self._request.model, batch)
-        if any(p.grad is not None for p in self._trained):
+        if sum(p.grad.nbytes for p in self._trained if p.grad is not None) > self._held_bytes:
             raise UnsupportedModelError(
                 f"the loss calls backward(), which is the step's to do\nhint: {BACKWARD_HINT}"
             )
@@ -201,11 +241,13 @@ class PieceStepRunner:
                 ("parameters", memory.parameter_bytes + memory.state_bytes),
                 ("optimizer state", memory.optimizer_bytes),
                 ("batch", memory.input_bytes),
+                ("gradients of earlier batches", self._held_bytes),
+                ("beside the step", memory.beside_bytes),
             ]
             live = [(name, size) for name, size in (*resident, *error.peak_buffers) if size]
             raise InfeasibleBudgetError(
                 budget_bytes,
-                memory.resident_bytes + self._returned_bytes + error.smallest_bytes,
+                self._there_bytes + error.smallest_bytes,
                 error.peak_operation,
                 sorted(live, key=lambda item: -item[1]), error.hint,
             ) from None
@@ -240,7 +282,7 @@ class PieceStepRunner:
     @property
     def peak_bytes(self) -> int:
         """Predicted peak of the whole step, everything resident included."""
-        return self.memory.peak_bytes(self.plan.peak_bytes) + self._returned_bytes
+        return self._there_bytes + self.plan.peak_bytes
 
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): where the loss breaks, and what is not done to such a step."""

@@ -24,17 +24,22 @@ FAILED, CHANGED = 0, 1
 
 
 def agreed_signature(
-    ranks: Ranks, look: Callable[[], tuple[Signature, bool]]
-) -> tuple[tuple[int, ...], Signature, bool]:
+    ranks: Ranks | None, look: Callable[[], tuple[Signature, bool]]
+) -> tuple[Any, Signature, bool]:
     """Return what the batches of all ranks look like, this rank's, and whether any model changed.
 
+    The first and the last are the same on all ranks.
+
     Args:
-        ranks: all of them.
+        ranks: all of them; None where this process is alone.
         look: returns what this rank's batch looks like, and whether its model changed.
 
     Raises:
         Exception: what `look` raises on one rank, on all.
     """
+    if ranks is None:
+        alone, has_changed = look()
+        return alone, alone, has_changed
     error: Exception | None = None
     signature: Signature | None = None
     word, has_changed = FAILED, False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,6 @@ from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
 from packlight.errors import UnsupportedModelError
-from packlight.lower.emit import emit
-from packlight.lower.frame import Frame
 from packlight.memory.far import far_memory
 from packlight.memory.tier import SlotSpec, Tier
 from packlight.moves.microbatch.extras import Gathered
@@ -24,13 +22,15 @@ from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Key, Resting, StreamedBuffers, StreamedTensors
 from packlight.ranks.reducer import OtherModelError, Reducer
 from packlight.ranks.sharded import ShardedParameters, key_of
+from packlight.run.planned_loss import PlannedLoss
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
+from packlight.search.words import describe, how_it_runs
 from packlight.step import Plan, StepMemory
 from packlight.updates.cut import cut_states
 from packlight.updates.gradients import (
     GradientFate,
-    fills_storage,
+    drop_gradients,
     refuse_held_gradients,
     update_all,
 )
@@ -56,7 +56,7 @@ class StepRunner:
         self._trained = costs.trained_in_order
         self._on_disk = ready.streaming.places(request.optimizer)
         in_backward = ready.gradients is Consumption.UPDATE
-        alone = ready.way.num_microbatches > 1 and costs.steps_alone
+        alone = ready.gradients is Consumption.ACCUMULATE and costs.steps_alone
         self._updates = costs.updates if in_backward or alone else None
         self._reducer: Reducer | None = None
         self._accumulated: Accumulated | None = None
@@ -65,7 +65,8 @@ class StepRunner:
             self._weights = RankWeights(request.ranks, ready)
             if ready.gradients is Consumption.ACCUMULATE:
                 self._accumulated = Accumulated(self._buckets(), self._reducer)
-        self._programs: dict[int | None, _Program] = {}
+        self._loss_weight = 1.0
+        self._programs: dict[int | None, PlannedLoss] = {}
         for part in ready.parts:
             fate = GradientFate(
                 part.parameter_of,
@@ -78,7 +79,7 @@ class StepRunner:
             )
             buffers = StreamedBuffers(self._held(part))
             gathers = bool(ready.in_pieces)
-            program = _Program(part, fate, buffers, self._make_tier, gathers)
+            program = PlannedLoss(part, fate, buffers, self._make_tier, gathers)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
@@ -162,7 +163,7 @@ class StepRunner:
             raise
 
     def _run(self, batch: Any, num_steps: int) -> Any:
-        request, optimizer = self._request, self._request.optimizer
+        optimizer = self._request.optimizer
         assert optimizer is not None
         refuse_held_gradients(self._trained, self._costs.name_of)
         if self._updates is not None:
@@ -172,27 +173,10 @@ class StepRunner:
         if self._sharded is not None:
             self._sharded.begin_step()
         try:
-            if self.ready.way.num_microbatches == 1:
-                returned = self._run_whole(batch, num_steps)
-            else:
-                returned = self._run_microbatches(batch, num_steps)
-            if self.ready.gradients is not Consumption.UPDATE:
-                trained, scaler = self._trained, request.scaler
-                scale = 1.0 if scaler is None else scaler.get_scale()
-                update_all(
-                    optimizer, trained, request.clipping, scaler, self._updates,
-                    self._streamed.in_memory,
-                )
-                if scaler is not None:
-                    names = self._costs.name_of
-                    gradients = ((names[id(p)], p.grad) for p in trained)
-                    refuse_collapsed_scale(scaler, scale, gradients, num_steps)
-            if self._updates is not None:
-                self._updates.end_step()
+            returned = self._run_batch(batch, num_steps)
+            self._update(num_steps)
         except BaseException:
-            for program in self._programs.values():
-                program.reset()
-            self._streamed.reset()
+            self._reset()
             raise
         finally:
             optimizer.zero_grad(set_to_none=True)
@@ -202,9 +186,70 @@ class StepRunner:
                 self._accumulated.clear()
         return returned
 
+    def backward(self, batch: Any, num_steps: int, weight: float = 1.0) -> Any:
+        """Add a weighted loss's gradients to those there are; return what the loss function does.
+
+        Raises:
+            CapturedAgainError: the model changed since it was captured; nothing is changed.
+            Exception: as `run`; gradients that were there are dropped.
+        """
+        self.arrange()
+        self._loss_weight = weight
+        try:
+            return self._run_batch(batch, num_steps)
+        except CapturedAgainError:
+            raise
+        except BaseException:
+            self._reset()
+            drop_gradients(self._trained)
+            raise
+        finally:
+            self._loss_weight = 1.0
+
+    def update(self, num_steps: int) -> None:
+        """Update the parameters from the gradients that are there, and drop those."""
+        self.arrange()
+        if self._updates is not None:
+            self._updates.begin_step()
+        try:
+            self._update(num_steps)
+        except BaseException:
+            self._reset()
+            raise
+        finally:
+            drop_gradients(self._trained)
+
+    def _run_batch(self, batch: Any, num_steps: int) -> Any:
+        if self.ready.way.num_microbatches == 1:
+            return self._run_whole(batch, num_steps)
+        return self._run_microbatches(batch, num_steps)
+
+    def _update(self, num_steps: int) -> None:
+        request, optimizer = self._request, self._request.optimizer
+        assert optimizer is not None
+        if self.ready.gradients is not Consumption.UPDATE:
+            trained, scaler = self._trained, request.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            update_all(
+                optimizer, trained, request.clipping, scaler, self._updates,
+                self._streamed.in_memory,
+            )
+            if scaler is not None:
+                names = self._costs.name_of
+                gradients = ((names[id(p)], p.grad) for p in trained)
+                refuse_collapsed_scale(scaler, scale, gradients, num_steps)
+        if self._updates is not None:
+            self._updates.end_step()
+
+    def _reset(self) -> None:
+        """Forget what is under way, after a failed step."""
+        for program in self._programs.values():
+            program.reset()
+        self._streamed.reset()
+
     def _run_whole(self, batch: Any, num_steps: int) -> Any:
         (program,) = self._programs.values()
-        program.set_up(self._scale * self._rank_weight, num_steps, None)
+        program.set_up(self._weight, num_steps, None)
         returned = self.ready.parts[0].traced.capture(batch, program)
         if self._reducer is None:
             return returned
@@ -230,9 +275,7 @@ class StepRunner:
                     continue
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
-                program.set_up(
-                    weight * self._rank_weight * self._scale, num_steps, index, backup
-                )
+                program.set_up(weight * self._weight, num_steps, index, backup)
                 loss = gathered.add(traced_of[rows].capture(microbatch, program), rows).mul_(weight)
                 total = loss if total is None else total.add_(loss)
             if self._reducer is not None:
@@ -271,84 +314,21 @@ class StepRunner:
         return 1.0 if self._reducer is None else self._reducer.weight
 
     @property
+    def _weight(self) -> float:
+        """How much this batch's loss counts, scaled."""
+        return self._loss_weight * self._rank_weight * self._scale
+
+    @property
     def _scale(self) -> float:
         """What the loss is multiplied with; the first call sets a scaler up, as a loop's does."""
         scaler = self._request.scaler
         one = torch.ones((), device=self._trained[0].device)
         return 1.0 if scaler is None else float(scaler.scale(one))
 
+    def how_it_runs(self) -> list[tuple[str, str]]:
+        """Return (name, text): the precision, the moves made, and why others were not."""
+        return how_it_runs(self.ready.way, self._request)
 
-class _Program:
-    """What runs in the place of a traced loss; called with the primals."""
-
-    def __init__(
-        self,
-        part: ReadyPart,
-        fate: GradientFate,
-        streamed: StreamedBuffers,
-        make_tier: Callable[[Sequence[SlotSpec]], Tier],
-        gathers: bool,
-    ) -> None:
-        self.program = emit(part.step, part.plan.schedule)
-        self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
-        self.tier = make_tier(self.program.slots) if self.program.slots else None
-        same_as_primal = part.traced.loss.same_as_primal
-        self.returned = [(i, same_as_primal.get(i)) for i in part.traced.loss.returned]
-        (tangent,) = part.step.joint.tangents
-        like = tangent.meta["val"]
-        self.weight = torch.ones((), device=like.device, dtype=like.dtype)
-        self.backup: dict[torch.Tensor, torch.Tensor] | None = None
-        self.gathers = gathers
-
-    def reset(self) -> None:
-        """Forget transfers under way, after a failed step."""
-        if self.tier is not None:
-            self.tier.reset()
-
-    def set_up(
-        self,
-        weight: float,
-        num_steps: int,
-        microbatch_index: int | None,
-        backup: dict[torch.Tensor, torch.Tensor] | None = None,
-    ) -> None:
-        """Say what the next call is.
-
-        Args:
-            weight: what the backward starts from, how much the loss counts.
-            num_steps: trained so far.
-            microbatch_index: which microbatch, None for a whole batch.
-            backup: takes the first values of what is written back.
-        """
-        # An infinite weight in half precision is the scaler's business: it skips the update.
-        self.weight.copy_(torch.tensor(weight, dtype=torch.float64))
-        self.backup = backup
-        self.fate.num_steps, self.fate.microbatch_index = num_steps, microbatch_index
-
-    def __call__(self, primals: Sequence[Any]) -> tuple[Any, ...]:
-        """Run the schedule, write new values of the model's buffers back.
-
-        Returns:
-            The loss, and what the forward assigns to attributes, in dynamo's order.
-        """
-        if self.gathers:
-            assert self.fate.reducer is not None, "parameters are gathered from other ranks"
-            self.fate.reducer.enter()
-        with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
-            helpers = {
-                "events": self.fate, "tier": self.tier, "streamed": self.streamed,
-                "reducer": self.fate.reducer,
-            }
-            results = [*Frame(self.program, helpers).run([*primals, self.weight])]
-            loss = results[self.captured.loss_index]
-            if not fills_storage(loss):  # an elementwise loss's has room for every element
-                results[self.captured.loss_index] = loss.clone()
-            del loss
-            for result, primal in self.captured.written_back.items():
-                written = primals[primal]
-                if self.backup is not None and written not in self.backup:
-                    self.backup[written] = written.clone()
-                written.copy_(results[result])
-        return tuple(
-            results[i] if primal is None else primals[primal] for i, primal in self.returned
-        )
+    def describe(self) -> str:
+        """Return a few lines: what is in memory at the peak, the moves made, and the price."""
+        return describe(self.ready, self._request)

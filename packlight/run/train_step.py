@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,23 @@ import torch
 from torch import nn
 
 from packlight.capture.batch import fresh
-from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
 from packlight.capture.undisturbed import generators_kept
 from packlight.costs.cache import device_name
-from packlight.costs.peak import measure_peak
-from packlight.errors import GraphBreakError, InfeasibleBudgetError, UnsupportedModelError
+from packlight.errors import (
+    GraphBreakError,
+    InfeasibleBudgetError,
+    OptionError,
+    UnsupportedModelError,
+)
 from packlight.garbage import old_objects_kept
-from packlight.moves.precision import blaming_precision
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
 from packlight.ranks.pieces import Pieces
 from packlight.ranks.sharded import ShardedParameters
+from packlight.run.evaluated import evaluated
+from packlight.run.measured import MeasuredStep, measured_step
 from packlight.run.parameters import check_parameters, name_parameters_left
 from packlight.run.piece_step import PieceStepRunner
 from packlight.run.ranks import agreed_place, agreed_signature
@@ -38,7 +42,6 @@ from packlight.search.saved import write_way
 from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals.autograd import has_gradient_hooks
-from packlight.updates.accounting import batch_bytes, tensors_bytes
 
 # After so many plans it is time to tell.
 MANY_PLANS = 6
@@ -46,27 +49,12 @@ MANY_PLANS = 6
 MOST_SHAPES = 64
 
 
-@dataclass(frozen=True, slots=True)
-class MeasuredStep:
-    """One training step that was measured while it ran.
-
-    Attributes:
-        loss: the detached loss.
-        extras: what the loss function returns beside it.
-        peak_bytes: the whole step's peak: what was in memory before it and what it added.
-    """
-
-    loss: torch.Tensor
-    peak_bytes: int
-    extras: tuple[Any, ...] = ()
-
-
 class TrainStep:
     """One training step (forward, backward, optimizer step) that keeps to a budget.
 
     Made by `fit`. Calling it with a batch trains one step and returns the detached loss (or what
-    `loss_fn` returns that begins with it). A batch of
-    another shape is captured and planned anew, for the same budget.
+    `loss_fn` returns that begins with it). A batch of another shape is captured and planned anew,
+    for the same budget. With `fit(..., accumulate=True)` that is `backward` and `update` in one.
 
     Attributes:
         budget_bytes: whole-step budget or None.
@@ -118,6 +106,8 @@ class TrainStep:
     def __call__(self, batch: Any) -> Any:
         """Train one step on a batch and return the detached scalar loss.
 
+        Gradients that are there are an error, but with `accumulate=True`: then they are added to.
+
         Where `loss_fn` returns a tuple that begins with the loss, so does this: what comes after is
         detached, too. The budget has room for it twice, since a loop holds what the step before
         returned until it gets the next.
@@ -127,15 +117,65 @@ class TrainStep:
             LossScaleError: gradients keep overflowing; parameters and optimizer are untouched.
             InfeasibleBudgetError: the batch has a new shape that does not fit in the budget.
         """
+        if not self.request.accumulates:
+            return self._run(batch, lambda runner, own: runner.run(own, self._num_steps))
+        returned = self.backward(batch)
+        self.update()
+        return returned
+
+    def backward(self, batch: Any, weight: float = 1.0) -> Any:
+        """Add a batch's gradients to those that its parameters have, as `loss.backward()` does.
+
+        Only with `fit(..., accumulate=True)`. What is there is another batch's, another loss's (of
+        a step with the same optimizer), or whatever a loop has put there: `parameter.grad` may be
+        looked at and changed before the update.
+
+        Args:
+            batch: as for a call.
+            weight: what the loss is multiplied with: 1/4 for each of four batches, say.
+
+        Returns:
+            What a call does; the loss without its weight.
+
+        Raises:
+            OptionError: there is no room for gradients between steps.
+            Exception: as a call. Nothing was updated; gradients that were there are dropped, unless
+                it is the budget, in which a new shape of batch does not fit.
+        """
+        self._check_accumulates("backward")
+        return self._run(batch, lambda runner, own: runner.backward(own, self._num_steps, weight))
+
+    def update(self) -> None:
+        """Clip the gradients that are there, step the optimizer, and drop them.
+
+        That holds no more than the budget, where `optimizer.step()` may. Only with `fit(...,
+        accumulate=True)`. With a scaler it unscales, and skips what is not finite.
+
+        Raises:
+            OptionError: there is no room for gradients between steps.
+            LossScaleError: gradients keep overflowing; parameters and optimizer are untouched.
+        """
+        self._check_accumulates("update")
+        self._runner.update(self._num_steps)
+
+    def _check_accumulates(self, name: str) -> None:
+        if not self.request.accumulates:
+            raise OptionError(
+                f"{name}() is for steps whose gradients stay until the next one\n"
+                "hint: fit(..., accumulate=True), or step(batch) for forward, backward and update"
+            )
+
+    def _run(self, batch: Any, run: Callable[[StepRunner | PieceStepRunner, Any], Any]) -> Any:
+        """Have a batch's runner run it, another one if what the trace depends on has changed."""
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         assert self.request.modelled is None, "ranks that are not there cannot train"
         self.prepare(batch)
         try:
-            returned = self._runner.run(fresh(batch), self._num_steps)
-        except CapturedAgainError as other:  # what the trace depends on changed: nothing has run
+            returned = run(self._runner, fresh(batch))
+        except CapturedAgainError as other:  # nothing has run
             self._change_runner(batch, other.program)
             try:
-                returned = self._runner.run(fresh(batch), self._num_steps)
+                returned = run(self._runner, fresh(batch))
             except CapturedAgainError:
                 raise UnsupportedModelError(
                     "the loss depends on something that is another each time it is looked at"
@@ -205,19 +245,13 @@ class TrainStep:
         self.prepare(batch)
         runner, memory = self._runner, self._runner.memory
         runner.arrange()
-        before = memory.parameter_bytes + memory.state_bytes + batch_bytes(batch)
-        before += tensors_bytes(
-            value
-            for state in self.optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, torch.Tensor) and not self.is_on_disk(value)
-        )
         if self._sharded is not None:  # what is predicted is the rank that has most
-            before += self._sharded.own_bytes - self.ready.sharding.parameter_bytes
-        peak = measure_peak(lambda: self(batch), self._preparer.device)
-        returned = peak.result
-        extras = tuple(returned[1:]) if isinstance(returned, (tuple, list)) else ()
-        return MeasuredStep(loss_of(returned), before + peak.peak_bytes, extras)
+            more = self._sharded.own_bytes - self.ready.sharding.parameter_bytes
+            memory = replace(memory, parameter_bytes=memory.parameter_bytes + more)
+        return measured_step(
+            lambda: self(batch), memory, batch, self.optimizer, self.is_on_disk,
+            self._preparer.device,
+        )
 
     def evaluate(self, batch: Any) -> Any:
         """Return what `loss_fn` does for a batch in eval mode, without gradients.
@@ -225,19 +259,8 @@ class TrainStep:
         Where parameters lie in pieces, all ranks do this at once, with the whole model in memory.
         Modes are restored. It is computed in the precision of the training step, by eager PyTorch.
         """
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.whole_parameters():
-                # Eager PyTorch may call kernels that a traced step does not.
-                copied = fresh(batch)
-                returned = blaming_precision(
-                    "the eager forward", self._preparer.loss_fn, lambda f: f(self.model, copied)
-                )
-                return with_loss(returned, loss_of(returned).detach())
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
+        with self.whole_parameters():
+            return evaluated(self._preparer.loss_fn, self.model, batch)
 
     # -- planning
 
@@ -246,7 +269,12 @@ class TrainStep:
 
         A loss that breaks into pieces is captured while it trains.
         """
-        key, signature, has_changed = self._look(batch)
+
+        def look() -> tuple[Signature, bool]:
+            has_changed = self._look_at_parameters()
+            return signature_of(batch, self.model.training), has_changed
+
+        key, signature, has_changed = agreed_signature(self.request.ranks, look)
         if has_changed:
             self._runners.clear()
             self._captures.clear()
@@ -257,7 +285,7 @@ class TrainStep:
         self._key, self._signature = key, signature
         if not self._has_named_left:
             self._has_named_left = True
-            name_parameters_left(self.model, self.optimizer)
+            name_parameters_left(self.model, self.optimizer, self.request.beside)
 
     def _plan(
         self, batch: Any, key: Any, signature: Signature, was_traced: bool = False
@@ -316,22 +344,6 @@ class TrainStep:
         """What runs for the latest batch's shape."""
         return self._runners[self._key][0]
 
-    def _look(self, batch: Any) -> tuple[Any, Signature, bool]:
-        """Return what a plan is for, the batch's signature, and whether parameters changed.
-
-        The first and the last are the same on all ranks.
-        """
-
-        def look() -> tuple[Signature, bool]:
-            has_changed = self._look_at_parameters()
-            return signature_of(batch, self.model.training), has_changed
-
-        ranks = self.request.ranks
-        if ranks is None:
-            signature, has_changed = look()
-            return signature, signature, has_changed
-        return agreed_signature(ranks, look)
-
     def _note_plan(self, was_traced: bool) -> None:
         """Warn, once, where planning does not pay because hardly a step is like one before."""
         self._num_plans += was_traced
@@ -381,18 +393,8 @@ class TrainStep:
 
     def describe(self) -> str:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
-        from packlight.search.words import describe
-
-        runner = self._runner
-        if isinstance(runner, PieceStepRunner):
-            return runner.describe()
-        return describe(runner.ready, self.request)
+        return self._runner.describe()
 
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): the precision, the moves made, and why others were not."""
-        from packlight.search.words import how_it_runs
-
-        runner = self._runner
-        if isinstance(runner, PieceStepRunner):
-            return runner.how_it_runs()
-        return how_it_runs(runner.ready.way, self.request)
+        return self._runner.how_it_runs()

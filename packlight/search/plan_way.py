@@ -15,7 +15,7 @@ from packlight.capture.batch import fresh
 from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.sizes import Changing
 from packlight.capture.step_capture import LossFunction, StepCapture
-from packlight.capture.whole_step import WholeStep
+from packlight.capture.whole_step import Consumption, WholeStep
 from packlight.costs.cache import device_name
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError, PacklightError, UnsupportedModelError
@@ -297,7 +297,7 @@ class WayPlanner:
         seconds = 0.0
         if draft.num_repeats > 1 and draft.reduction is not None:
             seconds = self.costs.reductions.finish_seconds(draft.reduction, self.profiler)
-        if draft.num_repeats == 1 or not self.costs.steps_alone:
+        if draft.gradients is not Consumption.ACCUMULATE or not self.costs.steps_alone:
             return seconds
         return seconds + sum(
             self.costs.update(p, None, self.profiler).seconds + _moved_seconds(p, draft)

@@ -7,6 +7,7 @@ from typing import Any
 
 from packlight.capture.sizes import Changing
 from packlight.capture.step_capture import StepCapture
+from packlight.capture.whole_step import Consumption
 from packlight.costs.lane import measure_lane
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import WayError
@@ -47,7 +48,10 @@ class Preparer:
         if far is not None and "offload" in request.moves:
             lane = measure_lane(far.directory, LANE_PROBE_BYTES, self.device)
             machine = Machine.with_one_lane(lane)
-        self._base = Draft(request, self.costs, request.loss_fn, None, machine)
+        gradients = Consumption.ACCUMULATE if request.accumulates else Consumption.TOGETHER
+        self._base = Draft(
+            request, self.costs, request.loss_fn, None, machine, gradients=gradients
+        )
         self._loss_moves: tuple[Move, ...] = ()
         room = Room(None, {})
         for kind in of_stage(Stage.LOSS):

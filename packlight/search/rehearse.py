@@ -32,6 +32,7 @@ from packlight.lower.program import (
     IgnoredReductions,
     Program,
 )
+from packlight.torch_internals.dispatch import is_fake
 
 NUM_REHEARSALS = 3
 # Long steps are rehearsed once: what disturbs them takes a smaller part of them.
@@ -255,3 +256,27 @@ class TimedRun(fx.Interpreter):
             if a.alias_info is not None and a.alias_info.is_write
         ]
         return written[0] if written else self.calls.stand_in(operation)
+
+
+def real_inputs(step: JointStep, example_inputs: Sequence[Any]) -> list[Any] | None:
+    """Return the real tensors behind the joint graph's primals, or None if they cannot be told."""
+    tensors = [t for t in example_inputs if isinstance(t, torch.Tensor)]
+    found: list[Any] = []
+    remaining = iter(tensors)
+    for primal in step.primals:
+        fake = primal.meta.get("val")
+        if not isinstance(fake, torch.Tensor):
+            found.append(fake)
+            continue
+        real = next(remaining, None)
+        if (
+            real is None
+            or is_fake(real)
+            or real.shape != fake.shape
+            or real.dtype != fake.dtype
+            or real.device != fake.device
+            or real.stride() != fake.stride()
+        ):
+            return None
+        found.append(real)
+    return found

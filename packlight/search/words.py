@@ -32,6 +32,7 @@ def describe(ready: Ready, request: Request) -> str:
         "optimizer state": memory.optimizer_bytes,
         "batch": memory.input_bytes,
         "accumulated gradients": memory.accumulated_bytes,
+        "beside the step": memory.beside_bytes,
         **peak_by_kind(graph, timeline),
     }
     lines = [f"{name:<22}{format_bytes(size):>12}" for name, size in kinds.items() if size]

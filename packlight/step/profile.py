@@ -21,8 +21,9 @@ class StepMemory:
             moment; 0 where the updates are part of the schedule.
         gradient_bytes: gradients of the parameters, all together. Where the updates are part of the
             schedule, so are the gradients.
-        accumulated_bytes: what gradients of several microbatches are added up in, there for the
-            whole step.
+        accumulated_bytes: what gradients of several microbatches or batches are added up in, there
+            for the whole step.
+        beside_bytes: what the step has no use for and its loop keeps all the same.
     """
 
     parameter_bytes: int
@@ -32,13 +33,14 @@ class StepMemory:
     update_workspace_bytes: int
     gradient_bytes: int
     accumulated_bytes: int = 0
+    beside_bytes: int = 0
 
     @property
     def resident_bytes(self) -> int:
         """What is in memory from the step's start to its end."""
         return (
             self.parameter_bytes + self.state_bytes + self.input_bytes + self.optimizer_bytes
-            + self.accumulated_bytes
+            + self.accumulated_bytes + self.beside_bytes
         )
 
     def peak_bytes(self, schedule_peak_bytes: int) -> int:

@@ -96,13 +96,19 @@ def measure_two_steps(
     return TwoSteps(held, first_bytes, later_bytes)
 
 
-def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
+def measure_optimizer(
+    optimizer: torch.optim.Optimizer, *, only_trainable: bool = True
+) -> OptimizerMemory:
     """Return an optimizer's memory without stepping it and before its state exists.
 
     One parameter of each shape is copied and stepped twice by a stand-in for the optimizer: the
     first step shows the state it creates, the second what every later step allocates for a moment.
     Optimizers that treat all parameters at once (`foreach`, the default on CUDA) allocate for all
     of them together, so there the parameters' workspaces add up.
+
+    Args:
+        optimizer: any whose step needs no closure.
+        only_trainable: leave parameters out that are frozen now.
 
     Raises:
         UnsupportedModelError: the optimizer's step needs a closure, or fails.
@@ -113,7 +119,7 @@ def measure_optimizer(optimizer: torch.optim.Optimizer) -> OptimizerMemory:
     summed_workspace = 0
     known: dict[Any, TwoSteps] = {}
     for index, group in enumerate(optimizer.param_groups):
-        for parameter in trainable(group):
+        for parameter in trainable(group) if only_trainable else group["params"]:
             key = (index, parameter.shape, parameter.stride(), parameter.dtype, parameter.device)
             if key not in known:
                 known[key] = _measure_whole(optimizer, group, parameter)

@@ -171,6 +171,10 @@ def update_all(
         optimizer.step()
 
 
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Leave parameters without gradients."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def refuse_held_gradients(
@@ -190,6 +194,6 @@ def refuse_held_gradients(
         raise UnsupportedModelError(
             f"{len(held)} parameters hold gradients already, the first of them "
             f"{name_of.get(id(held[0]), 'one')!r}: a step makes its own, and would drop them\n"
-            "hint: optimizer.zero_grad() before it; gradients of several batches are one larger "
-            "batch's"
+            "hint: optimizer.zero_grad() before it; fit(..., accumulate=True) adds gradients of "
+            "several batches and losses up"
         )
