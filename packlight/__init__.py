@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from packlight.fitting import Options, fit, plan, profile
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
+    from packlight.ranks.tensor import localize
     from packlight.run.train_step import TrainStep
     from packlight.sparse.sparsify import sparsify
 
@@ -56,6 +57,7 @@ _HOMES = {
     "MemoryPeak": "packlight.costs.peak",
     "TrainStep": "packlight.run.train_step",
     "fit": "packlight.fitting",
+    "localize": "packlight.ranks.tensor",
     "measure_peak": "packlight.costs.peak",
     "plan": "packlight.fitting",
     "profile": "packlight.fitting",
@@ -75,6 +77,7 @@ __all__ = [
     "TrainStep",
     "__version__",
     "fit",
+    "localize",
     "measure_peak",
     "plan",
     "profile",

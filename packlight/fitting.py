@@ -16,6 +16,7 @@ from packlight.capture.undisturbed import generators_kept
 from packlight.errors import OptionError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
+from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import checked_techniques, chosen_names, technique_names
 from packlight.moves.request import Beside, Request
@@ -206,7 +207,7 @@ def _request(
     mesh = options.get("mesh")
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
     parallel = options.get("parallel")
-    ranks = ranks_of(None if modelled else mesh, parallel, device)
+    ranks = None if modelled else ranks_of(mesh, parallel, device)
     accumulates = options.get("accumulate", False)
     if accumulates and mesh is not None:
         raise OptionError(
@@ -215,10 +216,14 @@ def _request(
             "once"
         )
     names = chosen_names(options.get("moves"))
-    if ranks is not None or modelled is not None:
+    is_tensor_parallel = ranks is not None and parallel is not None and bool(parallel.tensor)
+    if is_tensor_parallel:
+        _refuse_together(options)
+        names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank
+    elif ranks is not None or modelled is not None:
         names |= {DataParallel.name}
-    shards = parallel is not None and parallel.shard is not None
-    if shards:  # each gradient's piece goes to its rank, where it is used up
+    placements = () if parallel is None else parallel.placements
+    if placements:  # each gradient's piece goes to its rank, where it is used up
         names |= {UpdateInBackward.name}
     scaler, directory = options.get("scaler"), options.get("offload_directory")
     if precision is not None:
@@ -237,10 +242,26 @@ def _request(
         options.get("progress", True) and (ranks is None or ranks.rank == 0),
         ranks,
         modelled,
-        shards,
+        placements,
+        is_tensor_parallel,
         accumulates,
         _beside(options.get("beside", ())),
     )
+
+
+def _refuse_together(options: Options) -> None:
+    """Raise where all gradients are looked at together, of which each rank has parts."""
+    for name in ("clip_grad_norm", "scaler"):
+        if options.get(name) is not None:
+            raise OptionError(
+                f"{name}= looks at all gradients together, of which each rank has parts: not there "
+                "yet for tensor parallel models\nhint: clip_grad_value= looks at each alone"
+            )
+    if "fp16" in options.get("allow", ()):
+        raise OptionError(
+            "fp16 scales the loss by what all gradients say together: not there yet for tensor "
+            "parallel models\nhint: allow={'bf16'}"
+        )
 
 
 def _beside(given: Iterable[Beside] | Beside) -> tuple[Beside, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 import packlight
 from packlight.cli import main
 from packlight.errors import OptionError
+from packlight.fitting import planned_step
 from packlight.planner.plain import plain_schedule
 from packlight.step import OperationKind, simulate
 
@@ -86,6 +87,45 @@ def test_ranks_that_are_not_there_cannot_train() -> None:
         )
 
 
+@pytest.mark.parametrize("pieces", ["state", "parameter"])
+def test_the_more_ranks_have_pieces_the_less_each_of_them_has(pieces: str) -> None:
+    found = []
+    for size in (2, 8):
+        model = network()
+        plan = planned_step(
+            model, loss_of, torch.optim.Adam(model.parameters(), 0.1), torch.randn(8, 64),
+            mesh=packlight.ModelledMesh(size, 1e9),
+            parallel=packlight.Parallel(shard="data", pieces=pieces),
+        )
+        memory, profile = plan.way.memory, plan.profile
+        whole = sum(p.nbytes for p in model.parameters() if p.ndim == 2)
+        small = sum(p.nbytes for p in model.parameters()) - whole
+        in_pieces = whole // size
+        assert memory.parameter_bytes == small + (in_pieces if pieces == "parameter" else whole)
+        assert 2 * in_pieces < memory.optimizer_bytes < 2 * (in_pieces + small) + 4096
+        kinds = {o.kind for o in profile.graph.operations}
+        assert (OperationKind.READ in kinds) is (pieces == "parameter")
+        assert (OperationKind.SHARE in kinds) is (pieces == "state")
+        found.append(plan.peak_bytes)
+    assert found[1] < found[0]
+
+
+def test_values_lie_in_pieces_where_whole_ones_do_not_fit() -> None:
+    def planned(budget: int | None) -> packlight.TrainStep:
+        model = network()
+        return planned_step(
+            model, loss_of, torch.optim.SGD(model.parameters(), 0.1), torch.randn(8, 64), budget,
+            mesh=packlight.ModelledMesh(8, 1e9), moves=("update-in-backward",),
+            parallel=packlight.Parallel(shard="data", pieces="planned"),
+        )
+
+    free = planned(None)
+    assert not free.ready.sharding.gathered
+    budget = free.way.memory.resident_bytes - 1
+    tight = planned(budget)
+    assert tight.ready.sharding.gathered and tight.peak_bytes <= budget
+
+
 @pytest.mark.parametrize("data, speed", [(1, 1e9), (2, 0.0)])
 def test_meshes_of_nobody_are_refused(data: int, speed: float) -> None:
     with pytest.raises(OptionError, match="is none"):
@@ -107,6 +147,17 @@ def test_the_command_line_says_what_is_no_mesh(
     (tmp_path / "example.py").write_text(EXAMPLE)
     assert main(["plan", str(tmp_path / "example.py"), *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_line_plans_pieces(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLE)
+    words = ["--mesh", "data=8", "--link", "25GB/s", "--shard", "state"]
+    assert main(["plan", str(tmp_path / "example.py"), *words]) == 0
+    assert "parameters in pieces" in capsys.readouterr().out
+    assert main(["plan", str(tmp_path / "example.py"), "--shard"]) == 2
+    assert "--shard needs ranks" in capsys.readouterr().err
 
 
 def test_the_command_line_shows_what_is_on_the_network(

@@ -29,6 +29,7 @@ from packlight.errors import (
 )
 from packlight.ranks.group import Ranks
 from packlight.run.checkpoint import read_checkpoint
+from packlight.run.distributed import load_distributed
 from packlight.search.saved import way_to_json
 from tests.rank_pool import TIMEOUT_SECONDS, Raised, RankPool, mesh, part
 
@@ -606,6 +607,29 @@ def test_an_interrupted_run_of_two_ranks_goes_on_to_the_last_bit(tmp_path: Path)
         end.restore(model, spec["optimizer"](model))
         models.append({"parameters": [p.detach() for p in model.parameters()]})
     assert_same_bits(*models)
+
+
+@pytest.mark.slow
+def test_torchrun_shards_and_resumes_with_pieces_or_without(tmp_path: Path) -> None:
+    file = tmp_path / "example.py"
+    file.write_text(EXAMPLE)
+    command = [
+        *("torchrun", "--nproc-per-node", "2", "-m", "packlight", "train", str(file)),
+        *("--shard", "planned", "--save-every", "2", "--checkpoint"),
+    ]
+    assert "parameters in pieces" in torchrun(command, tmp_path / "straight", 4)
+    torchrun(command, tmp_path / "broken", 2)
+    assert "resuming from" in torchrun(command, tmp_path / "broken", 4)
+    ends = []
+    for name in DIRECTORIES:
+        spec = namespace(EXAMPLE)
+        model = spec["model"]()
+        optimizer = spec["optimizer"](model)
+        load_distributed(tmp_path / name / "step-00000004", model, optimizer)
+        ends.append({"parameters": [p.detach() for p in model.parameters()]})
+    assert_same_bits(*ends)
+    whole = [word for word in command if word not in ("--shard", "planned")]
+    assert "resuming from" in torchrun(whole, tmp_path / "broken", 5)
 
 
 DIRECTORIES = ("straight", "broken")

@@ -29,6 +29,7 @@ from packlight.torch_internals import (
     autograd,
     calling,
     calls,
+    collectives,
     dispatch,
     dynamo,
     inductor,
@@ -658,6 +659,34 @@ def test_a_schedulers_step_is_told_from_others_and_stays_quiet_when_told(
     scheduler.step()  # warnings are errors here
     another.step = lambda: None  # type: ignore[assignment, method-assign, misc]
     assert optimizers.is_replaced_step(another)
+
+
+def test_what_a_scaler_found_decides_on_its_next_scale() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([parameter], lr=0.5)
+    for told, scale in ((0.0, 8.0), (1.0, 4.0)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+        scaler.scale(parameter.sum())
+        parameter.grad = torch.ones(2)
+        scaler.unscale_(optimizer)
+        (found,) = optimizers.overflows(scaler, optimizer).values()
+        assert found.item() == 0.0
+        found.fill_(told)
+        scaler.update()
+        assert scaler.get_scale() == scale
+
+
+def test_functional_collectives_take_what_they_took() -> None:
+    names = {
+        collectives.ALL_REDUCE: ["input", "reduce_op", "group_name"],
+        collectives.ALL_GATHER: ["input", "group_size", "group_name"],
+        collectives.REDUCE_SCATTER: ["input", "reduce_op", "group_size", "group_name"],
+        collectives.WAIT: ["tensor"],
+    }
+    for operator, expected in names.items():
+        assert [argument.name for argument in operator._schema.arguments] == expected
+        assert collectives.is_exchange(operator)
+    assert not collectives.is_exchange(torch.ops.aten.add.Tensor)
 
 
 def test_hooks_on_gradients_are_seen() -> None:

@@ -4,6 +4,11 @@
                                                                         ...
                                     later on, when the sums are there:  UPDATE, one by one
 
+Where parameters lie in pieces and one update waits for all gradients (to clip their norm), each
+rank keeps its own part of a bucket meanwhile, and no more:
+
+    REDUCE  ->  OWN (this rank's part copied)  ->  ...  ->  one UPDATE
+
 A large gradient is reduced where it is, without a copy. How many buckets may be under way before
 the updates of the first one wait for it is given: so many gradients are in memory at a time.
 
@@ -14,14 +19,14 @@ a token, a buffer without bytes, that the next one reads.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
 from packlight.capture.whole_step import Bucket, WholeStep
-from packlight.ranks.pieces import Pieces
+from packlight.ranks.pieces import Pieces, segments
 from packlight.step import Buffer, BufferKind, Lane, Operation, OperationKind, Phase
 
 
@@ -37,6 +42,8 @@ class Reductions:
         pieces_of: primal -> who has which rows, where each rank gets the sums for its own alone. Of
             the primals of a bucket, all are in pieces or none is.
         rank: this one.
+        shared: primals in pieces whose values are whole: ranks share the rows that they update.
+        keeps_gradients: they stay whole where they wait for an update.
     """
 
     buckets: tuple[tuple[int, ...], ...]
@@ -45,6 +52,8 @@ class Reductions:
     copy_seconds: Callable[[int], float]
     pieces_of: Mapping[int, Pieces] = field(default_factory=dict)
     rank: int = 0
+    shared: Set[int] = frozenset()
+    keeps_gradients: bool = False
 
     @property
     def packed(self) -> frozenset[int]:
@@ -78,9 +87,15 @@ class _Builder:
             gradient_buffer(step, p) for consumed in step.consumed_by.values() for p in consumed
         )
         self.is_alone = {b for b, count in counts.items() if count == 1}
-        # The new order: old operations as they are, new ones with the bucket that they are of.
+        self.together = {
+            p for consumed in step.consumed_by.values() if len(consumed) > 1 for p in consumed
+        }
+        # The new order: old operations as they are, new ones with the bucket that they are of, or
+        # the primal.
         self.order: list[tuple[Operation, fx.Node, Any, int | None]] = []
+        # Of each bucket: the buffer that updates read, and the one with this rank's part alone.
         self.reduced: list[int] = []
+        self.own: dict[int, int] = {}
         self.token: int | None = None
 
     def build(self) -> WholeStep:
@@ -102,18 +117,28 @@ class _Builder:
             for bucket in complete.get(old.id, ()):
                 most = len(how.buckets) if how.num_in_flight is None else how.num_in_flight
                 while in_flight and len(in_flight) >= max(most, 1):
-                    due += updates.get(in_flight.pop(0), ())
+                    due += self._landed(in_flight.pop(0), updates)
                 due = self._append_updates(due, old.id)
                 self._append_reduction(bucket)
                 in_flight.append(bucket)
                 if most == 0:
-                    due += updates.get(in_flight.pop(0), ())
+                    due += self._landed(in_flight.pop(0), updates)
             if old.id == last:
-                due += [u for bucket in in_flight for u in updates.get(bucket, ())]
+                due += [u for bucket in in_flight for u in self._landed(bucket, updates)]
                 due += updates.get(None, [])
             due = self._append_updates(due, old.id)
         assert not due, "every update has a place"
         return self._renumbered()
+
+    def _landed(
+        self, bucket: int, updates: Mapping[int | None, Sequence[int]]
+    ) -> Sequence[int]:
+        """Have a bucket's sums be waited for; return the updates that did."""
+        primals = self.how.buckets[bucket]
+        is_cut = primals[0] in self.how.pieces_of and not self.how.keeps_gradients
+        if is_cut and primals[0] in self.together:
+            self._append_owning(bucket)
+        return updates.get(bucket, ())
 
     def _bucket_of(self, consumed: Sequence[int]) -> int | None:
         """Return the bucket that a consumer waits for; None for one that waits for several."""
@@ -138,12 +163,18 @@ class _Builder:
             old = self.graph.operations[index]
             reads = list(old.reads)
             for primal in self.step.consumed_by[index]:
-                reduced = self.reduced[self._bucket_of((primal,)) or 0]
+                bucket = self._bucket_of((primal,)) or 0
+                reduced = self.own.get(bucket, self.reduced[bucket])
                 own = gradient_buffer(self.step, primal)
                 reads = [reduced if b == own else b for b in reads]
                 if reduced not in reads:  # two parameters with one gradient, in two buckets
                     reads.append(reduced)
-            self._append_old(replace(old, reads=tuple(dict.fromkeys(reads))))
+            update = replace(old, reads=tuple(dict.fromkeys(reads)))
+            consumed = self.step.consumed_by[index]
+            if old.mutates and not self.how.shared.isdisjoint(consumed):
+                self._append_shared_update(update, consumed)
+            else:
+                self._append_old(update)
         return [index for index in due if index > place]
 
     def _append_reduction(self, index: int) -> None:
@@ -177,6 +208,42 @@ class _Builder:
         self.reduced.append(reduced)
         self.token = token
 
+    def _append_shared_update(self, update: Operation, consumed: Sequence[int]) -> None:
+        """Append an update of this rank's rows, and the sharing of all that ranks have updated.
+
+        Where all parameters are updated together, sharing is a part of that.
+        """
+        if len(consumed) > 1:
+            self._append_old(update)
+            return
+        done = self._new_buffer(0, BufferKind.GRADIENT, f"update of {update.layer}")
+        self._append_old(replace(update, creates=(done,)))
+        (primal,) = consumed
+        num_bytes = _num_bytes(self.step.joint.primals[primal])
+        assert self.how.lane.share is not None, "the lane of a network shares"
+        token = self._new_buffer(0, BufferKind.GRADIENT, f"order of {update.layer}")
+        sharing = Operation(
+            0, "packlight.share", (done, *(() if self.token is None else (self.token,))), (token,),
+            self.how.lane.share.seconds(num_bytes), phase=Phase.UPDATE, can_recompute=False,
+            layer=update.layer, kind=OperationKind.SHARE, lane=self.how.lane.name,
+        )
+        self.order.append((sharing, self.step.joint.primals[primal], None, primal))
+        self.token = token
+
+    def _append_owning(self, index: int) -> None:
+        primals = self.how.buckets[index]
+        node, layer = self.step.joint.backward_results[primals[0]], f"bucket {index}"
+        pieces = [self.how.pieces_of[primal] for primal in primals]
+        ends = segments(pieces)
+        most = max(end - start for start, end in zip((0, *ends), ends, strict=False))
+        num_bytes = most * node.meta["val"].itemsize
+        own = self.own[index] = self._new_buffer(num_bytes, BufferKind.GRADIENT, layer)
+        owning = Operation(
+            0, "packlight.own", (self.reduced[index],), (own,), self.how.copy_seconds(num_bytes),
+            phase=Phase.UPDATE, can_recompute=False, layer=layer, kind=OperationKind.OWN,
+        )
+        self.order.append((owning, node, None, index))
+
     def _is_reduced_in_place(self, primals: Sequence[int]) -> bool:
         if len(primals) > 1:
             return False
@@ -198,12 +265,18 @@ class _Builder:
         new_id: dict[int, int] = {}
         packing: dict[int, int] = {}
         reduction: dict[int, int] = {}
+        owning: dict[int, int] = {}
+        shared_by: dict[int, int] = {}
         operations = []
         for place, (operation, _, _, bucket) in enumerate(self.order):
             if bucket is None:
                 new_id[operation.id] = place
             elif operation.kind is OperationKind.BUCKET:
                 packing[bucket] = place
+            elif operation.kind is OperationKind.OWN:
+                owning[bucket] = place
+            elif operation.kind is OperationKind.SHARE:
+                shared_by[place] = bucket
             else:
                 reduction[bucket] = place
             operations.append(replace(operation, id=place))
@@ -225,11 +298,15 @@ class _Builder:
             consumed_by={new_id[o]: primals for o, primals in step.consumed_by.items()},
             kept_by={new_id[o]: results for o, results in step.kept_by.items()},
             buckets=tuple(
-                Bucket(primals, packing.get(i), reduction[i], self.reduced[i])
+                Bucket(
+                    primals, packing.get(i), reduction[i], self.reduced[i], owning.get(i),
+                    self.own.get(i),
+                )
                 for i, primals in enumerate(self.how.buckets)
             ),
             pieces_of=self.how.pieces_of,
             rank=self.how.rank,
+            shared_by=shared_by,
         )
 
 

@@ -20,6 +20,7 @@ from packlight.capture import kept
 from packlight.capture.aot import drop_other_tangents, user_results, written_back
 from packlight.capture.batch import Dicts, dicts_of, own
 from packlight.capture.casts import merge_casts
+from packlight.capture.collectives import merge_waits
 from packlight.capture.derivative import is_derivative
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
@@ -38,7 +39,7 @@ from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.results import check_arguments, loss_index_of
 from packlight.capture.returned import detached
 from packlight.capture.sizes import Changing, is_symbolic, sizes_as_symbols, with_sizes
-from packlight.errors import GraphBreakError, UnsupportedModelError
+from packlight.errors import GraphBreakError, PacklightError, UnsupportedModelError
 from packlight.torch_internals.aot import aot_compiler, numbers_stay_numbers
 from packlight.torch_internals.dynamo import (
     gradients_inside,
@@ -226,6 +227,7 @@ class StepCapture:
         primals = placeholders[: len(arguments)]
         merge_casts(joint, primals)
         use_eager_dropout(joint)
+        merge_waits(joint)
         mutated = written_back(joint, num_forward_outputs)
         returned = user_results(joint, num_forward_outputs)
         loss_index = loss_index_of(joint, returned, self._entry.returned.loss, mutated)
@@ -364,3 +366,18 @@ def _as_it_is(module: fx.GraphModule, inputs: Any) -> Callable[..., Any]:
     """Reached where there is no backward: `capture` tells the user."""
     forward: Callable[..., Any] = module.forward
     return forward
+
+
+@contextmanager
+def naming_failures() -> Iterator[None]:
+    """Raise what fails while forward and backward are traced as an error of ours."""
+    try:
+        yield
+    except (PacklightError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        raise UnsupportedModelError(
+            f"the loss or its backward fails when it is traced\n  {type(error).__name__}: "
+            f"{first_line}\nhint: a step in eager PyTorch shows whether it fails there, too"
+        ) from error

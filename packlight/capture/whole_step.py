@@ -65,12 +65,16 @@ class Bucket:
             reduced where it is.
         reduction: the operation that adds up.
         reduced: the buffer with the sums.
+        owning: the operation that copies this rank's part of them, where that waits for an update.
+        own: the buffer with that part.
     """
 
     primals: tuple[int, ...]
     packing: int | None
     reduction: int
     reduced: int
+    owning: int | None = None
+    own: int | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,7 @@ class WholeStep:
         buckets: gradients that all ranks add up together, in the order in which they do.
         pieces_of: primal -> who has which rows, for parameters that lie in pieces with all ranks.
         rank: which of them this one is.
+        shared_by: operation -> the primal whose rows all ranks share then.
     """
 
     joint: JointStep
@@ -96,6 +101,7 @@ class WholeStep:
     buckets: tuple[Bucket, ...] = ()
     pieces_of: Mapping[int, Pieces] = field(default_factory=dict)
     rank: int = 0
+    shared_by: Mapping[int, int] = field(default_factory=dict)
 
     @cached_property
     def bucket_of(self) -> dict[int, int]:

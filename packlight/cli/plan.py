@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from packlight.cli import options
+from packlight.cli import options, shards
 from packlight.cli.profile import planned
 from packlight.units import format_bytes, format_seconds
 
@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mesh", metavar="data=N",
         help="plan what one of N ranks does that are not there, each with a part of the batch",
     )
+    shards.add_arguments(parser)
     parser.add_argument(
         "--link", metavar="SPEED", help="with --mesh: of the network, such as 25GB/s"
     )
@@ -47,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console()
     mesh = options.modelled_mesh(arguments)
-    ranks = {} if mesh is None else {"mesh": mesh}
+    parallel = shards.parallel(arguments, mesh is not None)
+    ranks = {} if mesh is None else {"mesh": mesh, "parallel": parallel}
     step = planned(
         arguments, budget_bytes, moves=options.moves(arguments), offload_directory=directory,
         **ranks,

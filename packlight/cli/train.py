@@ -7,10 +7,9 @@ goes on where the last checkpoint was written and ends at the same step, with th
 from __future__ import annotations
 
 import argparse
-import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from packlight.cli import comm, options
+from packlight.cli import comm, options, shards
+from packlight.cli.resume import resume_command, unused_directory
 from packlight.errors import LossScaleError, NonFiniteLossError, OptionError, PacklightError
 from packlight.units import format_bytes, format_seconds
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from packlight.cli.example import Example
     from packlight.comm import LocalSteps
     from packlight.ranks.group import Ranks
-    from packlight.run.checkpoint import Checkpoint
 
 HELP = "train inside a budget; the same command resumes from its last checkpoint"
 
@@ -63,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --checkpoint: steps between checkpoints (default: %(default)s)",
     )
     comm.add_arguments(parser)
+    shards.add_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -87,21 +87,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     allow = options.allowed(arguments)
     mesh = options.mesh(arguments.device)
+    parallel = shards.parallel(arguments, mesh is not None and arguments.comm is None)
     rank, size = (mesh.get_rank(), mesh.size()) if mesh is not None else (0, 1)
     console = Console(quiet=rank > 0)
     example = load_example(arguments.file)
     found = newest_checkpoint(arguments.checkpoint) if arguments.checkpoint else None
+    in_pieces = shards.newest(arguments.checkpoint)
+    if in_pieces is not None and found is not None and in_pieces.step <= found.step:
+        in_pieces = None
+    if in_pieces is not None:
+        found = None
+    latest = found or in_pieces
     if found is not None:
-        _check_same_run(found, arguments)
-        if found.step >= arguments.steps:
-            console.print(f"{found.path} is at step {found.step} already; --steps asks for no more")
-            return 0
+        _check_same_run(found.path, found.extra, arguments)
+    if latest is not None and latest.step >= arguments.steps:
+        console.print(f"{latest.path} is at step {latest.step} already; --steps asks for no more")
+        return 0
     model, optimizer = build(example, arguments.device, arguments.seed)
-    done = 0
     if found is not None:
         found.restore(model, optimizer)
-        done = found.step
-        console.print(f"resuming from {found.path}, step {done}")
+    done = 0 if latest is None else latest.step
+    if latest is not None:
+        console.print(f"resuming from {latest.path}, step {done}")
     stream: Iterator[Any] = BatchStream(
         example, "train", arguments.device, arguments.seed, num_skipped=done
     )
@@ -111,10 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
     step = packlight.fit(
         model, example.loss, optimizer, batch, budget=budget_bytes,
         moves=options.moves(arguments), allow=allow, offload_directory=directory,
-        way=arguments.way, mesh=mesh if arguments.comm is None else None,
+        way=arguments.way, mesh=mesh if arguments.comm is None else None, parallel=parallel,
     )
     if found is not None and step.scaler is not None:
-        _restore_scaler(found, step.scaler)
+        _restore_scaler(found.extra, step.scaler)
     console.print(step.describe(), highlight=False, markup=False)
     if report is not None and rank == 0:
         from packlight.cli.plan import other_plans
@@ -129,24 +136,31 @@ def run(arguments: argparse.Namespace) -> int:
     seed_everything(arguments.seed + rank)
     if found is not None:
         found.restore_rng(rank)
+    if in_pieces is not None:
+        extra = step.load(in_pieces.path)
+        _check_same_run(in_pieces.path, extra, arguments)
+        if step.scaler is not None:
+            _restore_scaler(extra, step.scaler)
     local = comm.local_steps(arguments, model)
     trainer = _Trainer(arguments, example, model, optimizer, step, local, stream, console, done)
     return trainer.run(batch)
 
 
-def _check_same_run(found: Checkpoint, arguments: argparse.Namespace) -> None:
+def _check_same_run(
+    path: Path, extra: Mapping[str, Any], arguments: argparse.Namespace
+) -> None:
     for name, value in _identity(arguments).items():
-        saved = found.extra.get(name)
+        saved = extra.get(name)
         if saved != value:
             raise OptionError(
-                f"{found.path} is of a run with {name} {saved!r}, not {value!r}\n"
+                f"{path} is of a run with {name} {saved!r}, not {value!r}\n"
                 "hint: give the run a --checkpoint directory of its own"
             )
 
 
-def _restore_scaler(found: Checkpoint, scaler: torch.amp.GradScaler) -> None:
+def _restore_scaler(extra: Mapping[str, Any], scaler: torch.amp.GradScaler) -> None:
     """Go on with the loss scale of a run that had one."""
-    state = found.extra.get("scaler")
+    state = extra.get("scaler")
     if state is not None:
         scaler.load_state_dict(state)
 
@@ -260,6 +274,10 @@ class _Trainer:
         extra = _identity(self.arguments) | {"num_batches": self.num_done}
         if self.step.scaler is not None:
             extra["scaler"] = self.step.scaler.state_dict()
+        if self.arguments.shard is not None:
+            checkpoint = shards.PieceCheckpoint.at(directory, self.num_done)
+            self.step.save(checkpoint.path, extra)
+            return checkpoint.path
         ranks = self.ranks
 
         def save(generators: list[Any] | None) -> Path:
@@ -281,11 +299,11 @@ class _Trainer:
             return EXIT_INTERRUPTED
         directory = self.arguments.checkpoint
         if directory is None:
-            directory = _unused_directory(f"{Path(self.arguments.file).stem}-checkpoint")
+            directory = unused_directory(f"{Path(self.arguments.file).stem}-checkpoint")
         path = self._save(Path(directory))
         self.console.print(f"interrupted after step {self.num_done}; saved {path}")
         self.console.print(
-            f"resume: {_resume_command(self.arguments, str(directory))}",
+            f"resume: {resume_command(self.arguments, str(directory))}",
             highlight=False, markup=False, soft_wrap=True,
         )
         return EXIT_INTERRUPTED
@@ -364,28 +382,3 @@ def _rate(num_tokens: int, num_steps: int, seconds: float) -> str:
     if num_tokens:
         return f"{num_tokens / seconds:,.0f} tokens/s"
     return f"{format_seconds(seconds / max(1, num_steps))} per step"
-
-
-def _unused_directory(name: str) -> str:
-    """Return a name that no directory has: an older run's checkpoints are not mixed with these."""
-    number, candidate = 1, name
-    while Path(candidate).exists():
-        number += 1
-        candidate = f"{name}-{number}"
-    return candidate
-
-
-def _resume_command(arguments: argparse.Namespace, directory: str) -> str:
-    words = ["packlight", "train", arguments.file]
-    if arguments.budget is not None:
-        words += ["--budget", arguments.budget]
-    words += ["--steps", str(arguments.steps), "--seed", str(arguments.seed)]
-    words += ["--device", arguments.device, "--checkpoint", directory]
-    words += ["--save-every", str(arguments.save_every)]
-    for name in arguments.allow:
-        words += ["--allow", name]
-    if arguments.offload_directory is not None:
-        words += ["--offload-directory", arguments.offload_directory]
-    if arguments.exact:
-        words.append("--exact")
-    return shlex.join(words)

@@ -291,6 +291,13 @@ class _Emitter:
     def _reduce(self, instruction: Instruction) -> None:
         self.reductions.reduce(instruction)
 
+    def _own(self, instruction: Instruction) -> None:
+        self.reductions.own(instruction)
+
+    def _share(self, instruction: Instruction) -> None:
+        primal = self.whole.shared_by[instruction.target]
+        self.graph.call_method("share", (self.helpers["events"], primal))
+
     def _read(self, instruction: Instruction) -> None:
         self.transfers.fetch(self.step.graph.operations[instruction.target].moved)
 
@@ -308,6 +315,8 @@ class _Emitter:
         OperationKind.WRITE: _write_away,
         OperationKind.BUCKET: _bucket,
         OperationKind.REDUCE: _reduce,
+        OperationKind.OWN: _own,
+        OperationKind.SHARE: _share,
     }
 
 

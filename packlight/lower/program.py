@@ -41,6 +41,9 @@ class StepEvents(Protocol):
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
         """The gradient of a primal, added up over all ranks, is complete; it is the receiver's."""
 
+    def share(self, primal: int) -> None:
+        """All ranks have updated their rows of a parameter, and are to give them to one another."""
+
 
 class IgnoredEvents:
     """For rehearsals: results and gradients are dropped."""
@@ -52,6 +55,9 @@ class IgnoredEvents:
         """Do nothing."""
 
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
+        """Do nothing."""
+
+    def share(self, primal: int) -> None:
         """Do nothing."""
 
 

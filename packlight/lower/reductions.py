@@ -89,7 +89,7 @@ class ReductionWriter:
         self._of_operation = {
             operation: index
             for index, bucket in enumerate(self.step.buckets)
-            for operation in (bucket.packing, bucket.reduction)
+            for operation in (bucket.packing, bucket.reduction, bucket.owning)
             if operation is not None
         }
 
@@ -133,17 +133,25 @@ class ReductionWriter:
         self._graph.call_method("start", (self._helpers["reducer"], index, value, *ends))
         self._values.place_alone(reduced, value)
 
+    def own(self, instruction: Instruction) -> None:
+        """Copy this rank's part of a bucket, when the sums are there."""
+        bucket = self.step.buckets[self._of_operation[instruction.target]]
+        pieces = self._pieces(bucket)
+        first, end = (0, *segments(pieces))[self.step.rank : self.step.rank + 2]
+        reduced = self._reduced(bucket)
+        part = self._graph.call_function(piece, (reduced, first, (end - first,)))
+        own = self._graph.call_function(torch.ops.aten.clone.default, (part,))
+        assert bucket.own is not None
+        self._values.place_alone(bucket.own, own)
+
     def gradient(self, primal: int) -> fx.Node:
         """Return a parameter's gradient, added up over all ranks: of one in pieces, this rank's."""
-        index = self.step.bucket_of[primal]
-        bucket = self.step.buckets[index]
-        if index not in self._waited:
-            self._waited.add(index)
-            self._graph.call_method("wait", (self._helpers["reducer"], index))
-        value = self._values.whole(bucket.reduced)
+        bucket = self.step.buckets[self.step.bucket_of[primal]]
+        is_own = bucket.own is not None
+        value = self._reduced(bucket) if bucket.own is None else self._values.whole(bucket.own)
         if pieces := self._pieces(bucket):
             rank, place = self.step.rank, bucket.primals.index(primal)
-            before = (0, *segments(pieces))[rank]
+            before = 0 if is_own else (0, *segments(pieces))[rank]
             offset = before + sum(p.num_elements(rank) for p in pieces[:place])
             shape = (pieces[place].num_rows(rank), *pieces[place].shape[1:])
             return self._graph.call_function(piece, (value, offset, shape))
@@ -151,6 +159,14 @@ class ReductionWriter:
             return value
         place = bucket.primals.index(primal)
         return self._graph.call_function(slot, (value, self._layouts(bucket), place))
+
+    def _reduced(self, bucket: Bucket) -> fx.Node:
+        """Return a bucket with the sums of all ranks, for which the first to ask waits."""
+        index = self.step.bucket_of[bucket.primals[0]]
+        if index not in self._waited:
+            self._waited.add(index)
+            self._graph.call_method("wait", (self._helpers["reducer"], index))
+        return self._values.whole(bucket.reduced)
 
     def _pieces(self, bucket: Bucket) -> tuple[Pieces, ...]:
         """Return how a bucket's parameters lie in pieces; none where they do not."""

@@ -10,11 +10,13 @@ The bits are those of DDP with the same buckets, where ranks count the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, ClassVar
 
-from torch import fx
+from torch import fx, nn
 
 from packlight.capture.whole_step import Consumption
 from packlight.errors import BatchError, MicrobatchError, UnsupportedModelError, WayError
@@ -25,6 +27,7 @@ from packlight.moves.microbatch.split import LossWeight
 from packlight.moves.move import Effect, Move, Refusal, Room, Stage
 from packlight.moves.reduction import Reduction
 from packlight.moves.sharding import Sharding
+from packlight.ranks.pieces import Placement
 from packlight.step import Machine, Speed
 from packlight.units import format_bytes
 
@@ -47,6 +50,10 @@ class DataParallel(Move):
         num_in_flight: how many buckets may be under way before updates wait; None for all.
         weight_index: which of the denominators that the loss's graph leaves open weighs the parts.
         in_pieces: names of the parameters that lie in pieces with all ranks.
+        gathered: those of them whose values do, too, and are gathered around their uses.
+        keeps_gradients: gradients stay whole until they are used up.
+        sums_each: with those, gradients of microbatches are added up over ranks one by one and
+            accumulated by whoever has the rows; else they are accumulated whole, and added up once.
     """
 
     name: ClassVar[str] = "data-parallel"
@@ -57,6 +64,9 @@ class DataParallel(Move):
     num_in_flight: int | None = None
     weight_index: int = 0
     in_pieces: tuple[str, ...] = ()
+    gathered: tuple[str, ...] = ()
+    keeps_gradients: bool = False
+    sums_each: bool = False
 
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[DataParallel | Refusal]:
@@ -72,33 +82,42 @@ class DataParallel(Move):
         if made is not None:  # rewriting a graph hardly changes which setting is best
             yield made
             return
-        in_pieces = tuple(costs.name_of[id(p)] for p in sharding_of(draft).pieces)
-        are_in_flight = draft.gradients is Consumption.UPDATE
-        settings = SETTINGS if are_in_flight else ((LARGE, None), (ONE_BY_ONE, None))
-        for size, count in settings:
-            size_bytes = _bytes_in(costs.network.reduce, size)
-            buckets = costs.agreed_buckets or _buckets(draft, size_bytes, frozenset(in_pieces))
-            yield cls(buckets, count, index, in_pieces)
-            if room.has_plain:
-                return
+        sharding = sharding_of(draft)
+        in_pieces = costs.names(sharding.pieces)
+        for gathered, keeps_gradients in _placements(draft, sharding):
+            for size, count, sums_each in _settings(draft, bool(in_pieces), keeps_gradients):
+                size_bytes = _bytes_in(costs.network.reduce, size)
+                buckets = costs.agreed_buckets or _buckets(draft, size_bytes, frozenset(in_pieces))
+                yield cls(
+                    buckets, count, index, in_pieces, costs.names(gathered), keeps_gradients,
+                    sums_each,
+                )
+                if room.has_plain:
+                    return
 
     def apply(self, draft: Draft) -> Draft:
         """Return the draft whose gradients are reduced before they are consumed."""
         lane = draft.costs.network
         assert lane is not None, "the network is measured before anything is planned"
         sharding = sharding_of(draft)
-        found = tuple(draft.costs.name_of[id(p)] for p in sharding.pieces)
+        found = draft.costs.names(sharding.pieces)
         if found != self.in_pieces:
             raise WayError(
                 "set of parameters in pieces", f"{len(self.in_pieces)} parameters",
                 f"{len(found)}", "every rank has to look at its parameters' memory as the others do"
             )
-        if not sharding:
+        gathered = {*self.gathered}
+        values = (p for p, name in zip(sharding.pieces, found, strict=True) if name in gathered)
+        sharding = replace(
+            sharding.with_values(values), keeps_gradients=self.keeps_gradients
+        )
+        if not sharding.gathered:
             lane = replace(lane, memory="", read=None)
         ranks = draft.request.ranks
         machine = (draft.machine or Machine()).with_lane(lane)
         reduction = Reduction(
-            self.buckets, self.num_in_flight, lane, sharding, 0 if ranks is None else ranks.rank
+            self.buckets, self.num_in_flight, lane, sharding, 0 if ranks is None else ranks.rank,
+            self.sums_each,
         )
         return draft.changed(reduction=reduction, machine=machine)
 
@@ -109,8 +128,11 @@ class DataParallel(Move):
         words = f"gradients of {num} ranks reduced in {len(self.buckets)} buckets{flying}"
         if not self.in_pieces:
             return words
-        size = format_bytes(sharding_of(draft).whole_bytes)
-        return f"{len(self.in_pieces)} parameters in pieces, {size} gathered in turn, {words}"
+        gathers = {*self.gathered}
+        values = [p for p in sharding_of(draft).pieces if draft.costs.name_of[id(p)] in gathers]
+        size = format_bytes(sum(p.nbytes for p in values))
+        gathered = f", {size} of {len(self.gathered)} gathered in turn" if self.gathered else ""
+        return f"{len(self.in_pieces)} parameters in pieces{gathered}, {words}"
 
     def loss_weight(self, whole: Draft) -> LossWeight:
         """Return what weighs the ranks' losses.
@@ -139,6 +161,42 @@ def _settled(whole: Draft) -> int:
         raise MicrobatchError(f"a mean cannot be told from a sum: {error}") from error
 
 
+def _placements(
+    draft: Draft, sharding: Sharding
+) -> Iterator[tuple[Sequence[nn.Parameter], bool]]:
+    """Yield which parameters' values lie in pieces, and whether gradients stay whole.
+
+    Ever more of them where both is possible: the largest half of what there is before all.
+    """
+    placements, parameters = draft.request.placements, [*sharding.pieces]
+    if Placement.PARAMETER not in placements:
+        yield (), Placement.STATE in placements
+        return
+    if Placement.GRADIENT in placements:
+        yield (), False
+        by_size = sorted(parameters, key=lambda p: -p.nbytes)
+        sizes = [*accumulate(p.nbytes for p in by_size)]
+        num = bisect_left(sizes, sizes[-1] / 2) + 1 if sizes else 0
+        half = {*by_size[:num]}
+        yield [p for p in parameters if p in half], False
+    yield parameters, False
+
+
+def _settings(
+    draft: Draft, is_in_pieces: bool, keeps_gradients: bool
+) -> list[tuple[float, int | None, bool]]:
+    """Return sizes of buckets, how many are under way, and whether each microbatch's are summed."""
+    accumulates = draft.gradients is Consumption.ACCUMULATE
+    # Of what was reduced, before the last of it is.
+    lets_go = draft.gradients is Consumption.UPDATE or (is_in_pieces and not keeps_gradients)
+    settings: list[tuple[float, int | None, bool]] = []
+    if accumulates or not lets_go:
+        settings += [(LARGE, None, False), (ONE_BY_ONE, None, False)]
+    if lets_go:
+        settings += [(*setting, accumulates) for setting in SETTINGS]
+    return settings
+
+
 def _bytes_in(speed: Speed, times: float) -> int:
     """Return the bytes that take so many times as long as their latency."""
     return max(1, int(times * speed.latency_seconds * speed.bytes_per_second))
@@ -148,7 +206,7 @@ def sharding_of(draft: Draft) -> Sharding:
     """Return which parameters lie in pieces with all ranks, where that is asked for.
 
     Raises:
-        UnsupportedModelError: no parameter can be updated before all gradients are there.
+        UnsupportedModelError: parameters cannot be updated one by one.
     """
     request, costs = draft.request, draft.costs
     if not request.shards:
@@ -156,26 +214,16 @@ def sharding_of(draft: Draft) -> Sharding:
     whole = draft.whole or draft
 
     def found() -> Sharding:
-        if not costs.steps_alone:
-            reason = _why_together(draft)
+        if not costs.steps_one_by_one:
+            updates = costs.updates
+            reason = "there is no optimizer" if updates is None else updates.refusal
             raise UnsupportedModelError(
-                f"parameters cannot lie in pieces: {reason}\n"
-                "hint: leave shard= out, or clip by value, which every rank can do alone"
+                f"parameters cannot lie in pieces: {reason}\nhint: leave shard= out"
             )
         assert request.num_ranks is not None
         return costs.sharding(whole.loss, request.num_ranks)
 
     return whole.once("sharding", found)
-
-
-def _why_together(draft: Draft) -> str:
-    """Return why all gradients are needed at once, in words."""
-    request, updates = draft.request, draft.costs.updates
-    if request.clipping.norm is not None:
-        return "clip_grad_norm= needs the norm of all gradients before the first update"
-    if request.scaler is not None:
-        return "a loss scaler looks at all gradients before the first update"
-    return "there is no optimizer" if updates is None else str(updates.refusal)
 
 
 def _buckets(

@@ -27,6 +27,8 @@ class Reduction:
         lane: the network.
         sharding: parameters that lie in pieces, whose sums go to whoever has the rows.
         rank: this one.
+        sums_each: what microbatches leave is added up over ranks one by one, so that each rank
+            accumulates its own part alone; else what they have accumulated is, once.
     """
 
     buckets: tuple[tuple[str, ...], ...]
@@ -34,6 +36,14 @@ class Reduction:
     lane: Lane
     sharding: Sharding = field(default_factory=Sharding)
     rank: int = 0
+    sums_each: bool = False
+
+    @property
+    def share_seconds(self) -> float:
+        """How long all ranks take to share the rows that they have updated."""
+        if self.lane.share is None:
+            return 0.0
+        return sum(self.lane.share.seconds(p.nbytes) for p in self.sharding.shared)
 
 
 class ReductionCosts:
@@ -74,6 +84,11 @@ class ReductionCosts:
                 if parameter in reduction.sharding
             },
             reduction.rank,
+            frozenset(
+                primal for primal, p in trained.items()
+                if p in reduction.sharding and p not in reduction.sharding.gathered
+            ),
+            reduction.sharding.keeps_gradients,
         )
 
     def finish_seconds(self, reduction: Reduction, profiler: CallProfiler) -> float:

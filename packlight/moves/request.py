@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 from packlight.capture.step_capture import LossFunction
+from packlight.errors import UnsupportedModelError
 from packlight.moves.microbatch.split import LossWeight
 from packlight.ranks.group import Ranks
 from packlight.ranks.modelled import ModelledMesh
+from packlight.ranks.pieces import Placement
 from packlight.updates.gradients import Clipping
 
 Beside = torch.optim.Optimizer | nn.Module | torch.Tensor
@@ -34,7 +36,8 @@ class Request:
         progress: show what profiling does.
         ranks: that train together, each on its part of the batch; None for one process.
         modelled: ranks that are planned for and not there.
-        shards: parameters lie in pieces with all ranks.
+        is_tensor_parallel: those ranks have parts of the weights, and one batch.
+        placements: where parameters in pieces may lie, the fastest first; none for whole ones.
         accumulates: gradients of several batches are added up before an update.
         beside: optimizers, modules and tensors that the loop keeps while the step runs.
     """
@@ -52,13 +55,31 @@ class Request:
     progress: bool
     ranks: Ranks | None = None
     modelled: ModelledMesh | None = None
-    shards: bool = False
+    placements: tuple[Placement, ...] = ()
+    is_tensor_parallel: bool = False
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
 
     @property
+    def shards(self) -> bool:
+        """Whether parameters lie in pieces with all ranks."""
+        return bool(self.placements)
+
+    @property
+    def data_ranks(self) -> Ranks | None:
+        """Those that have a part of the batch each."""
+        return None if self.is_tensor_parallel else self.ranks
+
+    def refuse_parts(self, what: str) -> None:
+        """Raise where weights lie in parts with all ranks, of which something is not there yet."""
+        if self.is_tensor_parallel:
+            raise UnsupportedModelError(
+                f"{what} of weights in parts are not there yet\nhint: each rank has its own part"
+            )
+
+    @property
     def num_ranks(self) -> int | None:
-        """How many ranks the step is for; None for one process."""
+        """How many have a part of the batch each; None for one."""
         if self.modelled is not None:
             return self.modelled.data
-        return None if self.ranks is None else self.ranks.size
+        return None if self.data_ranks is None else self.data_ranks.size

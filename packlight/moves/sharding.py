@@ -9,7 +9,8 @@ theirs (ZeRO: Rajbhandari et al. 2020, arXiv 1910.02054).
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -30,12 +31,16 @@ class Sharding:
 
     Attributes:
         pieces: who has which rows.
-        parameter_bytes, state_bytes: of the rank that has most.
+        states: bytes of optimizer state that each rank has of them.
+        gathered: those whose values lie in pieces; the others are whole on all ranks between their
+            updates.
+        keeps_gradients: gradients stay whole until they are used up.
     """
 
     pieces: Mapping[nn.Parameter, Pieces] = field(default_factory=dict)
-    parameter_bytes: int = 0
-    state_bytes: int = 0
+    states: tuple[int, ...] = ()
+    gathered: frozenset[nn.Parameter] = frozenset()
+    keeps_gradients: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.pieces)
@@ -43,10 +48,52 @@ class Sharding:
     def __contains__(self, parameter: torch.Tensor) -> bool:
         return parameter in self.pieces
 
+    def num_rows(self, parameter: nn.Parameter) -> int | None:
+        """Return how many rows of a parameter the rank with most updates; None for all."""
+        return self.pieces[parameter].most_rows if parameter in self else None
+
+    def own_bytes(self, parameters: Iterable[nn.Parameter]) -> int:
+        """Return the size of what the rank that has most has of some parameters' gradients."""
+        parameters = list(parameters)
+        whole = sum(p.nbytes for p in parameters if p not in self)
+        mine = [(p.itemsize, self.pieces[p]) for p in parameters if p in self]
+        num_ranks = max((len(pieces.rows) for _, pieces in mine), default=1)
+        return whole + max(
+            sum(itemsize * pieces.num_elements(rank) for itemsize, pieces in mine)
+            for rank in range(num_ranks)
+        )
+
+    def with_values(self, gathered: Iterable[nn.Parameter]) -> Sharding:
+        """Return the same with the values of some parameters in pieces, too."""
+        return replace(self, gathered=frozenset(gathered))
+
     @property
-    def whole_bytes(self) -> int:
-        """Size of all of them, whole."""
-        return sum(parameter.nbytes for parameter in self.pieces)
+    def rests(self) -> Mapping[nn.Parameter, Pieces]:
+        """Those whose values lie in pieces, and who has which rows."""
+        return {p: pieces for p, pieces in self.pieces.items() if p in self.gathered}
+
+    @property
+    def shared(self) -> list[nn.Parameter]:
+        """The trained ones that are whole on all ranks, which share the rows that they update."""
+        return [p for p in self.pieces if p not in self.gathered and p.requires_grad]
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Size of values in pieces, of the rank that has most."""
+        return self._of_heaviest[0]
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of optimizer states of all of them, of that rank."""
+        return self._of_heaviest[1]
+
+    @cached_property
+    def _of_heaviest(self) -> tuple[int, int]:
+        weights = [
+            (sum(p.itemsize * pieces.num_elements(rank) for p, pieces in self.rests.items()), state)
+            for rank, state in enumerate(self.states)
+        ]
+        return max(weights, key=sum, default=(0, 0))
 
 
 def shardable(
@@ -93,8 +140,7 @@ def cut(parameters: Iterable[nn.Parameter], updates: Updates | None, num_ranks: 
         owner = min(range(num_ranks), key=lambda rank: sum(weights[rank]))
         pieces[parameter] = Pieces.of_owner(tuple(parameter.shape), num_ranks, owner)
         _add(weights[owner], parameter, updates, parameter.shape[0])
-    values, states = max(weights, key=sum)
-    return Sharding(pieces, values, states)
+    return Sharding(pieces, tuple(states for _, states in weights), frozenset(pieces))
 
 
 def _even(parameter: nn.Parameter, updates: Updates | None, num_ranks: int) -> Pieces | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -110,6 +110,10 @@ class StepCosts:
             max((one.workspace_bytes for one in measured), default=0),
         )
 
+    def names(self, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
+        """Return what parameters are called."""
+        return tuple(self.name_of[id(p)] for p in parameters)
+
     @property
     def trained_in_order(self) -> list[nn.Parameter]:
         """The trained parameters in the model's order, that of a loop's `clip_grad_norm_`."""
@@ -137,10 +141,15 @@ class StepCosts:
             )
 
     @property
+    def steps_one_by_one(self) -> bool:
+        """Whether parameters may be updated one after the other."""
+        return self.updates is not None and self.updates.refusal is None
+
+    @property
     def steps_alone(self) -> bool:
-        """Whether parameters may be updated one at a time."""
+        """... each before all gradients are there."""
         no_norm = self.request.clipping.norm is None and self.request.scaler is None
-        return self.updates is not None and self.updates.refusal is None and no_norm
+        return self.steps_one_by_one and no_norm
 
     def state_slots(self) -> Slots:
         """Return what of the optimizer's state can be streamed; that of frozen layers rests."""
@@ -194,15 +203,15 @@ class StepCosts:
         consumers: dict[int, Consumer] = {}
         trained = self.parameters(loss.arguments)
         reductions = None
-        if reduction is not None and how is not Consumption.ACCUMULATE:
+        if reduction is not None and (how is not Consumption.ACCUMULATE or reduction.sums_each):
             reductions = self.reductions.of(reduction, trained, profiler)
         sharding = Sharding() if reduction is None else reduction.sharding
         packed = set() if reductions is None else reductions.packed
         copies = copied_bytes(joint, trained, is_reduced=reductions is not None)
         for primal, parameter in trained.items():
-            num_rows = sharding.pieces[parameter].most_rows if parameter in sharding else None
             consumer = self._consumer(
-                joint, primal, parameter, how, profiler, primal in packed, num_rows
+                joint, primal, parameter, how, profiler, primal in packed,
+                sharding.num_rows(parameter),
             )
             if streaming:  # only what is streamed has a buffer of its own
                 streamed = streaming.states.get(parameter, {}).values()
@@ -212,8 +221,11 @@ class StepCosts:
         together = None
         if how is Consumption.TOGETHER:
             seconds = sum(consumer.seconds for consumer in consumers.values())
+            seconds += 0.0 if reduction is None else reduction.share_seconds
             norms_bytes = SCALAR_BYTES * len(consumers) if self.request.clipping.norm else 0
-            workspace = max(self.update_workspace_bytes, norms_bytes) + sum(copies.values())
+            one_by_one = sharding and self._workspace_bytes(streaming, sharding)
+            update_bytes = one_by_one or self.update_workspace_bytes
+            workspace = max(update_bytes, norms_bytes) + sum(copies.values())
             together = Consumer("all parameters", seconds, workspace)
         step = whole_step(joint, consumers, how, together)
         if reductions is not None:
@@ -222,7 +234,7 @@ class StepCosts:
             assert not streaming, "nothing can lie on the disk where there is none"
             return step
         moved = primals_among(loss, streaming.parameters)
-        gathered = primals_among(loss, sharding.pieces)
+        gathered = primals_among(loss, sharding.rests)
         buffers = {
             primal: joint.buffer_of_node[joint.primals[primal]] for primal in (*moved, *gathered)
         }
@@ -295,10 +307,8 @@ class StepCosts:
         self, loss: CapturedLoss, streaming: Streaming, reduction: Reduction | None
     ) -> dict[int, torch.Tensor]:
         """Return the streamed or gathered tensors among a captured call's inputs, by position."""
-        in_pieces = {} if reduction is None else reduction.sharding.pieces
-        return {
-            **primals_among(loss, streaming.parameters), **primals_among(loss, in_pieces)
-        }
+        rests = {} if reduction is None else reduction.sharding.rests
+        return {**primals_among(loss, streaming.parameters), **primals_among(loss, rests)}
 
     def sharding(self, loss: CapturedLoss, num_ranks: int) -> Sharding:
         """Return which parameters can lie in pieces with so many ranks, and who has which rows."""
@@ -308,13 +318,21 @@ class StepCosts:
             self._shardings[key] = cut(parameters, self.updates, num_ranks)
         return self._shardings[key]
 
+    def _workspace_bytes(self, streaming: Streaming, sharding: Sharding) -> int:
+        """Return what updates take that run one after the other."""
+        assert (updates := self.updates) is not None
+        return max(
+            updates.cost(p, None, sharding.num_rows(p)).workspace_bytes
+            + sum(spec.num_bytes for spec in streaming.of_update(p)) for p in self.trained.values()
+        )
+
     def _optimizer_bytes(self, sharding: Sharding) -> int:
         """Return the optimizer's state where that of some parameters lies in pieces."""
         if not sharding:
             return self.optimizer_bytes
         assert self.updates is not None, "what is in pieces is updated one by one"
-        whole = [p for p in self.trained.values() if p not in sharding]
-        return sharding.state_bytes + sum(self.updates.cost(p).state_bytes for p in whole)
+        whole = (self.updates.cost(p) for p in self.trained.values() if p not in sharding)
+        return sharding.state_bytes + sum(cost.state_bytes for cost in whole)
 
     def parameters(self, arguments: Sequence[Any]) -> dict[int, nn.Parameter]:
         """Return the trained parameters among a captured call's inputs, by position."""
@@ -327,6 +345,7 @@ class StepCosts:
         num_microbatches: int,
         streaming: Streaming | None = None,
         sharding: Sharding | None = None,
+        sums_each: bool = True,
     ) -> StepMemory:
         """Return the bytes of a step outside of its schedule.
 
@@ -336,13 +355,15 @@ class StepCosts:
             num_microbatches: with more than one, gradients are accumulated in the step.
             streaming: what lies on the disk between uses.
             sharding: what lies in pieces with all ranks.
+            sums_each: of gradients in pieces each rank accumulates its own (see `Reduction`).
         """
         model, streaming = self.request.model, streaming or Streaming()
         sharding = sharding or Sharding()
         trained = self.parameters(loss.arguments)
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
-        gradient_bytes = sum(p.nbytes for i, p in trained.items() if gradients[i] is not None)
+        with_gradients = [p for i, p in trained.items() if gradients[i] is not None]
+        gradient_bytes = sum(p.nbytes for p in with_gradients)
         accumulated_bytes = workspace_bytes = 0
         if self.request.accumulates:  # other steps may add to the others
             gradient_bytes = sum(p.nbytes for p in self.trained.values())
@@ -351,14 +372,9 @@ class StepCosts:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]
             accumulated_bytes = tensors_bytes(written) + kept_extras_bytes
         if num_microbatches > 1 or self.request.accumulates:
-            accumulated_bytes += gradient_bytes
-            if self.steps_alone:
-                assert self.updates is not None
-                workspace_bytes = max(
-                    self.updates.cost(p).workspace_bytes
-                    + sum(spec.num_bytes for spec in streaming.of_update(p))
-                    for p in trained.values()
-                )
+            accumulated_bytes += sharding.own_bytes(with_gradients) if sums_each else gradient_bytes
+            if self.steps_alone or sharding:
+                workspace_bytes = self._workspace_bytes(streaming, sharding)
             else:
                 workspace_bytes = self.update_workspace_bytes
         # What the loss reads beside: the model's buffers, a teacher's weights, classes' weights.
@@ -368,7 +384,7 @@ class StepCosts:
         return StepMemory(
             parameter_bytes=tensors_bytes(
                 p for p in model.parameters()
-                if p not in streaming.parameters and p not in sharding
+                if p not in streaming.parameters and p not in sharding.gathered
             ) + sharding.parameter_bytes,
             # What attributes (and whoever called the step) hold since the step before is let go of
             # when it is assigned anew.

@@ -120,7 +120,8 @@ def _of_any_batch(graph: StepGraph) -> set[int]:
     """Return the buffers that are as large with any other batch."""
     constant = {*graph.outputs, *graph.resting}
     constant.update(b for o in graph.computations if o.mutates for b in o.reads)
-    buckets = [o for o in graph.computations if o.kind is OperationKind.BUCKET]
+    kinds = (OperationKind.BUCKET, OperationKind.OWN)
+    buckets = [o for o in graph.computations if o.kind in kinds]
     constant.update(b for o in buckets for b in (*o.reads, *o.creates))
     # They share a storage, or one is the other's copy in another memory.
     pairs: list[tuple[int, ...]] = [p for o in graph.computations for p in o.overwrites]

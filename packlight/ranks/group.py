@@ -156,10 +156,12 @@ class Ranks:
         found: list[list[float]] = table.tolist()
         return found
 
-    def start(self, tensor: torch.Tensor) -> Sent:
+    def start(
+        self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    ) -> Sent:
         """Start adding up, in place, what all ranks have in a contiguous tensor."""
         group = self._group_for(tensor)
-        return self._sent(dist.all_reduce(tensor, group=group, async_op=True), tensor)
+        return self._sent(dist.all_reduce(tensor, operation, group=group, async_op=True), tensor)
 
     def start_for(self, tensor: torch.Tensor, owner: int) -> Sent:
         """Start adding up for one rank; what the others' tensors then hold is of no use."""

@@ -63,7 +63,8 @@ def _looked_at(ranks: Ranks, device: torch.device) -> Lane:
         for latency, per_byte in zip(found[:-1:2], found[1:-1:2], strict=True)
     )
     return Lane(
-        NETWORK, RANKS, gather, None, compute_share=found[-1], reduce=reduce, reduce_pieces=pieces
+        NETWORK, RANKS, gather, None, compute_share=found[-1], reduce=reduce, reduce_pieces=pieces,
+        share=gather,
     )
 
 

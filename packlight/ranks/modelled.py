@@ -4,6 +4,8 @@ The time of a reduction is that of a ring (Patarasuk and Yuan 2009): with N rank
 messages one after the other, each of 1/N of the bytes.
 
     seconds(bytes) = 2 (N - 1) * latency + 2 (N - 1) / N * bytes / bytes_per_second
+
+Adding up pieces for their owners takes half of that, and so does gathering them.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 
 from packlight.errors import BudgetFormatError, OptionError
 from packlight.ranks.link import NETWORK
-from packlight.step import Lane, Speed
+from packlight.step import RANKS, Lane, Speed
 from packlight.units import parse_bytes
 
 # From one machine to the next, through a switch and two drivers.
@@ -65,6 +67,13 @@ class ModelledMesh:
     @property
     def lane(self) -> Lane:
         """The network."""
-        messages = 2 * (self.data - 1)
-        speed = Speed(self.bytes_per_second * self.data / messages, messages * self.latency_seconds)
-        return Lane(NETWORK, "", None, None, reduce=speed)
+        half = self._speed(self.data - 1)
+        return Lane(
+            NETWORK, RANKS, read=half, write=None, reduce=self._speed(2 * (self.data - 1)),
+            reduce_pieces=half, share=half,
+        )
+
+    def _speed(self, num_messages: int) -> Speed:
+        return Speed(
+            self.bytes_per_second * self.data / num_messages, num_messages * self.latency_seconds
+        )

@@ -15,6 +15,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from packlight.errors import OptionError, UnsupportedModelError
 from packlight.ranks.group import Ranks
+from packlight.ranks.pieces import Placement
+
+PLANNED = "planned"
 
 _known: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
 
@@ -26,9 +29,14 @@ class Parallel:
     Attributes:
         data: name of the mesh's dimension along which each rank has its part of the batch, and all
             of them the same model. With a mesh of one dimension it can be left out.
-        shard: name of the dimension along which parameters lie in pieces: each rank keeps and
-            updates some rows, with their gradients and optimizer states, and parameters are
-            gathered around their uses (ZeRO-3). It is the same dimension as `data`.
+        shard: name of the dimension along which parameters lie in pieces: each rank updates some
+            rows of them. It is the same dimension as `data`.
+        pieces: what of them is then kept by whoever has the rows: "state", the optimizer's
+            (ZeRO-1); "gradient", gradients, too (ZeRO-2); "parameter", values, too, which are
+            gathered around their uses (ZeRO-3); "planned", as much as the budget asks for, but
+            gradients at least.
+        tensor: name of the dimension along which weights lie in parts (`packlight.localize`): all
+            ranks have the same batch. It is the only dimension yet.
         timeout_seconds: how long a rank waits for another one, in planning too.
 
     >>> Parallel(data="data").timeout_seconds
@@ -37,7 +45,30 @@ class Parallel:
 
     data: str | None = None
     shard: str | None = None
+    pieces: str = Placement.PARAMETER.value
+    tensor: str | None = None
     timeout_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if self.tensor is not None and (self.data or self.shard):
+            raise OptionError(
+                "tensor= beside data= or shard= is not there yet\nhint: one of them, on a mesh of "
+                "one dimension"
+            )
+        known = [*map(str, Placement), PLANNED]
+        if self.pieces not in known:
+            raise OptionError(
+                f"pieces={self.pieces!r} of parameters are none\nhint: {', '.join(known)}"
+            )
+
+    @property
+    def placements(self) -> tuple[Placement, ...]:
+        """Where parameters may lie, the fastest first; none where all is whole on all ranks."""
+        if self.shard is None:
+            return ()
+        if self.pieces == PLANNED:
+            return (Placement.GRADIENT, Placement.PARAMETER)
+        return (Placement(self.pieces),)
 
 
 def ranks_of(
@@ -74,11 +105,18 @@ def ranks_of(
         )
     if mesh.device_type != device.type:
         raise OptionError(f"the mesh is of {mesh.device_type}, the model is on {device.type}")
-    group = mesh.get_group(_data_dimension(mesh, parallel))
+    asked = parallel
+    if parallel.tensor is not None:
+        asked = replace(parallel, data=parallel.tensor, tensor=None)
+    group = mesh.get_group(_data_dimension(mesh, asked))
     known = _known.get(group)
     if known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds:
         members = dist.get_process_group_ranks(group)
         known = _known[group] = Ranks(members, device, parallel.timeout_seconds)
+    if parallel.tensor is not None:
+        from packlight.ranks.collectives import talk_through
+
+        talk_through(group.group_name, known)
     return known
 
 
@@ -132,8 +170,9 @@ def refuse_wrapped(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if _is_a(parameter, "torch.distributed.tensor", "DTensor"):
             raise UnsupportedModelError(
-                f"parameter {name!r} is a DTensor: tensor parallel models cannot be fitted yet\n"
-                "hint: fit the model before it is parallelised"
+                f"parameter {name!r} is a DTensor, of which an optimizer steps all ranks' parts\n"
+                "hint: packlight.localize(model) behind parallelize_module and before the "
+                "optimizer, then fit(..., mesh=, parallel=packlight.Parallel(tensor=...))"
             )
 
 

@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 from math import ceil, gcd, prod
+
+
+class Placement(StrEnum):
+    """What of a parameter lies in pieces with all ranks (ZeRO-1, 2 and 3).
+
+    STATE: the optimizer's state; each rank updates its rows, and then shares them. GRADIENT: what
+    is accumulated, or waits for an update, too. PARAMETER: its values, too, which are gathered
+    around their uses.
+    """
+
+    STATE = "state"
+    GRADIENT = "gradient"
+    PARAMETER = "parameter"
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,12 +31,15 @@ class Reducer:
 
     Attributes:
         weight: how much this rank's part of the batch counts, of 1 in all.
+        counts: whether the microbatch that runs does; where parameters lie in pieces all ranks run
+            as many, and some of them for the others alone.
         num_steps: trained so far, for errors.
     """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.weight, self.num_steps = 1.0, 0
+        self.counts = True
         # Per rank: its weighted loss, and how it fares.
         self._losses = torch.zeros(ranks.size, 2, dtype=torch.float64)
         self._sent: Sent | None = None
@@ -51,16 +54,19 @@ class Reducer:
             num_steps: trained so far.
         """
         self.weight, self.num_steps = weight, num_steps
+        self.counts = True
         self._sent, self._are_known, self._has_entered = None, False, False
         self._under_way.clear()
 
     def enter(self) -> None:
-        """Wait until all ranks run the step: before anything is gathered from them.
+        """Wait until all ranks run the step: before anything is gathered from them for it.
 
         Raises:
             RankError: another rank failed before.
             OtherModelError: it has to be captured again.
         """
+        if self._has_entered:  # with an earlier microbatch
+            return
         self._send(0.0, OK)
         assert self._sent is not None
         self.ranks.wait(self._sent)
@@ -135,7 +141,8 @@ class Reducer:
             value: a tensor that fills its storage, in any layout.
             ends: where each rank's part of it ends, in elements, if each is to have its own alone.
         """
-        if self.weight == 0.0:  # nothing in this part counts, its gradient may be 0/0
+        # Where nothing in this part counts, its gradient may be 0/0.
+        if self.weight == 0.0 or not self.counts:
             value.zero_()
         # A tensor of its own, so that whoever else holds the storage is counted.
         references = num_storage_references(value)
@@ -152,8 +159,12 @@ class Reducer:
         self._under_way[bucket] = (sent, value, references)
 
     def wait(self, bucket: int) -> None:
-        """Wait until a bucket's sums are there, and nobody but the step holds its memory."""
-        if not self._are_known:
+        """Wait until a bucket's sums are there, and nobody but the step holds its memory.
+
+        All losses have to be finite before, but for those of microbatches, which are known later:
+        nothing is updated until then.
+        """
+        if self._sent is not None and not self._are_known:
             self.total_loss()
         sent, value, references = self._under_way.pop(bucket)
         while sent:

@@ -4,13 +4,17 @@ Between steps a parameter is this rank's piece: a tensor with some of its rows, 
 tensors are. In a step it is a tensor of the whole shape without memory; the planned step gathers
 it where it is needed and drops it behind that, and gives the optimizer the piece to update
 (ZeRO-3: Rajbhandari et al. 2020, arXiv 1910.02054).
+
+Of other parameters only states and gradients lie in pieces (ZeRO-1 and 2): their values are whole
+on all ranks, each updates its rows of them, and then all share what they have updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -22,6 +26,19 @@ from packlight.torch_internals.storages import num_storage_references
 
 Sharding = Mapping[nn.Parameter, Pieces]
 Key = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class Lying:
+    """What lies in pieces with all ranks, and how.
+
+    Attributes:
+        values: parameters whose values do.
+        states: those whose optimizer states do.
+    """
+
+    values: Sharding = field(default_factory=dict)
+    states: Sharding = field(default_factory=dict)
 
 
 @dataclass
@@ -60,14 +77,26 @@ class ShardedParameters:
         self._ranks = ranks
         self._places: dict[Key, _Place] = {}
         self._first: Sharding = {}
+        self._shared: dict[nn.Parameter, Pieces] = {}
+        self._under_way: list[tuple[tuple[Sent, ...], torch.Tensor, int]] = []
 
     def __contains__(self, parameter: nn.Parameter) -> bool:
-        return key_of(parameter) in self._places
+        return key_of(parameter) in self._places or parameter in self._shared
 
     @property
     def parameters(self) -> dict[nn.Parameter, Pieces]:
-        """Those that are in pieces, and how."""
+        """Those whose values are in pieces, and how."""
         return {place.parameter: place.pieces for place in self._places.values()}
+
+    @property
+    def states(self) -> dict[nn.Parameter, Pieces]:
+        """Those whose optimizer states are in pieces, and how."""
+        return {**self._shared, **self.parameters}
+
+    @property
+    def lying(self) -> Lying:
+        """Both."""
+        return Lying(self.parameters, self.states)
 
     @property
     def own_bytes(self) -> int:
@@ -75,12 +104,16 @@ class ShardedParameters:
         return sum(place.own.nbytes for place in self._places.values())
 
     def arrange(
-        self, wanted: Sharding, cut_states: Callable[[Sharding, int], None] = lambda *_: None
+        self,
+        wanted: Sharding,
+        gathered: Container[nn.Parameter],
+        cut_states: Callable[[Sharding, int], None] = lambda *_: None,
     ) -> None:
         """Between steps: have what is wanted in pieces.
 
         Args:
             wanted: the same in all steps.
+            gathered: those of them whose values are in pieces, too.
             cut_states: has the optimizer's states, which may be there already, be those of a rank's
                 pieces; called at the first time.
 
@@ -98,15 +131,25 @@ class ShardedParameters:
             cut_states(wanted, self._ranks.rank)
             self._first = wanted
         for parameter, pieces in wanted.items():
-            if parameter not in self:
+            is_cut = key_of(parameter) in self._places
+            if parameter in gathered and not is_cut:
+                self._shared.pop(parameter, None)
                 self._cut(parameter, pieces)
+            elif parameter not in gathered:
+                if is_cut:  # by a step of other shapes
+                    self._make_whole(self._places.pop(key_of(parameter)))
+                self._shared[parameter] = pieces
 
     def gather_all(self) -> None:
         """Between steps: have all parameters whole, until the next `arrange`."""
         for place in self._places.values():
-            self._note_own(place)
-            place.parameter.data = self._gathered(place)
+            self._make_whole(place)
         self._places.clear()
+        self._shared.clear()
+
+    def _make_whole(self, place: _Place) -> None:
+        self._note_own(place)
+        place.parameter.data = self._gathered(place)
 
     def _cut(self, parameter: nn.Parameter, pieces: Pieces) -> None:
         first, end = pieces.rows[self._ranks.rank]
@@ -125,8 +168,7 @@ class ShardedParameters:
         """
         places = [*self._places.values()]
         for place in places:
-            self._note_own(place)
-            place.parameter.data = self._gathered(place)
+            self._make_whole(place)
         try:
             yield
         finally:
@@ -136,10 +178,29 @@ class ShardedParameters:
                 place.parameter.data = place.own
 
     def _gathered(self, place: _Place) -> torch.Tensor:
-        key = key_of(place.parameter)
-        whole = self.fetch(key)
-        self.wait_fetched(key)
+        whole = self._fetch(place)
+        self._wait_fetched(place)
         return whole
+
+    # -- what pieces say together
+
+    def norm(self, gradients: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> float:
+        """Return the norm of the gradients of all ranks, the same on all of them.
+
+        Args:
+            gradients: each parameter's: of one in pieces this rank's rows, of any other all of
+                them, which counts once.
+        """
+        squares = 0.0
+        for parameter, gradient in gradients:
+            if parameter in self or self._ranks.rank == 0:
+                norm = float(torch.linalg.vector_norm(gradient))
+                squares += norm * norm
+        return math.sqrt(sum(theirs for (theirs,) in self._ranks.exchange_numbers([squares])))
+
+    def is_on_any(self, flag: bool) -> bool:
+        """Return whether something is so on any rank."""
+        return any(self._ranks.exchange(int(flag)))
 
     # -- a step
 
@@ -154,6 +215,7 @@ class ShardedParameters:
         for place in self._places.values():
             place.whole, place.sent = None, ()
             place.parameter.data = place.own
+        self._under_way.clear()
 
     def _note_own(self, place: _Place) -> None:
         """Take over a piece that somebody has put in the old one's place."""
@@ -161,37 +223,76 @@ class ShardedParameters:
         if found.data_ptr() != place.own.data_ptr() and found.shape == place.own.shape:
             place.own = found
 
+    def pieces_of(self, parameter: nn.Parameter) -> Pieces:
+        """Return which rows of a parameter each rank updates."""
+        return self._first[parameter]
+
+    def own_rows(self, parameter: nn.Parameter) -> tuple[int, int]:
+        """Return the first of this rank's rows of a parameter, and the one behind the last."""
+        return self.pieces_of(parameter).rows[self._ranks.rank]
+
     @contextmanager
     def own(self, parameter: nn.Parameter) -> Iterator[None]:
         """Have a parameter be this rank's piece, to be updated."""
-        place = self._places[key_of(parameter)]
-        parameter.data = place.own
+        place = self._places.get(key_of(parameter))
+        as_it_was = parameter.data
+        first, end = self.own_rows(parameter)
+        parameter.data = as_it_was[first:end] if place is None else place.own
         try:
             yield
         finally:
-            parameter.data = place.absent
+            parameter.data = as_it_was
+
+    def share(self, parameter: nn.Parameter) -> None:
+        """Start giving all ranks the rows of a parameter that each of them has updated."""
+        whole = parameter.data
+        references = num_storage_references(whole)
+        self._under_way.append((self._sent(whole, self._shared[parameter]), whole, references))
+
+    def share_all(self) -> None:
+        """... of all parameters whose values are whole."""
+        for parameter in self._shared:
+            if parameter.requires_grad:
+                self.share(parameter)
+
+    def wait_shared(self) -> None:
+        """Wait until all rows that were shared are there."""
+        while self._under_way:
+            sent, whole, references = self._under_way.pop(0)
+            for one in sent:
+                self._ranks.wait(one)
+            del sent, one
+            self._ranks.wait_let_go(whole, references)
+
+    def _sent(self, whole: torch.Tensor, pieces: Pieces) -> tuple[Sent, ...]:
+        """Start having each rank send its rows to all others."""
+        return tuple(
+            self._ranks.start_sharing(whole[first:end], owner)
+            for owner, (first, end) in enumerate(pieces.rows)
+            if first < end
+        )
 
     def fetch(self, key: Key) -> torch.Tensor:
         """Start gathering a parameter: whole, and nothing besides, is allocated."""
-        place, rank = self._places[key], self._ranks.rank
+        return self._fetch(self._places[key])
+
+    def _fetch(self, place: _Place) -> torch.Tensor:
         whole = torch.empty_strided(
             place.absent.shape, place.absent.stride(), dtype=place.own.dtype,
             device=place.own.device,
         )
-        first, end = place.pieces.rows[rank]
+        first, end = place.pieces.rows[self._ranks.rank]
         whole[first:end].copy_(place.own)
         place.references = num_storage_references(whole)
-        place.sent = tuple(
-            self._ranks.start_sharing(whole[first:end], owner)
-            for owner, (first, end) in enumerate(place.pieces.rows)
-            if first < end
-        )
+        place.sent = self._sent(whole, place.pieces)
         place.whole = whole
         return whole
 
     def wait_fetched(self, key: Key) -> None:
         """Wait until all rows are there, and nobody but the step holds the memory."""
-        place = self._places[key]
+        self._wait_fetched(self._places[key])
+
+    def _wait_fetched(self, place: _Place) -> None:
         if place.whole is None or not place.sent:
             return
         sent, place.sent = place.sent, ()

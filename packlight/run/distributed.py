@@ -37,11 +37,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from packlight.errors import FormatError
 from packlight.ranks.group import Ranks
 from packlight.ranks.pieces import Pieces
+from packlight.ranks.sharded import Lying
 from packlight.run.checkpoint import generator_states, pack, set_generators, unpack
 from packlight.torch_internals.modules import uncompiled
 from packlight.updates.several import parts_of
-
-Sharding = Mapping[nn.Parameter, Pieces]
 
 
 class PieceOfTensor(torch.Tensor):
@@ -98,7 +97,7 @@ def save_distributed(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks | None,
-    sharding: Sharding,
+    lying: Lying,
     extra: Any,
 ) -> None:
     """Write a checkpoint, all ranks together; it appears whole, or not at all.
@@ -108,12 +107,12 @@ def save_distributed(
         model: parameters in pieces have this rank's.
         optimizer: of the model.
         ranks: None for a process that is alone.
-        sharding: the parameters in pieces.
+        lying: what is in pieces.
         extra: anything that JSON can hold.
     """
     rank = 0 if ranks is None else ranks.rank
     content: dict[str, Any] = {
-        name: value for name, value in _state(model, optimizer, sharding, rank).items()
+        name: value for name, value in _state(model, optimizer, lying, rank).items()
         if rank == 0 or isinstance(value, PieceOfTensor)
     }
     generators: dict[str, torch.Tensor] = {}
@@ -146,7 +145,7 @@ def load_distributed(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ranks: Ranks | None = None,
-    sharding: Sharding | None = None,
+    lying: Lying | None = None,
 ) -> Any:
     """Put a checkpoint's values into a model and its optimizer, all ranks together.
 
@@ -157,7 +156,7 @@ def load_distributed(
         model: parameters in pieces have this rank's.
         optimizer: of the model.
         ranks: None for a process that is alone.
-        sharding: the parameters in pieces.
+        lying: what is in pieces.
 
     Returns:
         What was saved as `extra`.
@@ -165,14 +164,14 @@ def load_distributed(
     Raises:
         FormatError: it is no such checkpoint, or one of another model; nothing was changed.
     """
-    rank, sharding = 0 if ranks is None else ranks.rank, sharding or {}
+    rank, lying = 0 if ranks is None else ranks.rank, lying or Lying()
     try:
         saved = FileSystemReader(directory).read_metadata().state_dict_metadata
     except (OSError, CheckpointException) as error:
         raise FormatError(f"{directory} is no checkpoint of ranks: {error}") from error
     if "extra" not in saved:
         raise FormatError(f"{directory} is no checkpoint that step.save wrote")
-    content = _targets(model, optimizer, sharding, rank, saved)
+    content = _targets(model, optimizer, lying, rank, saved)
     settings = [name for name in saved if name.startswith("optimizer.param_groups.")]
     mine = f"generators.{rank}"
     generators = [name for name in saved if name == mine or name.startswith(f"{mine}.")]
@@ -207,12 +206,12 @@ def load_distributed(
 def _targets(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    sharding: Sharding,
+    lying: Lying,
     rank: int,
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what is to be read: the model's tensors, and states as they were saved."""
-    content: dict[str, Any] = _model_state(model, sharding, rank)
+    content: dict[str, Any] = _model_state(model, lying, rank)
     missing = [name for name in content if name not in saved]
     strange = [n for n in saved if n.startswith("model.") and n not in content]
     other = [
@@ -231,7 +230,7 @@ def _targets(
     for group in _groups(optimizer):
         for parameter in group["params"]:
             prefix = f"optimizer.state.{names[id(parameter)]}."
-            pieces = sharding.get(parameter)
+            pieces = lying.states.get(parameter)
             if pieces is not None and not pieces.num_rows(rank):
                 continue  # all of it is another rank's
             for name in (name for name in saved if name.startswith(prefix)):
@@ -240,9 +239,9 @@ def _targets(
 
 
 def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, sharding: Sharding, rank: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, lying: Lying, rank: int
 ) -> dict[str, Any]:
-    content: dict[str, Any] = _model_state(model, sharding, rank)
+    content: dict[str, Any] = _model_state(model, lying, rank)
     names = _names(model)
     for number, group in enumerate(_groups(optimizer)):
         for name, value in group.items():
@@ -250,7 +249,7 @@ def _state(
                 content[f"optimizer.param_groups.{number}.{name}"] = value
     for part in parts_of(optimizer):
         for parameter, state in part.state.items():
-            pieces = sharding.get(parameter) if isinstance(parameter, nn.Parameter) else None
+            pieces = lying.states.get(parameter) if isinstance(parameter, nn.Parameter) else None
             for name, value in state.items():
                 key = f"optimizer.state.{names[id(parameter)]}.{name}"
                 is_cut = pieces is not None and isinstance(value, torch.Tensor) and value.ndim > 0
@@ -258,10 +257,10 @@ def _state(
     return content
 
 
-def _model_state(model: nn.Module, sharding: Sharding, rank: int) -> dict[str, Any]:
+def _model_state(model: nn.Module, lying: Lying, rank: int) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name, value in uncompiled(model).state_dict(keep_vars=True).items():
-        pieces = sharding.get(value) if isinstance(value, nn.Parameter) else None
+        pieces = lying.values.get(value) if isinstance(value, nn.Parameter) else None
         if not isinstance(value, torch.Tensor):
             raise FormatError(f"{name!r} of the model's state_dict is no tensor")
         content[f"model.{name}"] = (

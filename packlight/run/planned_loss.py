@@ -24,7 +24,7 @@ class PlannedLoss:
         fate: GradientFate,
         streamed: StreamedBuffers,
         make_tier: Callable[[Sequence[SlotSpec]], Tier],
-        gathers: bool,
+        talks: bool,
     ) -> None:
         self.program = emit(part.step, part.plan.schedule)
         self.fate, self.captured, self.streamed = fate, part.traced.loss, streamed
@@ -35,7 +35,8 @@ class PlannedLoss:
         like = tangent.meta["val"]
         self.weight = torch.ones((), device=like.device, dtype=like.dtype)
         self.backup: dict[torch.Tensor, torch.Tensor] | None = None
-        self.gathers = gathers
+        # With other ranks before their losses are known.
+        self.talks = talks
 
     def reset(self) -> None:
         """Forget transfers under way, after a failed step."""
@@ -68,8 +69,8 @@ class PlannedLoss:
         Returns:
             The loss, and what the forward assigns to attributes, in dynamo's order.
         """
-        if self.gathers:
-            assert self.fate.reducer is not None, "parameters are gathered from other ranks"
+        if self.talks:
+            assert self.fate.reducer is not None, "there are other ranks"
             self.fate.reducer.enter()
         with torch.no_grad(), torch.amp.autocast(self.weight.device.type, enabled=False):
             helpers = {

@@ -15,7 +15,9 @@ from packlight.lower.reductions import layout_like, slots
 from packlight.moves.microbatch.denominator import Denominator, Measure
 from packlight.moves.microbatch.split import measured, weights_of
 from packlight.ranks.group import Ranks
+from packlight.ranks.pieces import segments
 from packlight.ranks.reducer import Reducer
+from packlight.ranks.sharded import ShardedParameters
 from packlight.run.signature import Signature
 from packlight.search.ready import Ready
 
@@ -131,10 +133,16 @@ class Accumulated:
     Args:
         buckets: parameters whose gradients are reduced together.
         reducer: adds up over ranks.
+        sharded: parameters in pieces, of whose sums each rank takes its own rows.
     """
 
-    def __init__(self, buckets: Sequence[Sequence[nn.Parameter]], reducer: Reducer) -> None:
-        self._buckets, self._reducer = buckets, reducer
+    def __init__(
+        self,
+        buckets: Sequence[Sequence[nn.Parameter]],
+        reducer: Reducer,
+        sharded: ShardedParameters | None = None,
+    ) -> None:
+        self._buckets, self._reducer, self._sharded = buckets, reducer, sharded
         self._bucket_of = {p: index for index, bucket in enumerate(buckets) for p in bucket}
         self._flat: dict[int, torch.Tensor] = {}
         self._places: dict[nn.Parameter, torch.Tensor] = {}
@@ -153,11 +161,27 @@ class Accumulated:
     def reduce(self) -> None:
         """Have all gradients be those of all ranks."""
         for index, bucket in enumerate(self._buckets):
-            for parameter in bucket:  # in this rank's part nothing may have counted
-                parameter.grad = self.place_of(parameter)
-            self._reducer.start(index, self._flat[index])
+            for parameter in bucket:
+                self._set_gradient(parameter)
+            self._reducer.start(index, self._flat[index], self._ends(bucket))
         for index in range(len(self._buckets)):
             self._reducer.wait(index)
+
+    def _set_gradient(self, parameter: nn.Parameter) -> None:
+        place = self.place_of(parameter)  # in this rank's part nothing may have counted
+        if self._sharded is None or parameter not in self._sharded:
+            parameter.grad = place
+            return
+        parameter.grad = None
+        first, end = self._sharded.own_rows(parameter)
+        with self._sharded.own(parameter):
+            parameter.grad = place[first:end] if end > first else None
+
+    def _ends(self, bucket: Sequence[nn.Parameter]) -> tuple[int, ...]:
+        """Return where ranks' parts of a bucket end; none where they do not lie together."""
+        if self._sharded is None or len(bucket) > 1 or bucket[0] not in self._sharded:
+            return ()
+        return segments([self._sharded.pieces_of(bucket[0])])
 
     def clear(self) -> None:
         """Let go of all of it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
-from packlight.errors import UnsupportedModelError
+from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.memory.far import far_memory
 from packlight.memory.tier import SlotSpec, Tier
 from packlight.moves.microbatch.extras import Gathered
@@ -56,15 +57,18 @@ class StepRunner:
         self._trained = costs.trained_in_order
         self._on_disk = ready.streaming.places(request.optimizer)
         in_backward = ready.gradients is Consumption.UPDATE
-        alone = ready.gradients is Consumption.ACCUMULATE and costs.steps_alone
-        self._updates = costs.updates if in_backward or alone else None
+        accumulates = ready.gradients is Consumption.ACCUMULATE
+        alone = accumulates and costs.steps_alone
+        is_one_by_one = in_backward or alone or bool(ready.in_pieces)
+        self._updates = costs.updates if is_one_by_one else None
+        sums_each = ready.reduction is not None and ready.reduction.sums_each
         self._reducer: Reducer | None = None
         self._accumulated: Accumulated | None = None
-        if request.ranks is not None:
-            self._reducer = Reducer(request.ranks)
-            self._weights = RankWeights(request.ranks, ready)
-            if ready.gradients is Consumption.ACCUMULATE:
-                self._accumulated = Accumulated(self._buckets(), self._reducer)
+        if request.data_ranks is not None:
+            self._reducer = Reducer(request.data_ranks)
+            self._weights = RankWeights(request.data_ranks, ready)
+            if accumulates and not sums_each:
+                self._accumulated = Accumulated(self._buckets(), self._reducer, sharded)
         self._loss_weight = 1.0
         self._programs: dict[int | None, PlannedLoss] = {}
         for part in ready.parts:
@@ -76,10 +80,11 @@ class StepRunner:
                 reducer=self._reducer,
                 sharded=sharded,
                 place_of=None if self._accumulated is None else self._accumulated.place_of,
+                accumulates=accumulates and sums_each,
             )
             buffers = StreamedBuffers(self._held(part))
-            gathers = bool(ready.in_pieces)
-            program = PlannedLoss(part, fate, buffers, self._make_tier, gathers)
+            talks = bool(ready.sharding.gathered) or (accumulates and sums_each)
+            program = PlannedLoss(part, fate, buffers, self._make_tier, talks)
             self._programs[part.traced.num_rows] = program
             part.traced.capture.install(program)
 
@@ -89,12 +94,12 @@ class StepRunner:
             buffer: (self._streamed, ("state", id(part.parameter_of[primal])))
             for primal, buffer in part.step.state_buffer_of.items()
         }
-        in_pieces = self.ready.in_pieces
+        gathered = self.ready.sharding.gathered
         for primal, buffer in part.step.parameter_buffer_of.items():
             tensor = part.streamed_of[primal]
-            if tensor in in_pieces:
-                assert self._sharded is not None, "pieces are those of several ranks"
-                held[buffer] = self._sharded, key_of(tensor)
+            if tensor in gathered:
+                if self._sharded is not None:  # else all ranks are modelled
+                    held[buffer] = self._sharded, key_of(tensor)
             else:
                 held[buffer] = self._streamed, ("parameter", id(tensor))
         return held
@@ -139,7 +144,7 @@ class StepRunner:
         self._streamed.arrange(self._on_disk)
         if self._sharded is not None:
             cut = partial(cut_states, self._request.optimizer)
-            self._sharded.arrange(self.ready.in_pieces, cut)
+            self._sharded.arrange(self.ready.in_pieces, self.ready.sharding.gathered, cut)
 
     def run(self, batch: Any, num_steps: int) -> Any:
         """Train one step and return what the loss function does, detached.
@@ -152,7 +157,7 @@ class StepRunner:
             RankError: another rank failed, or is gone.
         """
         if self._reducer is None:
-            return self._run(batch, num_steps)
+            return self._run_alike(batch, num_steps)
         self._reducer.begin(self._weights.of_this_rank(batch), num_steps)
         try:
             return self._run(batch, num_steps)
@@ -160,6 +165,17 @@ class StepRunner:
             raise CapturedAgainError(next(iter(self._programs.values()))) from None
         except BaseException as error:
             self._reducer.leave(error, isinstance(error, CapturedAgainError))
+            raise
+
+    def _run_alike(self, batch: Any, num_steps: int) -> Any:
+        """Run without ranks, or with those that have the same batch and so the same loss."""
+        try:
+            return self._run(batch, num_steps)
+        except (NonFiniteLossError, CapturedAgainError):  # on all of them
+            raise
+        except BaseException as error:
+            if self._request.ranks is not None:
+                self._request.ranks.fail(error)
             raise
 
     def _run(self, batch: Any, num_steps: int) -> Any:
@@ -185,6 +201,12 @@ class StepRunner:
             if self._accumulated is not None:
                 self._accumulated.clear()
         return returned
+
+    def _in_memory(self, parameter: nn.Parameter) -> AbstractContextManager[None]:
+        """Have what this rank updates of a parameter in memory."""
+        if self._sharded is not None and parameter in self._sharded:
+            return self._sharded.own(parameter)
+        return self._streamed.in_memory(parameter)
 
     def backward(self, batch: Any, num_steps: int, weight: float = 1.0) -> Any:
         """Add a weighted loss's gradients to those there are; return what the loss function does.
@@ -231,13 +253,17 @@ class StepRunner:
             trained, scaler = self._trained, request.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
             update_all(
-                optimizer, trained, request.clipping, scaler, self._updates,
-                self._streamed.in_memory,
+                optimizer, trained, request.clipping, scaler, self._updates, self._in_memory,
+                self._sharded if self.ready.in_pieces else None,
             )
             if scaler is not None:
                 names = self._costs.name_of
                 gradients = ((names[id(p)], p.grad) for p in trained)
                 refuse_collapsed_scale(scaler, scale, gradients, num_steps)
+            if self._sharded is not None:
+                self._sharded.share_all()
+        if self._sharded is not None:
+            self._sharded.wait_shared()
         if self._updates is not None:
             self._updates.end_step()
 
@@ -270,11 +296,16 @@ class StepRunner:
         index = 0
         try:
             for index, (microbatch, weight) in enumerate(zip(microbatches, weights, strict=True)):
-                if weight == 0:  # its loss may be 0/0, and it counts for nothing
-                    gathered.leave_out(index)
-                    continue
                 rows = num_rows(microbatch)
                 program = self._programs[rows]
+                if weight == 0:  # its loss may be 0/0, and it counts for nothing
+                    gathered.leave_out(index)
+                    if self._reducer is not None and program.talks:  # the others count on it
+                        self._reducer.counts = False
+                        program.set_up(0.0, num_steps, index, backup)
+                        traced_of[rows].capture(microbatch, program)
+                        self._reducer.counts = True
+                    continue
                 program.set_up(weight * self._weight, num_steps, index, backup)
                 loss = gathered.add(traced_of[rows].capture(microbatch, program), rows).mul_(weight)
                 total = loss if total is None else total.add_(loss)
@@ -295,10 +326,11 @@ class StepRunner:
 
     def _added_up(self, loss: torch.Tensor | None) -> torch.Tensor:
         """Return the loss of all ranks, and have accumulated gradients be those of all."""
-        assert self._reducer is not None and self._accumulated is not None
+        assert self._reducer is not None
         self._reducer.give_loss(0.0 if loss is None else float(loss))
         total = self._reducer.total_loss()
-        self._accumulated.reduce()
+        if self._accumulated is not None:
+            self._accumulated.reduce()
         like = self._trained[0] if loss is None else loss
         return torch.full((), total, dtype=like.dtype, device=like.device)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from packlight.capture.batch import fresh
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
@@ -27,8 +26,7 @@ from packlight.garbage import old_objects_kept
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
-from packlight.ranks.pieces import Pieces
-from packlight.ranks.sharded import ShardedParameters
+from packlight.ranks.sharded import Lying, ShardedParameters
 from packlight.run.evaluated import evaluated
 from packlight.run.measured import MeasuredStep, measured_step
 from packlight.run.parameters import check_parameters, name_parameters_left
@@ -69,7 +67,7 @@ class TrainStep:
         self._trained: Any = None
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
-        ranks = request.ranks
+        ranks = request.data_ranks
         self._sharded = None if ranks is None else ShardedParameters(ranks)
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
@@ -190,17 +188,15 @@ class TrainStep:
     def whole_parameters(self) -> AbstractContextManager[None]:
         """Have parameters that lie in pieces with all ranks (`Parallel(shard=...)`) whole.
 
-        Between steps such a parameter is this rank's piece of it. All ranks enter and leave this
-        together; it takes the memory of the whole model. What is written meanwhile, the same on all
-        ranks, stays.
+        Between steps such a parameter is this rank's piece. All ranks enter and leave this at once,
+        with the memory of the whole model. What is written then, the same on all ranks, stays.
         """
         return nullcontext() if self._sharded is None else self._sharded.whole()
 
     def save(self, directory: str | os.PathLike[str], extra: Any = None) -> None:
         """Write a checkpoint by torch.distributed.checkpoint, of all ranks together.
 
-        It can be loaded on any number of ranks, or by one process that is alone. It appears whole,
-        or not at all.
+        It can be loaded on any number of ranks, or by one process. It appears whole or not at all.
 
         Args:
             directory: of this checkpoint; one that is there is replaced.
@@ -210,7 +206,7 @@ class TrainStep:
 
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         save_distributed(
-            Path(directory), self.model, self.optimizer, self.request.ranks, self._in_pieces, extra
+            Path(directory), self.model, self.optimizer, self.request.ranks, self._lying, extra
         )
 
     def load(self, directory: str | os.PathLike[str]) -> Any:
@@ -225,12 +221,16 @@ class TrainStep:
 
         assert self.optimizer is not None, "a TrainStep made for planning has no optimizer"
         return load_distributed(
-            Path(directory), self.model, self.optimizer, self.request.ranks, self._in_pieces
+            Path(directory), self.model, self.optimizer, self.request.ranks, self._lying
         )
 
     @property
-    def _in_pieces(self) -> Mapping[nn.Parameter, Pieces]:
-        return {} if self._sharded is None else self._sharded.parameters
+    def _lying(self) -> Lying:
+        """Where values and states are, for checkpoints."""
+        if self._sharded is not None:
+            return self._sharded.lying
+        self.request.refuse_parts("checkpoints")
+        return Lying()
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.

@@ -7,7 +7,8 @@
     all          get the way as JSON, bind it to their own capture, and have `simulate` judge it
 
 Ranks whose part of the batch has another size have another graph. The first rank with each graph
-plans for those that share it; buckets of gradients are those of rank 0 on all of them.
+plans for those that share it; buckets of gradients are those of rank 0 on all of them. Where
+parameters lie in pieces, all ranks run the schedule of the largest part.
 """
 
 from __future__ import annotations
@@ -22,18 +23,21 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from packlight.capture.batch import tensors_of
 from packlight.capture.whole_step import WholeStep
-from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import Known
 from packlight.errors import RankMismatchError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
 from packlight.ranks.group import Ranks
+from packlight.ranks.tensor import parts_of_ranks
+from packlight.search.other_rows import Order, for_other_rows
 from packlight.search.plan_way import Moves, WayPlanner, environment
 from packlight.search.ready import Ready
 from packlight.search.restore import restored
 from packlight.search.saved import way_from_json, way_to_json
+from packlight.search.slowest import slowest
 from packlight.search.way import Way
 from packlight.step import Schedule
 
@@ -62,17 +66,12 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
         for digest in dict.fromkeys(identity.digest for identity in identities)
     }
     _compare_graphs(ranks, planner, identities)
-    if planner.request.shards and len(leader_of) > 1:
-        # All of them gather parameters in one order, that of one schedule.
-        other = next(rank for rank in leader_of.values() if rank)
-        raise RankMismatchError(
-            "the number of rows of its part of the batch", other, identities[0].num_rows,
-            identities[other].num_rows,
-            "with parameters in pieces every rank needs as many rows (drop_last=True)",
-        )
+    if planner.request.shards:  # all gather parameters in one order: that of one schedule
+        most = max(range(ranks.size), key=lambda rank: identities[rank].num_rows or 0)
+        leader_of = {identities[most].digest: most}
     mine: Ready | None = None
     for digest, leader in leader_of.items():
-        team = _Team(ranks, planner, identities[ranks.rank].digest == digest, leader)
+        team = _Team(ranks, planner, identities, digest, leader)
         found = team.led(find) if ranks.rank == leader else team.follow()
         mine = found or mine
         planner.costs.agreed_buckets = team.buckets
@@ -102,6 +101,7 @@ class _Identity:
     def of(cls, planner: WayPlanner) -> _Identity:
         request, whole = planner.request, planner.draft(())
         facts: dict[str, tuple[str, str]] = {}
+        parts = parts_of_ranks(request.model)
         tensors = [
             *(("parameter", *named) for named in request.model.named_parameters()),
             *(("buffer", *named) for named in request.model.named_buffers()),
@@ -110,14 +110,18 @@ class _Identity:
         for kind, name, tensor in tensors:
             facts[f"{kind} {name!r}"] = (_described(tensor), SAME_MODEL)
         for kind, name, tensor in tensors if not planner.costs.are_compared else ():
-            if kind == "parameter":  # statistics of batch norm are each rank's own
+            # Statistics of batch norm are each rank's own, and so are parts of weights.
+            if kind == "parameter" and id(tensor) not in parts:
                 facts[f"values of {kind} {name!r}"] = (_digest_of(tensor), SAME_MODEL)
+        if request.is_tensor_parallel:
+            batch = ", ".join(map(_digest_of, tensors_of(planner.batch)))
+            facts["the batch"] = (batch, "with weights in parts all ranks have the same batch")
         facts.update((name, (value, SAME_CALL)) for name, value in _asked(request).items())
         try:
             rows: int | None = num_rows(planner.batch)
         except ValueError:
             rows = None
-        text = "\n".join(_operations(whole.graph_module))
+        text = "\n".join(_operations(whole.graph_module, request.is_tensor_parallel))
         return cls(facts, hashlib.sha256(text.encode()).hexdigest(), rows)
 
 
@@ -139,7 +143,8 @@ def _asked(request: Request) -> dict[str, str]:
         "clipping": str(request.clipping),
         "the loss scaler": str(None if request.scaler is None else request.scaler.state_dict()),
         "loss_weight=": "a function" if callable(request.loss_weight) else str(request.loss_weight),
-        "shard=": "yes" if request.shards else "no",
+        "tensor=": "yes" if request.is_tensor_parallel else "no",
+        "pieces=": ", ".join(request.placements) or "none",
         "offloading": "yes" if request.offload_directory is not None else "no",
         "the optimizer": type(optimizer).__name__,
         **settings,
@@ -168,8 +173,13 @@ def _compare(identities: Sequence[_Identity]) -> None:
                 raise RankMismatchError(name, rank, value, found, hint)
 
 
-def _operations(module: fx.GraphModule) -> list[str]:
-    """Return a graph's calls, each as text: targets, literal arguments, shapes, dtypes, strides."""
+def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
+    """Return a graph's calls, each as text: targets, literal arguments, shapes, dtypes, strides.
+
+    Args:
+        module: the graph.
+        is_of_parts: weights lie in parts with all ranks, and numbers may say which part.
+    """
     place_of: dict[fx.Node, int] = {}
 
     def described(leaf: Any) -> str:
@@ -177,7 +187,10 @@ def _operations(module: fx.GraphModule) -> list[str]:
             return f"%{place_of[leaf]}"
         if isinstance(leaf, torch.Tensor):
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}"
-        return repr(leaf)
+        if is_of_parts and type(leaf) in (int, float):
+            return "a number"
+        text = repr(leaf)
+        return type(leaf).__name__ if " at 0x" in text else text  # a mesh, each rank's own
 
     lines = []
     for node in module.graph.nodes:
@@ -200,7 +213,8 @@ def _compare_graphs(
             strange = other, rank
     if strange is None:
         return
-    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module))
+    is_of_parts = planner.request.is_tensor_parallel
+    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module, is_of_parts))
     one, another = (graphs[rank] for rank in strange)
     place = next(
         (i for i, pair in enumerate(zip(one, another, strict=False)) if pair[0] != pair[1]),
@@ -237,6 +251,7 @@ class _Found:
 
     way: str
     known: Known
+    order: Order
 
 
 @dataclass(frozen=True)
@@ -247,14 +262,20 @@ class _Failed:
 class _Team:
     """Ranks with one graph: one of them plans, all of them look at what it looks at.
 
-    Ranks that are not in the team listen.
+    Ranks that are not in the team listen; with parameters in pieces they run the same schedule for
+    another number of rows.
 
     Attributes:
         buckets: of gradients, once a way was found.
     """
 
-    def __init__(self, ranks: Ranks, planner: WayPlanner, is_in_it: bool, leader: int) -> None:
-        self.ranks, self.planner, self.is_in_it, self.leader = ranks, planner, is_in_it, leader
+    def __init__(
+        self, ranks: Ranks, planner: WayPlanner, identities: Sequence[_Identity], digest: str,
+        leader: int,
+    ) -> None:
+        self.ranks, self.planner, self.leader = ranks, planner, leader
+        self.num_rows = identities[ranks.rank].num_rows
+        self.is_in_it = identities[ranks.rank].digest == digest
         self.buckets: tuple[tuple[str, ...], ...] | None = None
         self._observed: set[tuple[Moves, int | None]] = set()
 
@@ -273,7 +294,8 @@ class _Team:
             self.planner.partners = None
         if error is not None:
             self._raise(error)
-        self._say(_Found(way_to_json(ready.way), self.planner.profiler.known))
+        order = Order.of(ready, self.leader, self.num_rows)
+        self._say(_Found(way_to_json(ready.way), self.planner.profiler.known, order))
         self._note(ready.way)
         self.ranks.gather(lambda: None)
         return ready
@@ -284,7 +306,7 @@ class _Team:
             return
         self._observed.add((moves, size))
         self._say(_Observe(moves, size))
-        self.planner.profiler.take(_slowest(self.ranks.gather(lambda: self._seen(moves, size))))
+        self.planner.profiler.take(slowest(self.ranks.gather(lambda: self._seen(moves, size))))
 
     def rehearse(
         self, moves: Moves, size: int | None, step: WholeStep, schedule: Schedule
@@ -317,7 +339,7 @@ class _Team:
                 if isinstance(message, _Observe):
                     seen = self.ranks.gather(lambda: self._seen(message.moves, message.size))  # noqa: B023
                     if self.is_in_it:
-                        self.planner.profiler.take(_slowest(seen))
+                        self.planner.profiler.take(slowest(seen))
                 else:
                     self.ranks.gather(lambda: self._rehearsed(message))  # noqa: B023
             except Exception:  # the planning rank has it, too, and goes on or fails
@@ -327,7 +349,9 @@ class _Team:
         way = way_from_json(found.way)
         self._note(way)
         if not self.is_in_it:
-            return None
+            if not self.planner.request.shards:
+                return None
+            return for_other_rows(way, found.order, self.planner, self.num_rows)
         self.planner.profiler.take(found.known)
         # Its seconds are the slowest rank's, wherever that is.
         here = environment(self.planner.costs.device)
@@ -350,8 +374,8 @@ class _Team:
 
     def _note(self, way: Way) -> None:
         parallel = way.made(DataParallel)
-        assert isinstance(parallel, DataParallel), "gradients of ranks are always reduced"
-        self.buckets = parallel.buckets
+        if isinstance(parallel, DataParallel):
+            self.buckets = parallel.buckets
 
     def _raise(self, error: Exception | None) -> None:
         def fail() -> None:
@@ -360,37 +384,3 @@ class _Team:
 
         self.ranks.gather(fail)
         raise AssertionError("the planning rank has raised its error")
-
-
-def _slowest(everybody: Sequence[Known]) -> Known:
-    """Return what holds on all ranks: the longest times, the largest workspaces.
-
-    Raises:
-        RankMismatchError: a call returns other memory on one rank than on another.
-    """
-    calls: dict[str, CallFacts] = {}
-    others: dict[str, float] = {}
-    for rank, known in enumerate(everybody):
-        for signature, facts in known.calls.items():
-            before = calls.setdefault(signature, facts)
-            if before is not facts:
-                calls[signature] = _merged(signature, before, facts, rank)
-        for name, seconds in known.others.items():
-            others[name] = max(seconds, others.get(name, 0.0))
-    return Known(calls, others)
-
-
-def _merged(signature: str, one: CallFacts, another: CallFacts, rank: int) -> CallFacts:
-    if (one.outputs, one.missing) != (another.outputs, another.missing):
-        raise RankMismatchError(
-            f"what {signature} returns", rank, one.outputs, another.outputs,
-            "ranks need processors with the same kernels",
-        )
-    in_step = [f.in_step_seconds for f in (one, another) if f.in_step_seconds is not None]
-    return replace(
-        one,
-        seconds=max(one.seconds, another.seconds),
-        workspace_bytes=max(one.workspace_bytes, another.workspace_bytes),
-        in_place=one.in_place if one.in_place == another.in_place else None,
-        in_step_seconds=max(in_step, default=None),
-    )

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from packlight.capture.batch import fresh
+from packlight.capture.collectives import refuse_unheard
 from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.sizes import Changing
-from packlight.capture.step_capture import LossFunction, StepCapture
-from packlight.capture.whole_step import Consumption, WholeStep
+from packlight.capture.step_capture import LossFunction, StepCapture, naming_failures
+from packlight.capture.whole_step import WholeStep
 from packlight.costs.cache import device_name
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import InfeasibleBudgetError, PacklightError, UnsupportedModelError
+from packlight.errors import InfeasibleBudgetError, ScheduleError
 from packlight.lower.emit import emit
 from packlight.moves.chunk.move import CHUNK_SHARE
 from packlight.moves.data_parallel import DataParallel, sharding_of
@@ -31,6 +30,10 @@ from packlight.moves.registry import of_package
 from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
+from packlight.ranks.collectives import COLLECTIVES, is_heard, silent
+from packlight.search.finish import finish_seconds
+from packlight.search.heard import timing_collectives
+from packlight.search.judge import judged
 from packlight.search.partners import Partners
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
@@ -40,7 +43,7 @@ from packlight.search.rehearse import (
 )
 from packlight.search.way import Environment, PartPlan, Way
 from packlight.step import Plan, Schedule, StepMemory
-from packlight.step.digest import structure_digest
+from packlight.step.digest import order_digest, structure_digest
 
 Moves = tuple[Move, ...]
 
@@ -150,9 +153,11 @@ class WayPlanner:
                     capture = self._captures[size]
                 return Traced(capture, capture.capture(fresh(piece)), size)
 
-            with _naming_failures():
+            with naming_failures():
                 self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
             self.costs.refuse_unread(self._traced[size].loss)
+            is_split = self.request.is_tensor_parallel
+            refuse_unheard(self._traced[size].loss.joint, lambda n: is_split and is_heard(n))
         return self._traced[size]
 
     def resident_bytes(self, moves: Moves) -> int:
@@ -186,7 +191,10 @@ class WayPlanner:
         """Return the bytes of a draft outside of its schedule."""
         streaming = draft.streaming if streaming is None else streaming
         sharding = sharding_of(draft) if draft.reduction is None else draft.reduction.sharding
-        return self.costs.memory(self.batch, draft.loss, draft.num_repeats, streaming, sharding)
+        sums_each = draft.reduction is None or draft.reduction.sums_each
+        return self.costs.memory(
+            self.batch, draft.loss, draft.num_repeats, streaming, sharding, sums_each
+        )
 
     # -- ways
 
@@ -218,6 +226,9 @@ class WayPlanner:
             if self.partners is not None:
                 self.partners.observe(moves, size)
             step = self.completed(draft)
+            if parts and self.request.shards:  # with other ranks' parts all run one schedule
+                parts.append(self._with_schedule_of(parts[0], draft, step))
+                continue
             if memory.peak_bytes(least_peak_bytes(step.joint.graph)) > hopeless_above:
                 raise HopelessError
             try:
@@ -231,10 +242,20 @@ class WayPlanner:
         counts = [sizes.count(part.traced.num_rows) for part in parts]
         return self._ready(moves, parts, counts, memory)
 
+    def _with_schedule_of(self, other: ReadyPart, draft: Draft, step: WholeStep) -> ReadyPart:
+        """Return a smaller size of microbatch on the schedule of a larger one."""
+        if order_digest(step.joint.graph) != order_digest(other.step.joint.graph):
+            raise HopelessError
+        try:
+            return self.part(draft, step, judged(other.plan, step, draft))
+        except (ScheduleError, IndexError):
+            raise HopelessError from None
+
     def completed(self, draft: Draft) -> WholeStep:
         """Return a draft as a whole step."""
         measure = naming_missing_kernels(
-            self.profiler.measure, chosen_precision(self.request.allow)
+            timing_collectives(self.profiler.measure, self.costs.network),
+            chosen_precision(self.request.allow),
         )
         joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)
         return self.costs.completed(
@@ -261,7 +282,7 @@ class WayPlanner:
             parts=plans,
             memory=memory,
             environment=environment(self.costs.device),
-            finish_seconds=self._finish_seconds(draft, parts[0]),
+            finish_seconds=finish_seconds(draft, parts[0].parameter_of.values(), self.profiler),
             machine=draft.machine,
             words=self.words(moves),
         )
@@ -291,18 +312,6 @@ class WayPlanner:
                 if move.stage > Stage.LOSS:
                     words.append(move.describe(self.draft(moves[:place])))
         return tuple(filter(None, words))
-
-    def _finish_seconds(self, draft: Draft, part: ReadyPart) -> float:
-        """Return how long the update after the last schedule takes."""
-        seconds = 0.0
-        if draft.num_repeats > 1 and draft.reduction is not None:
-            seconds = self.costs.reductions.finish_seconds(draft.reduction, self.profiler)
-        if draft.gradients is not Consumption.ACCUMULATE or not self.costs.steps_alone:
-            return seconds
-        return seconds + sum(
-            self.costs.update(p, None, self.profiler).seconds + _moved_seconds(p, draft)
-            for p in part.parameter_of.values()
-        )
 
     # -- times
 
@@ -349,22 +358,10 @@ class WayPlanner:
         tangents = [n.meta["val"] for n in step.joint.tangents]
         program = emit(step, schedule)
         device = self.costs.device
-        return rehearse(step.joint, program, draft.loss.arguments, tangents, device)
-
-
-@contextmanager
-def _naming_failures() -> Iterator[None]:
-    """Raise what fails while forward and backward are traced as an error of ours."""
-    try:
-        yield
-    except (PacklightError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(
-            f"the loss or its backward fails when it is traced\n  {type(error).__name__}: "
-            f"{first_line}\nhint: a step in eager PyTorch shows whether it fails there, too"
-        ) from error
+        with silent():
+            seconds = rehearse(step.joint, program, draft.loss.arguments, tangents, device)
+        nodes = step.joint.node_of_operation
+        return {i: time for i, time in seconds.items() if nodes[i].target not in COLLECTIVES}
 
 
 def _part_plan(part: ReadyPart, count: int) -> PartPlan:
@@ -383,14 +380,3 @@ def _rows(draft: Draft) -> int | None:
 def environment(device: torch.device) -> Environment:
     """Return where ways are found now."""
     return Environment(torch.__version__, device_name(device))
-
-
-def _moved_seconds(parameter: nn.Parameter, draft: Draft) -> float:
-    """Return how long an update after the last schedule waits for its parameter and state."""
-    if not draft.streaming:
-        return 0.0
-    assert draft.machine is not None
-    (lane,) = (lane for lane in draft.machine.lanes if lane.memory)
-    assert lane.read is not None and lane.write is not None
-    sizes = [spec.num_bytes for spec in draft.streaming.of_update(parameter)]
-    return sum(lane.read.seconds(size) + lane.write.seconds(size) for size in sizes)

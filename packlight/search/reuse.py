@@ -15,10 +15,9 @@ from packlight.capture.whole_step import WholeStep
 from packlight.errors import MicrobatchError, ScheduleError
 from packlight.moves.draft import Draft
 from packlight.moves.move import Stage
-from packlight.planner.plain import plain_schedule
+from packlight.search.judge import judged
 from packlight.search.plan_way import Moves, WayPlanner
 from packlight.search.ready import Ready, ReadyPart
-from packlight.step import Limit, Plan, Termination, simulate
 from packlight.step.digest import order_digest, structure_digest
 
 # A way that costs time has to use so much of what the budget leaves for a schedule.
@@ -71,7 +70,7 @@ def _fitted(
         if order_digest(step.joint.graph) != order_digest(old.step.joint.graph):
             return None
         try:
-            plan = _judged(old.plan, step, draft)
+            plan = judged(old.plan, step, draft)
         except (ScheduleError, IndexError):
             return None
         parts.append(planner.part(draft, step, plan))
@@ -83,20 +82,6 @@ def _fitted(
     ]
     memory = planner.memory(planner.draft(moves))
     return planner.bound(replace(way, parts=tuple(plans), memory=memory), parts)
-
-
-def _judged(old: Plan, step: WholeStep, draft: Draft) -> Plan:
-    graph = step.joint.graph
-    timeline = simulate(graph, old.schedule, draft.machine)
-    plain = simulate(graph, plain_schedule(graph))
-    return replace(
-        old,
-        peak_bytes=timeline.peak_bytes,
-        seconds=timeline.seconds,
-        plain_seconds=plain.seconds,
-        plain_peak_bytes=plain.peak_bytes,
-        termination=Termination.at(timeline.seconds, plain.seconds, Limit.OTHER_SIZES),
-    )
 
 
 def _suits(ready: Ready, budget_bytes: int | None) -> bool:

@@ -133,7 +133,8 @@ def cache_key(whole: Draft) -> str | None:
         [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],
         whole.costs.optimizer_bytes,
         None if request.ranks is None else [
-            request.ranks.size, whole.costs.agreed_buckets, request.shards
+            request.ranks.size, whole.costs.agreed_buckets, request.placements,
+            request.is_tensor_parallel,
         ],
         graph_digest(whole.graph_module),
     ]
@@ -149,7 +150,8 @@ def graph_digest(module: fx.GraphModule) -> str:
             return f"%{place_of[leaf]}"
         if isinstance(leaf, torch.Tensor):
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}{leaf.device}"
-        return repr(leaf)
+        text = repr(leaf)
+        return type(leaf).__name__ if " at 0x" in text else text
 
     digest = hashlib.sha256()
     for node in module.graph.nodes:

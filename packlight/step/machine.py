@@ -55,6 +55,7 @@ class Lane:
             cores that compute copy, too.
         reduce: adding up what all ranks have in a buffer; None where it does not do that.
         reduce_pieces: ... where each rank gets the sums of a part of it.
+        share: giving all ranks the parts of a buffer that each has.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Lane:
     compute_share: float = 0.0
     reduce: Speed | None = None
     reduce_pieces: Speed | None = None
+    share: Speed | None = None
 
 
 @dataclass(frozen=True, slots=True)

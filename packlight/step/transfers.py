@@ -40,7 +40,8 @@ def with_transfers(
     build.find_places(resting)
     made = {
         b for o in graph.operations for b in o.creates
-        if o.kind not in (OperationKind.BUCKET, OperationKind.REDUCE)  # they do not stay for long
+        # Gradients of other ranks' rows do not stay for long, and this rank's are few.
+        if o.kind not in (OperationKind.BUCKET, OperationKind.REDUCE, OperationKind.OWN)
     }
     # What is made last comes first: it is also what a backward needs first.
     for buffer in reversed(graph.buffers):

@@ -43,8 +43,8 @@ class OperationKind(StrEnum):
     random operation, TANGENT stands for the arrival of what the backward starts from, SNAPSHOT for
     the copy of an input that the caller overwrites after the forward. READ brings a buffer from
     another memory, WRITE copies one there. BUCKET copies gradients into one buffer, REDUCE adds up
-    what all ranks have in a buffer: it gives it a new value where it is, on a network's lane, and
-    runs once.
+    what all ranks have in it, where it is, on a network's lane; OWN copies what of such sums is
+    this rank's, SHARE gives all ranks the rows that each has updated. These four run once.
     """
 
     COMPUTE = "compute"
@@ -57,6 +57,8 @@ class OperationKind(StrEnum):
     WRITE = "write"
     BUCKET = "bucket"
     REDUCE = "reduce"
+    OWN = "own"
+    SHARE = "share"
 
     @property
     def is_transfer(self) -> bool:
@@ -79,9 +81,8 @@ class Buffer:
     Attributes:
         id: position in `StepGraph.buffers`.
         bytes: size of the whole storage.
-        kind: what it holds; resident kinds are there before the step, unless an operation brings
-            them (and cost nothing where they are in the device's memory throughout, see
-            `StepGraph.resident`).
+        kind: what it holds; resident kinds are there before the step and cost nothing, unless an
+            operation brings them (see `StepGraph.resident`).
         name: the name that reports show.
         memory: where it is; "" for the device's own memory. A copy elsewhere is another buffer.
     """
@@ -114,8 +115,7 @@ class Operation:
             whatever else reads them must have run for the last time before it. Of a write: the
             buffer in the other memory that it brings up to date.
         kind: what it is.
-        lane: what runs it beside computation, one operation after the other; "" for computation
-            itself.
+        lane: what runs it beside computation, one after the other; "" for computation itself.
     """
 
     id: int
@@ -211,10 +211,10 @@ class StepGraph:
             raise ValueError(f"buffers {kept} rest elsewhere and cannot stay in memory as outputs")
 
     def _check_lane(self, operation: Operation) -> None:
-        is_reduce = operation.kind is OperationKind.REDUCE
-        if bool(operation.lane) is not is_reduce:
+        is_collective = operation.kind in (OperationKind.REDUCE, OperationKind.SHARE)
+        if bool(operation.lane) is not is_collective:
             raise ValueError(f"{_named(operation)}: reductions have a lane, computations none")
-        if is_reduce and operation.can_recompute:
+        if is_collective and operation.can_recompute:
             raise ValueError(f"{_named(operation)} could run again")
 
     def _check_transfer(self, operation: Operation) -> None:

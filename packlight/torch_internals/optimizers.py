@@ -48,6 +48,19 @@ def is_replaced_step(optimizer: torch.optim.Optimizer) -> bool:
     return patched is not None and not (is_of_scheduler and is_class_step)
 
 
+def overflows(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer
+) -> dict[torch.device, torch.Tensor]:
+    """Return what `unscale_` found, which may be changed: not 0 where gradients are not finite.
+
+    Relied upon: the scaler looks at these tensors, of one element for each device, in `update`.
+    """
+    found: dict[torch.device, torch.Tensor] = scaler._per_optimizer_states[id(optimizer)][
+        "found_inf_per_device"
+    ]
+    return found
+
+
 def mark_stepped(optimizer: torch.optim.Optimizer) -> None:
     """Note on an optimizer that it was stepped: LR schedulers warn if they step before it."""
     optimizer._opt_called = True  # type: ignore[attr-defined]

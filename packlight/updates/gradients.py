@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.ranks.reducer import Reducer
 from packlight.ranks.sharded import ShardedParameters
 from packlight.torch_internals.autograd import after_accumulation, has_gradient_hooks, through_hooks
+from packlight.torch_internals.optimizers import overflows
 from packlight.updates.several import SeveralUpdates, parts_of
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
@@ -46,6 +47,7 @@ class GradientFate:
         reducer: tells the other ranks, where there are some, and looks at all losses.
         sharded: has the parameters that lie in pieces with all ranks.
         place_of: where a parameter's gradient is accumulated; None for wherever it is.
+        accumulates: gradients of all ranks are added to those of earlier microbatches.
     """
 
     parameter_of: Mapping[int, nn.Parameter]
@@ -57,6 +59,7 @@ class GradientFate:
     reducer: Reducer | None = None
     sharded: ShardedParameters | None = None
     place_of: Callable[[nn.Parameter], torch.Tensor] | None = None
+    accumulates: bool = False
 
     def result(self, index: int, value: torch.Tensor) -> None:
         """Refuse a loss that is not finite, before anything is updated."""
@@ -70,6 +73,8 @@ class GradientFate:
     def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
         """Update the parameter, or collect its gradient, and call the parameter's hooks."""
         parameter = self.parameter_of[primal]
+        if self.reducer is not None and not self.reducer.counts:
+            return
         if has_gradient_hooks(parameter):
             self._hooked(parameter, gradient)
             return
@@ -94,9 +99,20 @@ class GradientFate:
         else:
             self._consume(parameter, gradient, is_own=True)
 
+    def share(self, primal: int) -> None:
+        """Start giving all ranks the rows of a parameter that each of them has updated."""
+        assert self.sharded is not None, "what is shared is in pieces"
+        self.sharded.share(self.parameter_of[primal])
+
     def _consume(
         self, parameter: nn.Parameter, gradient: torch.Tensor, is_own: bool
     ) -> None:
+        if self.accumulates:
+            if parameter.grad is None:
+                parameter.grad = like_eager(gradient, parameter).clone()
+            else:
+                parameter.grad.add_(gradient)
+            return
         if self.updates is None:
             in_layout = like_eager(gradient, parameter)
             is_copied = in_layout is not gradient
@@ -136,6 +152,7 @@ def update_all(
     scaler: torch.amp.GradScaler | None,
     updates: ParameterUpdates | SeveralUpdates | None,
     in_memory: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
+    sharded: ShardedParameters | None = None,
 ) -> None:
     """Update all parameters from their collected gradients.
 
@@ -147,28 +164,77 @@ def update_all(
         updates: where given, parameters are updated one after the other, with less workspace;
             its step has begun.
         in_memory: with `updates`, the context in which a parameter and its state are there.
+        sharded: parameters in pieces with all ranks, which look at all gradients together.
     """
     gradients = [(p, p.grad) for p in parameters if p.grad is not None]
+    if scaler is not None and not scaler.is_enabled():
+        scaler = None
+    has_overflow = False
     for part in parts_of(optimizer) if scaler is not None else ():
-        scaler.unscale_(part)  # type: ignore[union-attr]
+        assert scaler is not None
+        scaler.unscale_(part)
+        if sharded is not None:
+            has_overflow |= _agreed_overflow(scaler, part, sharded)
     if clipping.value is not None:
         for _, gradient in gradients:
             gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
-        nn.utils.clip_grad_norm_([p for p, _ in gradients], clipping.norm, foreach=False)
-    if scaler is not None:
+        _clip_norm(gradients, clipping.norm, sharded)
+    if scaler is not None and sharded is not None:
+        if not has_overflow:
+            _update_one_by_one(gradients, updates, in_memory)
+        scaler.update()
+    elif scaler is not None:
         for part in parts_of(optimizer):
             scaler.step(part)
         scaler.update()
     elif updates is not None:
-        while gradients:
-            parameter, gradient = gradients.pop(0)
-            parameter.grad = None
-            with in_memory(parameter):
-                updates.apply(parameter, gradient)
-                del gradient
+        _update_one_by_one(gradients, updates, in_memory)
     else:
         optimizer.step()
+
+
+def _update_one_by_one(
+    gradients: list[tuple[nn.Parameter, torch.Tensor]],
+    updates: ParameterUpdates | SeveralUpdates | None,
+    in_memory: Callable[[nn.Parameter], AbstractContextManager[None]],
+) -> None:
+    assert updates is not None, "what is in pieces is updated one by one"
+    while gradients:
+        parameter, gradient = gradients.pop(0)
+        parameter.grad = None
+        with in_memory(parameter):
+            updates.apply(parameter, gradient)
+            del gradient
+
+
+def _clip_norm(
+    gradients: Sequence[tuple[nn.Parameter, torch.Tensor]],
+    max_norm: float,
+    sharded: ShardedParameters | None,
+) -> None:
+    parameters = [p for p, _ in gradients]
+    if sharded is None:
+        nn.utils.clip_grad_norm_(parameters, max_norm, foreach=False)
+        return
+    norm = sharded.norm(gradients)
+    for parameter, gradient in gradients:  # a rank may have none
+        total = gradient.new_tensor(norm)
+        nn.utils.clip_grads_with_norm_([parameter], max_norm, total, foreach=False)
+
+
+def _agreed_overflow(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, sharded: ShardedParameters
+) -> bool:
+    """Have a scaler know of gradients that are not finite on any rank; return if there are any."""
+    found = overflows(scaler, optimizer)
+    if not found:  # all of this optimizer's rows are other ranks'
+        device = next(p for group in optimizer.param_groups for p in group["params"]).device
+        found[device] = torch.zeros(1, device=device)
+    is_any = sharded.is_on_any(any(bool(flag) for flag in found.values()))
+    for flag in found.values():
+        flag.fill_(float(is_any))
+    return is_any
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:

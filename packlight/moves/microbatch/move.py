@@ -47,9 +47,6 @@ class Microbatch(Move):
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[Microbatch | Refusal]:
         """Yield powers of two, up to one row each."""
-        if draft.request.shards:
-            yield Refusal("parameters in pieces are updated in the backward of the whole batch")
-            return
         try:
             rows = num_rows(draft.batch)
             count = 2
