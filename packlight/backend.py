@@ -27,6 +27,7 @@ from packlight.capture.dynamo import (
 )
 from packlight.capture.joint import JointStep
 from packlight.capture.pieces import Alone, compile_piece
+from packlight.capture.read_joint import Read
 from packlight.costs.lane import measure_lane
 from packlight.costs.measure import real_tensors
 from packlight.costs.profiler import CallProfiler
@@ -36,17 +37,21 @@ from packlight.lower.emit import emit
 from packlight.memory.far import FarMemory, far_memory
 from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
-from packlight.planner import lower_bound_seconds, plan_schedule
+from packlight.planner import plan_schedule
 from packlight.run.piece_loop import PieceLoop
-from packlight.search.rehearse import fits, real_inputs, rehearse, with_estimated_seconds
+from packlight.search.forms import KNOWN_MOVES, fastest_form, replanned
+from packlight.search.rehearse import (
+    fits,
+    in_known_terms,
+    real_inputs,
+    rehearse,
+    with_estimated_seconds,
+)
 from packlight.step import (
-    Limit,
     Machine,
     Plan,
     StepGraph,
-    Termination,
     live_after_forward,
-    simulate,
     with_transfers,
 )
 from packlight.torch_internals.autograd import is_graph_retained
@@ -62,7 +67,7 @@ from packlight.torch_internals.calls import (
 from packlight.torch_internals.translator import compiled_for, graph_break, is_resumed, options_of
 from packlight.units import parse_bytes
 
-KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory")
+KNOWN_OPTIONS = ("budget", "allow", "rehearse", "progress", "offload_directory", "moves")
 LANE_PROBE_BYTES = 16 * 2**20
 OUTSIDE_HINT = (
     "what eager PyTorch does between forward and backward (a loss outside) comes on top, once it "
@@ -104,6 +109,7 @@ class PacklightBackend:
         rehearse: time operations inside the step, too (see search/rehearse.py).
         progress: show what profiling does.
         offload_directory: where activations may lie between their uses.
+        moves: names of those made on request: "fuse", "fuse-exactly" (see moves/fuse).
         choose_budget: asked for each captured graph, where the budget depends on it.
         compilations: one per captured graph, newest last.
         is_dry_run: capture and plan when called, but raise `StepCaptured` instead of running.
@@ -115,6 +121,7 @@ class PacklightBackend:
     rehearse: bool = True
     progress: bool = True
     offload_directory: Path | None = None
+    moves: tuple[str, ...] = ()
     choose_budget: Callable[[StepGraph], int | None] | None = None
     compilations: list[Compilation] = field(default_factory=list)
     is_dry_run: bool = False
@@ -129,7 +136,7 @@ class PacklightBackend:
     def __call__(self, module: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         """Compile one graph."""
         if self.loop.is_broken or is_resumed() or graph_break() is not None:
-            if self.choose_budget is not None or self.offload_directory or self.is_dry_run:
+            if self._needs_whole_graphs:
                 refuse_graph_break()
             with CallProfiler(self.progress) as profiler:
                 return self.loop.counting(
@@ -152,8 +159,13 @@ class PacklightBackend:
 
         return self.loop.counting(run)
 
+    @property
+    def _needs_whole_graphs(self) -> bool:
+        is_asked = self.choose_budget is not None or self.is_dry_run
+        return is_asked or bool(self.offload_directory or self.moves)
+
     def _planned(
-        self, step: JointStep, profiler: CallProfiler
+        self, step: JointStep, read: Read, profiler: CallProfiler
     ) -> tuple[JointStep, Plan] | tuple[fx.GraphModule, fx.GraphModule]:
         """Plan a step.
 
@@ -165,19 +177,14 @@ class PacklightBackend:
             budget = self.choose_budget(step.graph)
         far = None if budget is None else far_memory(step.device, self.offload_directory)
         machine = None if far is None else _machine(step.device, far)
-        if machine is not None:
-            step = replace(step, graph=with_transfers(step.graph, machine))
         try:
-            plan = plan_schedule(step.graph, budget, machine)
+            planned = partial(self._with_plan, budget, machine, profiler)
+            step, plan = fastest_form(step, self.moves, read, profiler, planned)
         except InfeasibleBudgetError as error:
             raise InfeasibleBudgetError(
                 error.budget_bytes, error.smallest_bytes, error.peak_operation, error.peak_buffers,
                 "\n  ".join(filter(None, [error.hint, OUTSIDE_HINT])),
             ) from None
-        rehearsed = self._rehearsed(step, budget, plan, profiler)
-        if rehearsed is not None:
-            step = rehearsed
-            plan = _replanned(step.graph, budget, plan, machine)
         if self.budget_bytes is not None and not plan.lane_seconds:
             step = replace(step, graph=step.graph.without_transfers())
             self.compilations.append(Compilation(step.graph, plan, machine))
@@ -189,6 +196,18 @@ class PacklightBackend:
             tiers = TierPool(partial(far.make_tier, program.slots))
         self.compilations.append(Compilation(step.graph, plan, machine, tiers))
         return partitioned(program, step, tiers)
+
+    def _with_plan(
+        self, budget: int | None, machine: Machine | None, profiler: CallProfiler, step: JointStep
+    ) -> tuple[JointStep, Plan]:
+        if machine is not None:
+            step = replace(step, graph=with_transfers(step.graph, machine))
+        plan = plan_schedule(step.graph, budget, machine)
+        rehearsed = self._rehearsed(step, budget, plan, profiler)
+        if rehearsed is not None:
+            step = rehearsed
+            plan = replanned(step.graph, budget, plan, machine)
+        return step, plan
 
     def _rehearsed(
         self, step: JointStep, budget_bytes: int | None, plan: Plan, profiler: CallProfiler
@@ -208,6 +227,7 @@ class PacklightBackend:
         tangents = [n.meta["val"] for n in step.tangents]
         program = emit(step, plan.schedule, (plan.schedule.num_forward,))
         seconds = rehearse(step, program, primals, tangents, step.device)
+        seconds = in_known_terms(step, seconds)
         for index, typical in seconds.items():
             profiler.note_in_step(*step.call(index), typical)
         return step.with_seconds(seconds)
@@ -228,7 +248,8 @@ def packlight_backend(
         options: `budget` (bytes or a string such as "300MiB"; absent for no limit), `allow` (names
             of approximate techniques), `rehearse` (time operations inside the step, too, which
             takes about four steps; True), `progress` (show what profiling does; True),
-            `offload_directory` (where activations may lie between their uses).
+            `offload_directory` (where activations may lie between their uses), `moves` (names of
+            moves to make where they save time: "fuse", "fuse-exactly").
         **unknown: refused.
 
     Raises:
@@ -264,6 +285,13 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
             f"the packlight backend\nhint: known options are {', '.join(map(repr, KNOWN_OPTIONS))}"
         )
     allow = checked_techniques(options.get("allow", ()))
+    moves = tuple(options.get("moves", ()))
+    strange = [name for name in moves if name not in KNOWN_MOVES]
+    if strange:
+        raise OptionError(
+            f"{strange[0]!r} is no move that the packlight backend makes on request\n"
+            f"hint: those are {', '.join(map(repr, KNOWN_MOVES))}; packlight.fit has more"
+        )
     budget, directory = options.get("budget"), options.get("offload_directory")
     return PacklightBackend(
         budget_bytes=None if budget is None else parse_bytes(budget),
@@ -271,6 +299,7 @@ def backend_from_options(options: dict[str, Any]) -> PacklightBackend:
         rehearse=bool(options.get("rehearse", True)),
         progress=bool(options.get("progress", True)),
         offload_directory=None if directory is None else Path(directory),
+        moves=moves,
     )
 
 
@@ -309,28 +338,6 @@ def _machine(device: torch.device, far: FarMemory) -> Machine:
     """Return the machine with the lane to a far memory, measured."""
     with real_tensors():
         return Machine.with_one_lane(measure_lane(far.directory, LANE_PROBE_BYTES, device))
-
-
-def _replanned(
-    graph: StepGraph, budget_bytes: int | None, earlier: Plan, machine: Machine | None
-) -> Plan:
-    """Return the faster of a new plan and an earlier one, under a graph's newly measured times."""
-    timeline = simulate(graph, earlier.schedule, machine)
-    try:
-        plan = plan_schedule(graph, budget_bytes, machine)
-    except InfeasibleBudgetError:  # the earlier search found what this one does not
-        plan = None
-    if plan is not None and plan.seconds <= timeline.seconds:
-        return plan
-    bound = lower_bound_seconds(graph, budget_bytes)
-    return replace(
-        earlier,
-        seconds=timeline.seconds,
-        plain_seconds=graph.seconds,
-        termination=Termination.at(timeline.seconds, bound, Limit.MOVES),
-        lane_seconds=timeline.lane_seconds,
-        wait_seconds=timeline.wait_seconds,
-    )
 
 
 def _boxed(module: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import argparse
 import copy
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,11 @@ from torch import nn
 
 import packlight
 from packlight.capture.dropout import use_eager_dropout
-from packlight.capture.read_joint import read_joint_graph
+from packlight.capture.read_joint import Read, read_joint_graph
 from packlight.cli import options
 from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.costs.profiler import CallProfiler
-from packlight.errors import InfeasibleBudgetError, WayError
+from packlight.errors import WayError
 from packlight.kernels import kernel as kernels
 from packlight.moves.fuse import groups as fuse_groups
 from packlight.moves.fuse import move as fuse_move
@@ -40,8 +41,12 @@ def every_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def grouped(joint: Joint, *, is_exact: bool) -> Groups:
     with CallProfiler(progress=False) as profiler:
-        measure, count = profiler.measure, joint.num_forward_outputs
-        return Groups(joint.module, count, measure, is_exact=is_exact)
+        return Groups(joint.module, reading(joint, profiler), is_exact=is_exact)
+
+
+def reading(joint: Joint, profiler: CallProfiler) -> Read:
+    count = joint.num_forward_outputs
+    return partial(read_joint_graph, num_forward_outputs=count, measure=profiler.measure)
 
 
 def joint_of(loss_fn: Callable[..., torch.Tensor], *shape: int) -> Joint:
@@ -59,7 +64,7 @@ def residual(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 def normed(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A norm, a softmax and a loss, with what is read next to them."""
     hidden = F.layer_norm(x + y, x.shape[-1:]) * y
-    return F.cross_entropy(F.softmax(hidden, -1) * 3 + x, torch.arange(len(x)) % x.shape[1])
+    return F.cross_entropy((F.softmax(hidden, -1) * 3 + x) @ y.t(), torch.arange(len(x)))
 
 
 def test_pointwise_groups_keep_every_bit() -> None:
@@ -121,8 +126,7 @@ def test_a_backward_makes_again_what_it_reads_of_the_forward() -> None:
     names = [graph.name for graph in groups.kernels if len(graph.members) > 3]
     with CallProfiler(progress=False) as profiler:
         without = Groups(
-            joint.module, joint.num_forward_outputs, profiler.measure, is_exact=False,
-            left_out=names,
+            joint.module, reading(joint, profiler), is_exact=False, left_out=names
         )
     assert not any(REREAD_KEY in node.meta for node in without.module().graph.nodes)
 
@@ -242,14 +246,11 @@ def test_recomputed_kernels_return_the_bits_of_their_first_run(fusing_wins: None
     moves = ("update-in-backward", "fuse")
     plain, batch = fitted(moves=moves)
     losses = [float(plain(batch)) for _ in range(2)]
-    with pytest.raises(InfeasibleBudgetError) as caught:
-        fitted(1, moves=moves)
-    step, _ = fitted(caught.value.smallest_bytes, moves=moves)
-    assert step.plan.num_reruns > 0
+    step, _ = fitted(int(0.9 * plain.peak_bytes), moves=moves)
     assert any(name.startswith(FUSED_NAMESPACE) for name in rerun_names(step))
     for loss in losses:
         measured = step.measured(batch)
-        assert measured.peak_bytes <= caught.value.smallest_bytes
+        assert 0 <= step.peak_bytes - measured.peak_bytes <= 64  # as without kernels
         assert float(measured.loss) == loss
     assert all(map(torch.equal, step.model.parameters(), plain.model.parameters()))
 

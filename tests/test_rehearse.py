@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ from torch._subclasses import FakeTensorMode
 import packlight
 from packlight import backend as backend_module
 from packlight.backend import PacklightBackend
+from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
 from packlight.planner import smallest_plan
 from packlight.search import plan_way
-from packlight.search.rehearse import ENOUGH_TIMES, NUM_REHEARSALS, _Calls
+from packlight.search.rehearse import ENOUGH_TIMES, NUM_REHEARSALS, _Calls, in_known_terms
 from packlight.step import OperationKind, Schedule
 from tests.models import make
 
@@ -133,6 +135,18 @@ def test_times_inside_the_step_are_estimated_from_the_operators_other_calls(
         assert profiler.estimated_in_step(add, 2.0) == pytest.approx(6.0)
         # Another operator: as all calls together.
         assert profiler.estimated_in_step(exp, 2.0) == pytest.approx(6.0)
+
+
+def test_calls_seen_before_tell_how_fast_the_machine_is_now() -> None:
+    def step(*in_step_seconds: float | None) -> Any:
+        facts = [CallFacts(1.0, 0, (), None, seconds) for seconds in in_step_seconds]
+        return SimpleNamespace(facts=[None, *facts])
+
+    # Half as fast as when the others were seen: a new call would have taken half the time then.
+    found = in_known_terms(step(2.0, 1.0, None), {1: 4.0, 2: 2.0, 3: 3.0})
+    assert found == pytest.approx({1: 2.0, 2: 1.0, 3: 1.5})
+    # Most of the step is new: what little is known says nothing.
+    assert in_known_terms(step(2.0, None), {1: 4.0, 2: 9.0}) == {1: 4.0, 2: 9.0}
 
 
 class Attending(nn.Module):

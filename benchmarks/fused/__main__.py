@@ -57,7 +57,7 @@ MOVES = tuple(name for name in packlight.MOVES if name != "offload")
 EXACT = tuple(name for name in packlight.EXACT_MOVES if name != "offload")
 OURS = {
     "Packlight": MOVES,
-    "Packlight, fuse": (*MOVES, "fuse"),
+    "Packlight, fuse": (*MOVES, "channels-last", "fuse"),
     "Packlight, exact": EXACT,
     "Packlight, exact, fuse-exactly": (*EXACT, "fuse-exactly"),
 }

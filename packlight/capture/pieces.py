@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +29,7 @@ from packlight.capture.dynamo import (
 )
 from packlight.capture.guards import guard_what_dynamo_trusts
 from packlight.capture.joint import JointStep
-from packlight.capture.read_joint import Measure, read_joint_graph
+from packlight.capture.read_joint import Measure, Read, read_joint_graph
 from packlight.costs.measure import CallFacts
 from packlight.costs.profiler import CallProfiler
 from packlight.step import Plan
@@ -113,12 +113,13 @@ class Alone:
     """What is done with a graph that nothing breaks.
 
     Attributes:
-        planned: returns its step, measured anew, and the step's plan; or, if no host is to run it,
-            its forward and its backward, between which autograd carries the values.
+        planned: given its step, and how a rewritten joint graph of it is read, returns the step
+            that runs, measured anew, and its plan; or, if no host is to run it, its forward and its
+            backward, between which autograd carries the values.
         compile: compiles those, and a graph through which no gradient goes.
     """
 
-    planned: Callable[[JointStep], tuple[JointStep, Plan] | Parts]
+    planned: Callable[[JointStep, Read], tuple[JointStep, Plan] | Parts]
     compile: Callable[[fx.GraphModule, Any], Callable[..., Any]]
 
 
@@ -169,16 +170,16 @@ class _PieceCompiler:
         """Take the joint graph; return stand-ins for its two parts."""
         use_eager_dropout(joint)
         mutated = mutations(joint, num_forward_outputs)
-        step = read_joint_graph(
-            joint,
-            num_forward_outputs,
-            self.measure,
+        read = partial(
+            read_joint_graph,
+            num_forward_outputs=num_forward_outputs,
+            measure=self.measure,
             mutated_primals=frozenset(written_back(joint, num_forward_outputs).values()),
             pinned_outputs=lambda index: index not in mutated,
         )
-        plan = None
+        step, plan = read(joint), None
         if self.alone is not None:
-            first, second = self.alone.planned(step)
+            first, second = self.alone.planned(step, read)
             if isinstance(first, fx.GraphModule):
                 assert isinstance(second, fx.GraphModule)
                 return first, second

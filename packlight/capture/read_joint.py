@@ -33,6 +33,7 @@ from packlight.step import Buffer, BufferKind, OperationKind, Phase, StepGraph
 from packlight.torch_internals.aot import is_tangent
 
 Measure = Callable[[torch._ops.OpOverload, Any, Any], CallFacts]
+Read = Callable[[fx.GraphModule], JointStep]
 
 
 def read_joint_graph(

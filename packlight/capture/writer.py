@@ -40,13 +40,18 @@ class GraphWriter:
             return self.call(origin, _aten.view.default, (copy, list(shape)))
 
     def call(
-        self, origin: fx.Node, target: Any, args: tuple[Any, ...], kwargs: Any = None
+        self,
+        origin: fx.Node,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: Any = None,
+        name: str | None = None,
     ) -> fx.Node:
         """Add a call that stands for (a part of) a node, with what it would return."""
         kwargs = kwargs or {}
         fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         value = fake_result(self.fake_mode, target, fake_args, fake_kwargs)
-        node = self.graph.call_function(target, args, kwargs)
+        node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta = {k: v for k, v in origin.meta.items() if k not in ("val", "tensor_meta")}
         node.meta["val"] = value
         node.meta.update(self.marks)

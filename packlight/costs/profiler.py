@@ -36,6 +36,7 @@ class CallProfiler:
         self._agreed_seconds: dict[str, float] = {}
         # Per operator: seconds inside steps, and of the same calls alone.
         self._in_steps: dict[str, list[float]] = {}
+        self._expected: dict[str, float] = {}
         self.num_measured = 0
         console = Console(stderr=True)
         self._progress = Progress(
@@ -89,12 +90,24 @@ class CallProfiler:
     def estimated_in_step(self, target: torch._ops.OpOverload, seconds: float) -> float:
         """Return how long a call may take inside a step that takes some time alone.
 
-        The ratio is that of the operator's other calls, else of all calls.
+        The ratio is that of the operator's other calls, else of all calls; what was expected of the
+        operator (`expect_in_step`) comes first.
         """
+        if str(target) in self._expected:
+            return self._expected[str(target)]
         known = self._in_steps.get(str(target)) or [
             sum(pair[place] for pair in self._in_steps.values()) for place in range(2)
         ]
         return seconds * known[0] / known[1] if known[1] else seconds
+
+    def expect_in_step(self, target: torch._ops.OpOverload, seconds: float) -> None:
+        """Have an operator, whose calls are all alike, estimated by what is known of it.
+
+        Args:
+            target: what stands for several calls that were seen in steps.
+            seconds: how long it may take in one.
+        """
+        self._expected[str(target)] = seconds
 
     def _count_in_steps(self, target: torch._ops.OpOverload, facts: CallFacts) -> None:
         if facts.in_step_seconds is not None:

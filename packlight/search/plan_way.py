@@ -38,6 +38,7 @@ from packlight.search.partners import Partners
 from packlight.search.ready import Ready, ReadyPart
 from packlight.search.rehearse import (
     fits,
+    in_known_terms,
     rehearse,
     with_estimated_seconds,
 )
@@ -349,6 +350,7 @@ class WayPlanner:
             seconds = self.partners.rehearse(moves, size, step, plan.schedule)
         else:
             seconds = self.rehearsal(draft, step, plan.schedule)
+        seconds = in_known_terms(joint, seconds)
         for index, value in seconds.items():
             self.profiler.note_in_step(*joint.call(index), value)
         return replace(step, joint=joint.with_seconds(seconds))

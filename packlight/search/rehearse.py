@@ -40,6 +40,8 @@ ENOUGH_SECONDS = 1.5
 # Of equal calls, in however many layers, so many run.
 ENOUGH_TIMES = 5
 MEMORY_FRACTION = 0.8
+# Calls seen before tell how fast the machine is if they are so much of a step.
+MOSTLY_KNOWN = 0.5
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -115,6 +117,27 @@ def with_estimated_seconds(step: JointStep, profiler: CallProfiler) -> JointStep
         for index, facts in enumerate(step.facts)
         if facts is not None and facts.in_step_seconds is None
     })
+
+
+def in_known_terms(step: JointStep, seconds: dict[int, float]) -> dict[int, float]:
+    """Return rehearsed seconds as they would have been when most of the step was seen before.
+
+    A machine is faster at one time than at another, by more than what ways to run a step differ in.
+    So calls that were seen in other steps keep their seconds, and say how fast the machine is now.
+
+    Args:
+        step: with what was known of its calls.
+        seconds: of its operations, rehearsed now.
+    """
+    known = {
+        index: facts.in_step_seconds for index, facts in enumerate(step.facts)
+        if facts is not None and facts.in_step_seconds is not None and index in seconds
+    }
+    now = sum(seconds[index] for index in known)
+    if now < MOSTLY_KNOWN * sum(seconds.values()):
+        return seconds
+    scale = sum(known.values()) / now
+    return {index: known.get(index, value * scale) for index, value in seconds.items()}
 
 
 class _Calls:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 # What the generated function is called in the source.
@@ -70,6 +71,26 @@ def compiled_source(
         raise NotImplementedError("it needs constants beside its arguments")
     source: str = compiled.source_code
     return source
+
+
+def taken_apart(node: fx.Node) -> fx.GraphModule:
+    """Return a call as the simpler calls that inductor makes of it: a graph of its tensors.
+
+    Relied upon: inductor's decomposition table has a function for the operator.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    table, tensors = select_decomp_table(), node.all_input_nodes
+
+    def function(*values: torch.Tensor) -> Any:
+        args, kwargs = fx.map_arg(
+            (node.args, dict(node.kwargs)), dict(zip(tensors, values, strict=True)).__getitem__
+        )
+        return table[node.target](*args, **kwargs)
+
+    values = [tensor.meta["val"] for tensor in tensors]
+    with torch.no_grad(), values[0].fake_mode:
+        return make_fx(function, decomposition_table=table)(*values)
 
 
 def _settings() -> dict[str, Any]:

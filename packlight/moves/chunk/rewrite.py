@@ -20,13 +20,13 @@ has to call it itself, it knows only a linear layer and a cross entropy right ne
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 from torch import fx
 
 from packlight.capture.aot import GraphData
 from packlight.capture.marks import LATE_KEY
+from packlight.capture.order import in_order
 from packlight.capture.phases import forward_calls
 from packlight.moves.chunk.growth import nodes_below
 from packlight.moves.chunk.regions import (
@@ -109,23 +109,6 @@ def _in_order(
     inputs: dict[fx.Node | Run, set[fx.Node | Run]] = {}
     for node in nodes:
         inputs.setdefault(item_of[node], set()).update(item_of[i] for i in node.all_input_nodes)
-    users: dict[fx.Node | Run, list[fx.Node | Run]] = {item: [] for item in inputs}
-    missing: dict[fx.Node | Run, int] = {}
-    for item, needed in inputs.items():
-        needed.discard(item)
-        missing[item] = len(needed)
-        for source in needed:
-            users[source].append(item)
-    of_place = {place[item]: item for item in inputs}
-    ready = [place[item] for item in inputs if not missing[item]]
-    heapq.heapify(ready)
-    ordered: list[fx.Node | Run] = []
-    while ready:
-        item = of_place[heapq.heappop(ready)]
-        ordered.append(item)
-        for user in users[item]:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, place[user])
-    assert len(ordered) == len(inputs), "regions are closed: no path leaves one and comes back"
-    return ordered
+    for item, sources in inputs.items():
+        sources.discard(item)
+    return in_order(inputs, place)

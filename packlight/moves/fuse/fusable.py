@@ -89,6 +89,15 @@ def domain(node: fx.Node) -> int:
     return max(value.numel() for value in _tensors(node))
 
 
+def sums_over_rows(node: fx.Node) -> bool:
+    """Whether a result is known when all rows of a tensor were read, and not after each."""
+    if node.target is not torch.ops.aten.var_mean.correction:
+        return False
+    source, dims = node.args[0], node.args[1]
+    assert isinstance(source, fx.Node) and isinstance(dims, (list, tuple))
+    return 0 in dims or -source.meta["val"].dim() in dims
+
+
 def literals(node: fx.Node) -> tuple[Any, ...]:
     """Return what tells calls apart whose results round alike: operator, dtypes, numbers."""
     leaves = pytree.tree_leaves((node.args, dict(node.kwargs)))

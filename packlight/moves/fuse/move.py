@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
-from packlight.errors import WayError
+from packlight.capture.joint import JointStep
+from packlight.capture.read_joint import Read, read_joint_graph
+from packlight.costs.profiler import CallProfiler
+from packlight.errors import OptionError, WayError
 from packlight.moves.draft import Draft
 from packlight.moves.fuse.groups import Groups
 from packlight.moves.move import Effect, Move, Refusal, Room
@@ -37,17 +41,15 @@ class Fuse(Move):
         if problem is not None:
             yield Refusal(f"nothing can be compiled here: {problem}")
             return
-        left_out: frozenset[str] = frozenset()
-        while not_worth_it := cls._groups(draft, left_out).not_worth_it():
-            left_out |= not_worth_it  # without them, groups may be others
-        groups = cls._groups(draft, left_out)
-        if groups.kernels:
-            yield cls(tuple(sorted(left_out)))
-        elif left_out:
-            reason = "faster in one kernel" + (" with the same bits" if cls.is_exact else "")
-            yield Refusal(f"no group of calls is {reason}")
-        else:
+        assert draft.profiler is not None, "calls are observed while a draft is shaped"
+        read, is_exact = cls._read(draft), cls.is_exact
+        groups = Groups.worth_it(draft.graph_module, read, is_exact=is_exact)
+        draft.once((cls, groups.left_out), lambda: groups)
+        if not groups.kernels:
             yield Refusal(groups.why_none())
+            return
+        groups.tell_expected(draft.profiler)
+        yield cls(tuple(sorted(groups.left_out)))
 
     def apply(self, draft: Draft) -> Draft:
         """Return the draft with its graph rewritten.
@@ -83,15 +85,41 @@ class Fuse(Move):
         return ", ".join(words)
 
     @classmethod
+    def fused_step(cls, step: JointStep, read: Read, profiler: CallProfiler) -> JointStep:
+        """Return a step whose groups of calls are one kernel each, where that is worth it.
+
+        Args:
+            step: as it was read; stays as it is.
+            read: reads its joint graph, and what is made of it.
+            profiler: what was seen of its calls.
+
+        Raises:
+            OptionError: nothing can be compiled here.
+        """
+        problem = compiler_problem(step.device)
+        if problem is not None:
+            raise OptionError(
+                f"{cls.name!r}: nothing can be compiled here: {problem}\nhint: leave it out"
+            )
+        groups = Groups.worth_it(step.module, read, is_exact=cls.is_exact)
+        groups.tell_expected(profiler)
+        return read(groups.module())
+
+    @classmethod
     def _groups(cls, draft: Draft, left_out: frozenset[str]) -> Groups:
         def make() -> Groups:
-            assert draft.profiler is not None, "calls are observed while a draft is shaped"
-            return Groups(
-                draft.graph_module, draft.loss.num_forward_outputs, draft.profiler.measure,
-                is_exact=cls.is_exact, left_out=left_out,
-            )
+            read, is_exact = cls._read(draft), cls.is_exact
+            return Groups(draft.graph_module, read, is_exact=is_exact, left_out=left_out)
 
         return draft.once((cls, left_out), make)
+
+    @staticmethod
+    def _read(draft: Draft) -> Read:
+        assert draft.profiler is not None, "calls are observed while a draft is shaped"
+        return partial(
+            read_joint_graph, num_forward_outputs=draft.loss.num_forward_outputs,
+            measure=draft.profiler.measure,
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,11 @@ Groups of calls grow along buffers that one call makes and another reads: those 
 in memory any more. A group stays closed (no path leaves it and comes back), belongs to one phase,
 and goes through one number of elements. In the forward it has one large result: what the backward
 wants of it, and what is recomputed, is then still the planner's choice, buffer by buffer. In the
-backward nothing is chosen any more, and every buffer less is a gain.
+backward nothing is chosen any more, and every buffer less is a gain. Nor does a forward's group
+read again what a sum over all of it was taken of: that takes a second pass anyhow, and apart from
+the sum that pass is cheaper to run again.
+
+What was taken apart (`split.py`) has calls on few elements, too: those go with what they read.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from packlight.capture.joint import JointStep
-from packlight.moves.fuse.fusable import Kind, domain, kind_of
+from packlight.moves.fuse.fusable import Kind, domain, kind_of, sums_over_rows
 from packlight.step import Operation, OperationKind, Phase
 
 # Smaller tensors are not worth a kernel of their own.
 MIN_ELEMENTS = 4096
+# In the metadata of calls that are parts of one: its name.
+SPLIT_KEY = "packlight_split"
 # Larger kernels take long to compile, and spill registers.
 MOST_MEMBERS = 32
 # A result is large if it is at least this share of what its group goes through.
@@ -46,13 +52,18 @@ MayJoin = Callable[[fx.Node, Kind], bool]
 
 
 def domain_of(step: JointStep, operation: Operation, may_join: MayJoin) -> int | None:
-    """Return how many elements an operation goes through, None if no kernel can contain it."""
+    """Return how many elements an operation goes through, None if no kernel can contain it.
+
+    Few elements in a part of a call are as good as none: 0.
+    """
     if operation.kind is not OperationKind.COMPUTE or not operation.can_recompute:
         return None
     node = step.node_of_operation[operation.id]
     kind = kind_of(node)
-    if kind is None or domain(node) < MIN_ELEMENTS or not may_join(node, kind):
+    if kind is None or not may_join(node, kind):
         return None
+    if domain(node) < MIN_ELEMENTS:
+        return 0 if SPLIT_KEY in node.meta else None
     return domain(node)
 
 
@@ -108,15 +119,28 @@ class _Partition:
     def _can_join(self, one: int, other: int) -> bool:
         first, second = self.graph.operations[one], self.graph.operations[other]
         union = [*self.members[one], *self.members[other]]
-        if first.phase is not second.phase or self.domain[one] != self.domain[other]:
+        domains = {self.domain[o] for o in union} - {0}
+        if first.phase is not second.phase or len(domains) > 1:
             return False
         if len(union) > MOST_MEMBERS or not self._is_closed(union):
             return False
         if first.phase is not Phase.FORWARD:
             return True
         sizes = [self.graph.buffers[b].bytes for b in self._outputs(union)]
-        limit = LARGE * self.domain[one]  # in bytes, of the narrowest type
-        return sum(size >= limit for size in sizes) <= 1
+        limit = LARGE * max(domains, default=0)  # in bytes, of the narrowest type
+        return sum(size >= limit for size in sizes) <= 1 and not self._takes_two_passes(union)
+
+    def _takes_two_passes(self, members: Iterable[int]) -> bool:
+        """Whether a call on all elements reads what was summed over all of them."""
+        below: set[int] = set()
+        for member in sorted(members):
+            operation = self.graph.operations[member]
+            is_below = not below.isdisjoint(operation.reads)
+            if is_below and self.domain[member]:
+                return True
+            if is_below or sums_over_rows(self.step.node_of_operation[member]):
+                below.update(operation.creates)
+        return False
 
     def _outputs(self, members: Iterable[int]) -> list[int]:
         inside = set(members)

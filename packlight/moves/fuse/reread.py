@@ -55,7 +55,7 @@ def _chosen(step: JointStep, may_join: MayJoin, banned: Collection[str]) -> set[
     chosen: set[fx.Node] = set()
     for operation in reversed(graph.operations[: graph.num_forward]):
         node, size = step.node_of_operation[operation.id], domain_of(step, operation, may_join)
-        if size is None or node.name in banned or len(operation.creates) != 1:
+        if not size or node.name in banned or len(operation.creates) != 1:
             continue
         (made,) = operation.creates
         large = [b for b in operation.reads if graph.buffers[b].bytes >= LARGE * size]

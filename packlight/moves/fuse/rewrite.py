@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
@@ -13,8 +12,10 @@ from torch import fx
 from packlight.capture.aot import GraphData
 from packlight.capture.joint import JointStep
 from packlight.capture.marks import LATE_KEY
+from packlight.capture.order import in_order
 from packlight.kernels.kernel import Kernel, Region
 from packlight.moves.fuse.fusable import dropout_backward
+from packlight.moves.fuse.loss import log_softmax_backward, loss_of
 from packlight.moves.fuse.partition import Group
 from packlight.step import Phase
 from packlight.torch_internals.aot import is_traced_in_backward
@@ -69,6 +70,9 @@ class GroupGraph:
             noise = torch.ones((), dtype=dtype).div_(1 - p).item() if p < 1 else 0.0
             kept = call(_aten._to_copy.default, (mask,), {"dtype": dtype})
             return call(_aten.mul.Tensor, (call(_aten.mul.Tensor, (kept, gradient)), noise))
+        loss = loss_of(node)
+        if loss in self._inside and loss is not None:
+            return log_softmax_backward(self._graph, node, loss, self._value)
         return call(target, args, kwargs)
 
     def _value(self, node: fx.Node) -> fx.Node:
@@ -185,21 +189,4 @@ def _in_order(
         item = item_of[node]
         needed = node.all_input_nodes if isinstance(item, fx.Node) else item.arguments
         inputs.setdefault(item, {item_of[i] for i in needed})
-    users: dict[fx.Node | GroupGraph, list[fx.Node | GroupGraph]] = {i: [] for i in inputs}
-    missing = {item: len(needed) for item, needed in inputs.items()}
-    for item, needed_items in inputs.items():
-        for source in needed_items:
-            users[source].append(item)
-    of_place = {place[item]: item for item in inputs}
-    ready = [place[item] for item in inputs if not missing[item]]
-    heapq.heapify(ready)
-    ordered: list[fx.Node | GroupGraph] = []
-    while ready:
-        item = of_place[heapq.heappop(ready)]
-        ordered.append(item)
-        for user in users[item]:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, place[user])
-    assert len(ordered) == len(inputs), "groups are closed: no path leaves one and comes back"
-    return ordered
+    return in_order(inputs, place)
