@@ -33,6 +33,8 @@ class Request:
         ranks: that train together, each on its part of the batch; None for one process.
         modelled: ranks that are planned for and not there.
         shards: parameters lie in pieces with all ranks.
+        max_gradient_error: how wrong approximations may make the gradient, relative to its norm;
+            None where the user names no limit.
     """
 
     model: nn.Module
@@ -49,6 +51,7 @@ class Request:
     ranks: Ranks | None = None
     modelled: ModelledMesh | None = None
     shards: bool = False
+    max_gradient_error: float | None = None
 
     @property
     def num_ranks(self) -> int | None:
