@@ -154,3 +154,72 @@ def unpack(packed, lows, steps, bits, narrow, words):
             for j in range(plane_part.size):
                 code = (i32(source[j]) >> shift) & mask
                 _write(f32(low + f32(f32(code) * step)), narrow, plane_part, j)
+
+
+# -- derivatives in few bits
+
+
+@njit(error_model="numpy")
+def _is_finite(bits):
+    return (bits & u32(0x7F800000)) != u32(0x7F800000)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def encode(words, shift, edges, code_of, num_bits, flags, packed):
+    """Write for each value the code of the step that it is on; flag groups that are not finite.
+
+    `packed` has GROUP * num_bits / 8 bytes for each group: one plane after the other. Byte j of a
+    plane has the bits of the elements j, j + stride, j + 2 stride, ..
+    """
+    values = np.empty(GROUP, f32)
+    codes = np.empty(GROUP + 8, i32)
+    for group in range(flags.size):
+        begin = group * GROUP
+        part = words[begin : min(begin + GROUP, words.size)]
+        finite = True
+        for i in range(part.size):
+            bits = u32(u32(part[i]) << u32(shift))
+            finite &= _is_finite(bits)
+            values[i] = _float_of(bits)
+            codes[i] = 0
+        flags[group] = u8(not finite)
+        for edge in edges:
+            for i in range(part.size):
+                codes[i] += i32(values[i] > edge)
+        for i in range(part.size):
+            codes[i] = code_of[codes[i]]
+        stride = (part.size + 7) // 8
+        for i in range(part.size, 8 * stride):
+            codes[i] = 0
+        at = group * (GROUP // 8) * num_bits
+        for plane in range(num_bits):
+            out = packed[at + plane * stride : at + (plane + 1) * stride]
+            for j in range(stride):
+                byte = i32(0)
+                for k in range(8):
+                    bit = (codes[k * stride + j] >> i32(plane)) & i32(1)
+                    byte |= bit << i32(k)
+                out[j] = u8(byte)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def multiply(packed, flags, levels, num_bits, narrow, shift, gradient, words):
+    """Write the gradient times each code's level, as float32 or rounded to its upper 16 bits."""
+    codes = np.empty(GROUP + 8, i32)
+    for group in range(flags.size):
+        begin = group * GROUP
+        end = min(begin + GROUP, words.size)
+        count = end - begin
+        stride = (count + 7) // 8
+        codes[:] = 0
+        at = group * (GROUP // 8) * num_bits
+        for plane in range(num_bits):
+            source = packed[at + plane * stride : at + (plane + 1) * stride]
+            for k in range(8):
+                for j in range(stride):
+                    codes[k * stride + j] |= ((i32(source[j]) >> i32(k)) & i32(1)) << i32(plane)
+        factor = NAN if flags[group] else f32(1)
+        part, above = words[begin:end], gradient[begin:end]
+        for i in range(count):
+            value = _float_of(u32(u32(above[i]) << u32(shift)))
+            _write(f32(value * f32(levels[codes[i]] * factor)), narrow, part, i)

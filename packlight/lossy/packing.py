@@ -19,22 +19,25 @@ On the CPU, kernels are compiled by numba; elsewhere the same bits are made by t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
-from packlight.errors import MissingExtraError, OptionError
+from packlight.errors import OptionError
+from packlight.lossy.arrays import (
+    DTYPES,
+    GROUP,
+    check_layout,
+    compiled,
+    laid_out,
+    pieces,
+    shares,
+    words_of,
+)
 from packlight.threads import run_in_threads
 
-GROUP = 256
 BITS = (8, 4, 2)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SCALE_BYTES = 8  # of each group: its least value and its step
-# Below this, waking a thread takes longer than what it would do.
-_MIN_GROUPS_PER_THREAD = 256
-# float16 is widened to float32 in pieces of so many groups.
-_PIECE_GROUPS = 1024
 _MASK = 0xFFFFFFFF
 
 
@@ -65,11 +68,7 @@ def pack_values(
         OptionError: other bits, another dtype, or strides with gaps.
         MissingExtraError: numba is not installed, and the values are on the CPU.
     """
-    if tuple(values.stride()) != tuple(stride):
-        laid_out = torch.empty_strided(
-            values.shape, stride, dtype=values.dtype, device=values.device
-        )
-        values = laid_out.copy_(values)
+    values = laid_out(values, stride)
     _check(values, bits)
     num_elements = values.numel()
     packed = torch.empty(packed_bytes(num_elements, bits), dtype=torch.uint8, device=values.device)
@@ -80,13 +79,13 @@ def pack_values(
         _pack_by_operators(elements, bits, seed, lows, steps, codes)
         return packed
     kernels = compiled()
-    for first, last in _pieces(values):
-        piece, shift = _words(elements[first * GROUP : last * GROUP].detach())
+    for first, last in pieces(values):
+        piece, shift = words_of(elements[first * GROUP : last * GROUP].detach())
         at = GROUP * bits // 8
         run_in_threads(kernels.pack, [
             (piece[(a - first) * GROUP : (b - first) * GROUP], shift, bits, seed, a,
              lows[a:b].numpy(), steps[a:b].numpy(), codes[a * at : b * at].numpy())
-            for a, b in _shares(first, last)
+            for a, b in shares(first, last)
         ])
     return packed
 
@@ -110,15 +109,15 @@ def unpack_values(
         _unpack_by_operators(lows, steps, codes, bits, elements)
         return values
     kernels = compiled()
-    for first, last in _pieces(values):
+    for first, last in pieces(values):
         piece = elements[first * GROUP : last * GROUP]
         wide = piece if dtype is not torch.float16 else piece.float()
-        words, shift = _words(wide)
+        words, shift = words_of(wide)
         at = GROUP * bits // 8
         run_in_threads(kernels.unpack, [
             (codes[a * at : b * at].numpy(), lows[a:b].numpy(), steps[a:b].numpy(), bits,
              shift > 0, words[(a - first) * GROUP : (b - first) * GROUP])
-            for a, b in _shares(first, last)
+            for a, b in shares(first, last)
         ])
         if wide is not piece:
             piece.copy_(wide)
@@ -145,46 +144,10 @@ def prepare(device: torch.device) -> None:
                 unpack_values(packed, bits, (1,), (1,), dtype)
 
 
-def compiled() -> Any:
-    """Return the module of compiled kernels.
-
-    Raises:
-        MissingExtraError: numba is not installed.
-    """
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("numba", "lossy", "packlight.lossy") from error
-    from packlight.lossy import cpu_kernel
-
-    return cpu_kernel
-
-
-def is_dense(values: torch.Tensor) -> bool:
-    """Whether a tensor has no gaps in memory, and no element twice: its dims may be in any order.
-
-    >>> is_dense(torch.empty(3, 4).t()), is_dense(torch.empty(3, 4)[:, :2])
-    (True, False)
-    """
-    expected = 1
-    for stride, size in sorted(zip(values.stride(), values.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return values.numel() == 0
-        expected *= size
-    return True
-
-
 def _check(values: torch.Tensor, bits: int) -> None:
     if bits not in BITS:
         raise OptionError(f"values cannot be packed to {bits!r} bits\nhint: known are 8, 4 and 2")
-    if values.dtype not in DTYPES:
-        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise OptionError(f"a tensor of {values.dtype} cannot be packed\nhint: known are {known}")
-    if not is_dense(values):
-        raise OptionError(
-            f"a tensor of shape {tuple(values.shape)} and strides {values.stride()} has gaps in "
-            "memory\nhint: pack values.contiguous()"
-        )
+    check_layout(values)
 
 
 def _parts(
@@ -194,31 +157,6 @@ def _parts(
     num_groups = -(-num_elements // GROUP)
     scales = packed[: num_groups * _SCALE_BYTES].view(torch.float32)
     return scales[:num_groups], scales[num_groups:], packed[num_groups * _SCALE_BYTES :]
-
-
-def _words(elements: torch.Tensor) -> tuple[Any, int]:
-    """Return an array of integers of which each, shifted left by a number, is float32's bits."""
-    if elements.dtype is torch.float16:
-        elements = elements.float()
-    if elements.dtype is torch.bfloat16:
-        return elements.view(torch.uint16).numpy(), 16
-    return elements.view(torch.uint32).numpy(), 0
-
-
-def _pieces(values: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Yield from which group to which one a kernel works at once."""
-    num_groups = -(-values.numel() // GROUP)
-    size = _PIECE_GROUPS if values.dtype is torch.float16 else num_groups
-    for first in range(0, num_groups, max(1, size)):
-        yield first, min(first + size, num_groups)
-
-
-def _shares(first: int, last: int) -> list[tuple[int, int]]:
-    """Return each thread's groups."""
-    count = last - first
-    num = max(1, min(torch.get_num_threads(), count // _MIN_GROUPS_PER_THREAD))
-    ends = [first + count * i // num for i in range(num + 1)]
-    return list(zip(ends, ends[1:], strict=False))
 
 
 # -- the same by torch's operators, on any device

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,20 +51,19 @@ class GradientErrors:
         Raises:
             ArithmeticError: the exact gradient is zero, or not finite.
         """
-        with real_tensors():
-            exact = self._gradients(self.module)
-            norm = _norm(exact)
-            if not 0 < norm < math.inf:
-                raise ArithmeticError(f"the norm of the example's gradient is {norm}")
-            found = []
-            for chosen in choices:
-                squares = []
-                for seed in range(_FIRST_SEED, _FIRST_SEED + num_draws):
-                    other = self._gradients(approximated(self.module, chosen, seed))
-                    for mine, right in zip(other, exact, strict=True):
-                        mine.sub_(right)
-                    squares.append((_norm(other) / norm) ** 2)
-                found.append(math.sqrt(sum(squares) / num_draws))
+        exact = self._gradients(self.module)
+        norm = _norm(exact)
+        if not 0 < norm < math.inf:
+            raise ArithmeticError(f"the norm of its gradient is {norm}")
+        found = []
+        for chosen in choices:
+            squares = []
+            for seed in range(_FIRST_SEED, _FIRST_SEED + num_draws):
+                other = self._gradients(approximated(self.module, chosen, seed))
+                for mine, right in zip(other, exact, strict=True):
+                    mine.sub_(right)
+                squares.append((_norm(other) / norm) ** 2)
+            found.append(math.sqrt(sum(squares) / num_draws))
         return found
 
     def by_value(
@@ -86,15 +85,12 @@ class GradientErrors:
 
     def _gradients(self, module: fx.GraphModule) -> list[torch.Tensor]:
         """Return copies of a joint graph's gradients; every run draws the same random numbers."""
-        tangents = [
-            torch.ones(t.shape, dtype=t.dtype, device=t.device)
-            for node in module.graph.nodes if is_tangent(node) for t in (node.meta["val"],)
-        ]
-        state = _generators_put_back()
-        results = _FreeingInterpreter(module, garbage_collect_values=True).run(
-            *self.loss.arguments, *tangents, enable_io_processing=False
-        )
-        state()
+        fakes = [node.meta["val"] for node in module.graph.nodes if is_tangent(node)]
+        with real_tensors():  # generators are where they were, afterwards
+            ones = [torch.ones(t.shape, dtype=t.dtype, device=t.device) for t in fakes]
+            results = _FreeingInterpreter(module, garbage_collect_values=True).run(
+                *self.loss.arguments, *ones, enable_io_processing=False
+            )
         gradients = results[self.loss.num_forward_outputs :]
         return [g.to(torch.float32, copy=True) for g in gradients if g is not None]
 
@@ -105,19 +101,6 @@ class _FreeingInterpreter(fx.Interpreter):
     def run_node(self, n: fx.Node) -> object:
         result = super().run_node(n)
         return result if n.users or n.op == "output" else None
-
-
-def _generators_put_back() -> Callable[[], None]:
-    """Return a function that puts generators back to where they are now."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-
-    def put_back() -> None:
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return put_back
 
 
 def _norm(gradients: Iterable[torch.Tensor]) -> float:

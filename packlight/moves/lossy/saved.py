@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from packlight.capture.marks import LATE_KEY
 from packlight.capture.phases import forward_calls
-from packlight.lossy.packing import DTYPES, is_dense
+from packlight.lossy.arrays import DTYPES, is_dense
 
 _aten = torch.ops.aten
 # Smaller ones are not worth two calls.
