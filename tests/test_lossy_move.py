@@ -162,8 +162,13 @@ def fitted(budget: int | str, **options: Any) -> tuple[packlight.TrainStep, nn.M
     return step, model
 
 
+@pytest.fixture(scope="module")
+def plain_peak() -> int:
+    return fitted("1GiB")[0].way.peak_bytes
+
+
 @pytest.fixture
-def only_lossy(monkeypatch: pytest.MonkeyPatch) -> None:
+def only_lossy(plain_peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether packing is faster than recomputation is the machine's business."""
     look_at = Search._try
 
@@ -174,16 +179,13 @@ def only_lossy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Search, "_try", maybe)
 
 
-def plain_peak() -> int:
-    model, batch = net_and_batch()
-    return packlight.plan(model, loss_fn, None, batch, progress=False, moves=()).peak_bytes
-
-
 @pytest.mark.usefixtures("only_lossy")
-def test_a_planned_step_keeps_to_its_budget_and_its_limit_and_repeats_its_bits() -> None:
+def test_a_planned_step_keeps_to_its_budget_and_its_limit_and_repeats_its_bits(
+    plain_peak: int,
+) -> None:
     model, batch = net_and_batch()
     resident = batch.nbytes + sum(p.nbytes for p in model.parameters())
-    budget = resident + int(0.55 * (plain_peak() - resident))
+    budget = resident + int(0.55 * (plain_peak - resident))
     step, model = fitted(budget, allow="packed", max_gradient_error=0.05)
     move = step.way.made(Lossy)
     assert isinstance(move, Lossy) and 0 < move.measured_error <= 0.05
@@ -221,10 +223,13 @@ def test_a_planned_step_keeps_to_its_budget_and_its_limit_and_repeats_its_bits()
         fitted(budget, allow="packed", max_gradient_error=1e-4, way=step.way)
 
 
-@pytest.mark.usefixtures("only_lossy")
-def test_a_limit_that_nothing_meets_names_the_smallest_that_something_does() -> None:
+def test_a_limit_that_nothing_meets_names_the_smallest_that_something_does(
+    plain_peak: int,
+) -> None:
+    model, batch = net_and_batch()
+    resident = batch.nbytes + sum(p.nbytes for p in model.parameters())
     with pytest.raises(InfeasibleBudgetError, match="allows nothing: the least .* is 0.00"):
-        fitted(plain_peak() // 2, allow="packed", max_gradient_error=1e-6)
+        fitted(resident + 10000, allow="packed", max_gradient_error=1e-6)
 
 
 def test_nothing_is_approximated_unless_it_is_allowed() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -223,14 +223,19 @@ def _(
     )
 
 
-def _refuse_second(context: object, gradient: torch.Tensor) -> None:
+def refuse_second(*_: object) -> None:
+    """Refuse to differentiate a derivative.
+
+    Raises:
+        UnsupportedModelError: always.
+    """
     raise UnsupportedModelError(
         "a few-bit activation cannot be differentiated twice: its derivative is a step function\n"
         "hint: the function of torch.nn.functional can be"
     )
 
 
-times_derivative.register_autograd(_refuse_second)
+times_derivative.register_autograd(refuse_second)
 
 
 def _rounded_down(edges: Sequence[float]) -> torch.Tensor:
@@ -256,16 +261,17 @@ def _encode_by_operators(
     steps = (values[:, None] > edges.to(values.device)).sum(1)
     codes = code_of.to(values.device)[steps].to(torch.uint8)
     finite = values.isfinite()
-    for group in range(len(flags)):
-        flags[group] = ~finite[group * GROUP : (group + 1) * GROUP].all()
-    for mine, there in _groups(len(elements), num_bits):
-        part = codes[mine]
-        stride = -(-len(part) // 8)
-        padded = torch.nn.functional.pad(part, (0, 8 * stride - len(part))).view(8, stride)
+    finite = torch.nn.functional.pad(values.isfinite(), (0, -len(values) % GROUP), value=True)
+    flags.copy_(~finite.view(-1, GROUP).all(1))
+    for mine, there, count in _blocks(len(elements), num_bits):
+        stride = -(-count // 8)
+        padded = torch.nn.functional.pad(codes[mine].view(-1, count), (0, 8 * stride - count))
+        padded = padded.view(len(padded), 8, stride)
+        planes = packed[there].view(len(padded), num_bits, stride)
         for plane in range(num_bits):
-            bits = (padded >> plane) & 1
-            byte = sum(bits[k] << k for k in range(8))
-            packed[there][plane * stride : (plane + 1) * stride] = byte
+            for k in range(8):
+                bits = ((padded[:, k] >> plane) & 1) << k
+                planes[:, plane] = bits if k == 0 else planes[:, plane] | bits
 
 
 def _multiply_by_operators(
@@ -273,21 +279,25 @@ def _multiply_by_operators(
     num_bits: int, result: torch.Tensor,
 ) -> None:
     levels = levels.to(gradient.device)
-    for group, (mine, there) in enumerate(_groups(len(gradient), num_bits)):
-        planes = packed[there].view(num_bits, -1)
-        shifts = torch.arange(8, device=planes.device, dtype=torch.uint8)[:, None]
-        codes = sum(((planes[p] >> shifts) & 1).long() << p for p in range(num_bits))
-        assert isinstance(codes, torch.Tensor)
-        factor = torch.where(flags[group] > 0, math.nan, 1.0)
-        part = gradient[mine].float() * (levels[codes.view(-1)[: len(gradient[mine])]] * factor)
-        result[mine] = part
+    factors = torch.where(flags > 0, math.nan, 1.0)[:, None]
+    shifts = torch.arange(8, device=gradient.device, dtype=torch.uint8)[:, None]
+    for mine, there, count in _blocks(len(gradient), num_bits):
+        planes = packed[there].view(-1, num_bits, -(-count // 8))
+        codes = torch.zeros(len(planes), 8, planes.shape[2], dtype=torch.int64)
+        codes = codes.to(gradient.device)
+        for plane in range(num_bits):
+            codes |= ((planes[:, plane, None] >> shifts) & 1).long() << plane
+        of_group = levels[codes.view(len(planes), -1)[:, :count]]
+        first = mine.start // GROUP
+        of_group *= factors[first : first + len(planes)]
+        result[mine] = (gradient[mine].float().view(-1, count) * of_group).view(-1).to(result.dtype)
 
 
-def _groups(num_elements: int, num_bits: int) -> list[tuple[slice, slice]]:
-    """Return for each group its elements, and its bytes."""
-    at = GROUP // 8 * num_bits
-    return [
-        (slice(place * GROUP, min((place + 1) * GROUP, num_elements)),
-         slice(place * at, (place + 1) * at))
-        for place in range(-(-num_elements // GROUP))
-    ]
+def _blocks(num_elements: int, num_bits: int) -> Iterator[tuple[slice, slice, int]]:
+    """Yield all whole groups, then what is left: elements, bytes, elements of a group."""
+    full, rest = divmod(num_elements, GROUP)
+    at = full * (GROUP // 8) * num_bits
+    if full:
+        yield slice(0, full * GROUP), slice(0, at), GROUP
+    if rest:
+        yield slice(full * GROUP, num_elements), slice(at, None), rest

@@ -47,6 +47,7 @@ _READERS = {
     _aten.hardswish_backward.default: (1,),
     _aten.hardsigmoid_backward.default: (1,),
     _aten.leaky_relu_backward.default: (1,),
+    _aten.hardtanh_backward.default: (1,),
     _aten.threshold_backward.default: (1,),  # it gets exact bits
 }
 _POWER = _aten.pow.Tensor_Scalar
