@@ -1,6 +1,7 @@
-"""Activations whose backward keeps a few bits of each element: drop-in for `torch.nn.functional`.
+"""Functions whose backward keeps less: drop-in for those of `torch.nn.functional`.
 
-The forward is exact. See `few_bit.py` for the method. Functions whose derivative has two values
+Forwards are exact. Activations keep a few bits of each element, see `few_bit.py`; linear layers keep
+a sketch of their input, see `sketch.py`. Functions whose derivative has two values
 (relu, relu6, leaky_relu, hardtanh, hardsigmoid) are exact in one bit and take no `bits`.
 """
 
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from packlight.errors import OptionError
+from packlight.errors import OptionError, UnsupportedModelError
 from packlight.lossy.arrays import is_dense
 from packlight.lossy.few_bit import (
     Table,
@@ -22,6 +23,7 @@ from packlight.lossy.few_bit import (
     refuse_second,
     times_derivative,
 )
+from packlight.lossy.sketch import num_kept_rows, sketch_again, sketch_rows
 
 
 class _FewBit(torch.autograd.Function):
@@ -173,3 +175,62 @@ def _plain(name: str, x: torch.Tensor, bits: int) -> torch.Tensor:
     with torch.no_grad():
         result = function(x)
     return _applied(x, result, optimal_table(name, bits))
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    fraction: float = 0.2, kind: str = "winners", seed: int = 0,
+) -> torch.Tensor:
+    """Return x times the transposed weight, plus the bias.
+
+    The gradients of x and of the bias are exact, that of the weight is right on average.
+
+    Args:
+        x: of shape (..., in features).
+        weight: (out features, in features).
+        bias: (out features,).
+        fraction: of the rows of x that the sketch has.
+        kind: "winners", "rows", "gaussian" or "rademacher".
+        seed: random bits depend on it and on x: layers with the same input want different ones.
+
+    Raises:
+        OptionError: a fraction that is not between 0 and 1, an unknown kind.
+        UnsupportedModelError: it is differentiated twice.
+    """
+    made: torch.Tensor = _Sketched.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, fraction, kind, seed
+    )
+    return made
+
+
+class _Sketched(torch.autograd.Function):
+    """A linear layer that keeps a sketch of its input."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        fraction: float, kind: str, seed: int,
+    ) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.count, ctx.kind = num_kept_rows(len(rows), fraction), kind
+        ctx.save_for_backward(weight, *sketch_rows(rows, ctx.count, kind, seed))
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedModelError(
+                "a randomized linear layer cannot be differentiated twice: its input is gone\n"
+                "hint: torch.nn.functional.linear can be"
+            )
+        (gradient,) = gradients
+        weight, kept, state, factors = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = None
+        if needs_weight:
+            of_weight = sketch_again(rows, ctx.count, ctx.kind, state, factors).t() @ kept
+        return (
+            gradient @ weight if needs_x else None, of_weight,
+            rows.sum(0) if needs_bias else None, None, None, None,
+        )

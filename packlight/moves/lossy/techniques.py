@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Protocol
 
 from packlight.moves.lossy.activations import FewBit
+from packlight.moves.lossy.linear import Sketched
 from packlight.moves.lossy.packed import PackedTo
 from packlight.moves.lossy.rewrite import Approximation
 from packlight.moves.lossy.saved import SavedValue
@@ -32,7 +33,9 @@ class Setting(Approximation, Protocol):
         """Return what is kept of a value."""
 
 
-_SETTINGS: tuple[Setting, ...] = (*map(PackedTo, (8, 4, 2)), *map(FewBit, (4, 3, 2, 1)))
+_SETTINGS: tuple[Setting, ...] = (
+    *map(PackedTo, (8, 4, 2)), *map(FewBit, (4, 3, 2, 1)), *map(Sketched, (0.5, 0.2, 0.1))
+)
 _BY_NAME = {setting.name: setting for setting in _SETTINGS}
 TECHNIQUES = tuple(dict.fromkeys(setting.technique for setting in _SETTINGS))
 
