@@ -129,7 +129,8 @@ def test_steps_save_most_for_their_error() -> None:
     every = [(0, 0.0)]
     for priced in options.values():
         every = [
-            (b + p.saved_bytes, e + p.error**2) for b, e in every for p in [*priced, Priced(0, 0, 0)]
+            (b + p.saved_bytes, e + p.error**2)
+            for b, e in every for p in [*priced, Priced(0, 0, 0)]
         ]
     steps = steps_in_order(options)
     for count in range(1, len(steps) + 1):

@@ -1,4 +1,4 @@
-"""From tensors to what kernels get: elements as they lie in memory, in groups and threads' shares."""
+"""From tensors to what kernels get: elements in memory's order, groups, threads' shares."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Derivatives in one to four bits: the forward is exact, the backward multiplies by a step function.
+"""Derivatives in one to four bits: forwards are exact, backwards multiply by a step function.
 
 Novikov et al. 2022, "Few-Bit Backward: Quantized Gradients of Activation Functions for Memory
 Footprint Reduction". What is kept of an activation's input is the step on which each element is,
-in b bits that are b bits. Steps and levels are the best ones there are (`levels.py`, `tables.json`).
+in b bits that are b bits. Steps and levels are the best there are (`levels.py`, `tables.json`).
 Functions whose derivative has two values are exact in one bit.
 
 A group of 256 elements with one that is not finite gets gradients that are NaN: codes hide nothing.
@@ -14,8 +14,8 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +33,8 @@ from packlight.threads import run_in_threads
 
 PATH = Path(__file__).with_name("tables.json")
 BITS = (1, 2, 3, 4)
+# Function -> bits -> edges, levels, squared error.
+_TABLES: dict[str, dict[str, dict[str, Any]]] = json.loads(PATH.read_text())
 
 
 @dataclass(frozen=True)
@@ -83,24 +85,18 @@ def optimal_table(function: str, bits: int) -> Table:
     >>> optimal_table("gelu", 2).squared_error < 0.0406
     True
     """
-    known = _tables()
-    if function not in known:
+    if function not in _TABLES:
         raise OptionError(
             f"there is no table of the derivative of {function!r}\nhint: there are those of "
-            f"{', '.join(known)}"
+            f"{', '.join(_TABLES)}"
         )
     if bits not in BITS:
         raise OptionError(f"a derivative in {bits!r} bits\nhint: 1, 2, 3 or 4 are known")
-    found = known[function][str(bits)]
+    found = _TABLES[function][str(bits)]
     return Table(
         tuple(found["edges"]), tuple(range(len(found["levels"]))), tuple(found["levels"]),
         found["squared_error"],
     )
-
-
-@cache
-def _tables() -> dict[str, dict[str, dict[str, list[float] | float]]]:
-    return json.loads(PATH.read_text())  # type: ignore[no-any-return]
 
 
 def between(low: float, high: float, inside: float, outside: float) -> Table:

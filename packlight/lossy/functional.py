@@ -1,8 +1,8 @@
 """Functions whose backward keeps less: drop-in for those of `torch.nn.functional`.
 
-Forwards are exact. Activations keep a few bits of each element, see `few_bit.py`; linear layers keep
-a sketch of their input, see `sketch.py`. Functions whose derivative has two values
-(relu, relu6, leaky_relu, hardtanh, hardsigmoid) are exact in one bit and take no `bits`.
+Forwards are exact. Activations keep a few bits of each element, see `few_bit.py`; linear layers
+keep a sketch of their input, see `sketch.py`. Functions whose derivative has two values (relu,
+relu6, leaky_relu, hardtanh, hardsigmoid) are exact in one bit and take no `bits`.
 """
 
 from __future__ import annotations
@@ -30,27 +30,29 @@ class _FewBit(torch.autograd.Function):
     """A function's result, with its derivative's steps kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, result: torch.Tensor, table: Table) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, result: torch.Tensor, edges: list[float], codes: list[int],
+        levels: list[float], num_bits: int,
+    ) -> torch.Tensor:
         stride = x.stride() if is_dense(x) else x.contiguous().stride()
-        ctx.save_for_backward(
-            derivative_codes(x, table.edges, table.codes, table.num_bits, stride)
-        )
-        ctx.table, ctx.stride = table, stride
+        ctx.save_for_backward(derivative_codes(x, edges, codes, num_bits, stride))
+        ctx.levels, ctx.num_bits, ctx.stride = levels, num_bits, stride
         return result.view_as(result)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             refuse_second()  # (a gradient of ones would come out as a constant)
         (gradient,) = gradients
         (kept,) = ctx.saved_tensors
-        table: Table = ctx.table
-        made = times_derivative(gradient, kept, table.levels, table.num_bits, ctx.stride)
-        return made, None, None
+        made = times_derivative(gradient, kept, ctx.levels, ctx.num_bits, ctx.stride)
+        return made, None, None, None, None, None
 
 
 def _applied(x: torch.Tensor, result: torch.Tensor, table: Table) -> torch.Tensor:
-    made: torch.Tensor = _FewBit.apply(x, result, table)  # type: ignore[no-untyped-call]
+    made: torch.Tensor = _FewBit.apply(  # type: ignore[no-untyped-call]
+        x, result, list(table.edges), list(table.codes), list(table.levels), table.num_bits
+    )
     return made
 
 

@@ -67,8 +67,9 @@ def best_steps(
 def _best_ends(
     grid: Floats, function: Function, derivative: Function, num_steps: int
 ) -> npt.NDArray[np.int64]:
-    """Return the places in the grid where the best steps end, the two ends of the grid included."""
-    integral, squares = function(grid), np.concatenate([[0.0], np.cumsum(_squares(grid, derivative))])
+    """Return the places in the grid where the best steps end, both ends of the grid included."""
+    integral = function(grid)
+    squares = np.concatenate([[0.0], np.cumsum(_squares(grid, derivative))])
     width = grid[None, :] - grid[:, None]
     with np.errstate(divide="ignore", invalid="ignore"):
         cost = squares[None, :] - squares[:, None]
@@ -93,7 +94,7 @@ def _squares(grid: Floats, derivative: Function) -> Floats:
     # One-sided at both ends, since a derivative may jump at a point of the grid.
     share[0], share[-1] = 1e-12, 1 - 1e-12
     points = grid[:-1, None] + np.diff(grid)[:, None] * share
-    return (derivative(points) ** 2 @ weight) * np.diff(grid) / (3 * _PIECES)
+    return np.asarray((derivative(points) ** 2 @ weight) * np.diff(grid) / (3 * _PIECES))
 
 
 def _squared_error(
@@ -112,30 +113,31 @@ _erf = np.vectorize(math.erf, otypes=[float])
 
 
 def _sigmoid(x: Floats) -> Floats:
-    return 0.5 * (1 + np.tanh(x / 2))
+    return np.asarray(0.5 * (1 + np.tanh(x / 2)))
 
 
 def _softplus(x: Floats) -> Floats:
-    return np.logaddexp(0, x)
+    return np.asarray(np.logaddexp(0, x))
 
 
 def _normal(x: Floats) -> Floats:
-    return 0.5 * (1 + np.asarray(_erf(x / math.sqrt(2))))
+    return np.asarray(0.5 * (1 + _erf(x / math.sqrt(2))))
 
 
 def _gelu_tanh(x: Floats) -> Floats:
-    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
 def _gelu_tanh_derivative(x: Floats) -> Floats:
     root = math.sqrt(2 / math.pi)
     t = np.tanh(root * (x + 0.044715 * x**3))
-    return 0.5 * (1 + t) + 0.5 * x * (1 - t**2) * root * (1 + 3 * 0.044715 * x**2)
+    inner = root * (1 + 3 * 0.044715 * x**2)
+    return np.asarray(0.5 * (1 + t) + 0.5 * x * (1 - t**2) * inner)
 
 
 def _mish_derivative(x: Floats) -> Floats:
     t = np.tanh(_softplus(x))
-    return t + x * (1 - t**2) * _sigmoid(x)
+    return np.asarray(t + x * (1 - t**2) * _sigmoid(x))
 
 
 _SELU_ALPHA, _SELU_SCALE = 1.6732632423543772, 1.0507009873554805

@@ -1,4 +1,4 @@
-"""Modules whose backward keeps less: drop-in for those of `torch.nn`, alone or for a whole model."""
+"""Modules whose backward keeps less: drop-in for `torch.nn`'s, alone or for a model."""
 
 from __future__ import annotations
 

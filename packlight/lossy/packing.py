@@ -208,7 +208,8 @@ def _in_planes(
     full, rest = divmod(num_elements, GROUP)
     at = full * (GROUP * bits // 8)
     for rows, part, count in (
-        (found[:full], codes[:at].view(full, GROUP * bits // 8), GROUP), (found[full:], codes[None, at:], rest),
+        (found[:full], codes[:at].view(full, GROUP * bits // 8), GROUP),
+        (found[full:], codes[None, at:], rest),
     ):
         if not rows.numel():
             continue

@@ -6,12 +6,12 @@ dW = dY^T X is replaced by (dY^T S)(S^T X), where E[S S^T] = I. Kinds of S, of k
 - "gaussian": independent normal numbers of variance 1/k;
 - "rademacher": signs over the root of k;
 - "rows": k rows drawn uniformly, with replacement, times n/k;
-- "winners": Liu et al. 2023, "Winner-Take-All Column Row Sampling": rows are drawn by their norm, and
-  the largest of them are taken for sure. Of the paper's probabilities, |x_i| |y_i|, only the first
-  factor is known in the forward.
+- "winners": Liu et al. 2023, "Winner-Take-All Column Row Sampling": rows are drawn by their
+  norm, and the largest are taken for sure. Of the paper's probabilities, |x_i| |y_i|, only the
+  first factor is known in the forward.
 
-S is made again in the backward: from a seed that is a hash of what is sketched, so that no generator
-is asked (see `packing.py`), or from the places of rows, which are kept.
+S is made again in the backward: from a seed that is a hash of what is sketched, so that no
+generator is asked (see `packing.py`), or from the places of rows, which are kept.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _times_random(x: torch.Tensor, count: int, kind: str, key: int) -> torch.Ten
     """Return S^T x, S made a block of rows after the other."""
     generator = torch.Generator(x.device).manual_seed(key)
     result = torch.zeros(count, x.shape[1], device=x.device)
-    for rows in x.split(max(1, _BLOCK_BYTES // (4 * count))):
+    for rows in torch.split(x, max(1, _BLOCK_BYTES // (4 * count))):
         block = torch.empty(len(rows), count, device=x.device)
         if kind == "gaussian":
             block.normal_(generator=generator)

@@ -1,4 +1,4 @@
-"""What an activation reads for its backward as the step of its derivative that each element is on."""
+"""What an activation's backward reads, as the step of the derivative that each element is on."""
 
 from __future__ import annotations
 
@@ -109,12 +109,7 @@ class _Codes:
         table = _table(read.reader, bits)
         assert table is not None
         self._writers, self._table = writers, table
-        argument = writers.copies[value.node]
-        for view in read.views:  # as the reader sees it
-            args, kwargs = fx.map_arg(
-                (view.args, view.kwargs), lambda n, made=argument: made
-            )
-            argument = writers.early.call(view, view.target, args, kwargs)
+        argument = writers.viewed(read, writers.copies[value.node], writers.early)
         self._stride = list(read.reader.meta["val"].stride())
         self._codes = writers.early.call(
             value.node, _ops.derivative_codes.default,

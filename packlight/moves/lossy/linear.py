@@ -1,4 +1,4 @@
-"""Linear layers' inputs as sketches: fewer rows, from which the weight's gradient is right on average."""
+"""Linear layers' inputs as sketches of fewer rows: weights' gradients are right on average."""
 
 from __future__ import annotations
 
@@ -62,10 +62,7 @@ class _Sketch:
     ) -> None:
         self._writers, early = writers, writers.early
         matrix = _matrix(value)
-        shaped = writers.copies[value.node]
-        for view in value.reads[0].views:
-            args, kwargs = fx.map_arg((view.args, view.kwargs), lambda n, made=shaped: made)
-            shaped = early.call(view, view.target, args, kwargs)
+        shaped = writers.viewed(value.reads[0], writers.copies[value.node], early)
         self._setting = (sketch.num_kept_rows(len(matrix), setting.fraction), setting.kind)
         made = early.call(value.node, _ops.sketch_rows.default, (shaped, *self._setting, seed))
         self._sketch, self._state, self._factors = (

@@ -61,12 +61,21 @@ class Writers:
         self.early = GraphWriter(self.graph, fake_mode, {})
         self.late = GraphWriter(self.graph, fake_mode, TRACED_IN_BACKWARD)
 
-    def viewed(self, read: Read, value: fx.Node) -> fx.Node:
-        """Return the argument that a reader looks at, of a value made again."""
+    def viewed(
+        self, read: Read, value: fx.Node, writer: GraphWriter | None = None
+    ) -> fx.Node:
+        """Return the argument that a reader looks at.
+
+        Args:
+            read: of the reader.
+            value: the whole, or what is unpacked in its place.
+            writer: of the views; `late` if None.
+        """
+        writer = writer or self.late
         made = {read.views[0].all_input_nodes[0]: value} if read.views else {}
         for view in read.views:
             args, kwargs = fx.map_arg((view.args, view.kwargs), made.__getitem__)
-            value = made[view] = self.late.call(view, view.target, args, kwargs)
+            value = made[view] = writer.call(view, view.target, args, kwargs)
         return value
 
 

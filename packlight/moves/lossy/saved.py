@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,7 +25,7 @@ _aten = torch.ops.aten
 # Smaller ones are not worth two calls.
 MIN_ELEMENTS = 4096
 # Operator -> the arguments that may be inexact.
-_READERS = {
+_READERS: dict[Any, tuple[int, ...]] = {
     _aten.mm.default: (0, 1),
     _aten.bmm.default: (0, 1),
     _aten.mul.Tensor: (0, 1),

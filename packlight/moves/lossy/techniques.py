@@ -13,18 +13,15 @@ from packlight.moves.lossy.saved import SavedValue
 
 
 class Setting(Approximation, Protocol):
-    """A technique with its numbers.
-
-    Attributes:
-        technique: what `allow=` has to name.
-        name: of the setting, unlike all others.
-    """
+    """A technique with its numbers."""
 
     @property
-    def technique(self) -> str: ...
+    def technique(self) -> str:
+        """What `allow=` has to name."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Of the setting, unlike all others."""
 
     def suits(self, value: SavedValue) -> bool:
         """Whether all that reads a value can read what this makes of it."""
