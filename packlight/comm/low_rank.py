@@ -6,6 +6,7 @@ smaller than itself, it is sent as it is.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from math import prod
 
@@ -24,6 +25,26 @@ class _LowRank(Compressor):
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise OptionError(f"rank={self.rank!r}; it must be a whole number, 1 or larger")
+
+    def init(self, parameter: torch.Tensor, number: int = 0, rank: int = 0) -> State:
+        """Return the first guess."""
+        if not self._is_split(parameter.shape):
+            return {}
+        return self._first_state(self._random(_matrix_shape(parameter.shape)[1], number))
+
+    def compress(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
+        """Return what stands for a gradient: itself where its factors would be no smaller."""
+        if not self._is_split(gradient.shape):
+            return Message(gradient.reshape(-1), gradient.shape, is_linear=True), state
+        return self._factored(gradient, state)
+
+    @abstractmethod
+    def _first_state(self, factor: torch.Tensor) -> State:
+        """Return the state to begin with."""
+
+    @abstractmethod
+    def _factored(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
+        """Return factors of a gradient, and the next state."""
 
     def _is_split(self, shape: torch.Size) -> bool:
         rows, columns = _matrix_shape(shape)
@@ -55,16 +76,11 @@ class PowerSGD(_LowRank):
     rank: int = 1
     seed: int = 0
 
-    def init(self, parameter: torch.Tensor, number: int = 0, rank: int = 0) -> State:
-        """Return the first guess."""
-        if not self._is_split(parameter.shape):
-            return {}
-        return {"right": self._random(_matrix_shape(parameter.shape)[1], number)}
+    def _first_state(self, factor: torch.Tensor) -> State:
+        return {"right": factor}
 
-    def compress(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
-        """Return both factors of a gradient."""
-        if not self._is_split(gradient.shape):
-            return Message(gradient.reshape(-1), gradient.shape, is_linear=True), state
+    def _factored(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
+        """Return both factors."""
         matrix = _as_matrix(gradient)
         left = orthonormal(matrix @ state["right"])
         right = matrix.T @ left
@@ -117,16 +133,11 @@ class GradZip(_LowRank):
     rank: int = 1
     seed: int = 0
 
-    def init(self, parameter: torch.Tensor, number: int = 0, rank: int = 0) -> State:
-        """Return the first guess."""
-        if not self._is_split(parameter.shape):
-            return {}
-        return {"step": 0, "factor": self._random(_matrix_shape(parameter.shape)[1], number)}
+    def _first_state(self, factor: torch.Tensor) -> State:
+        return {"step": 0, "factor": factor}
 
-    def compress(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
+    def _factored(self, gradient: torch.Tensor, state: State) -> tuple[Message, State]:
         """Return the factor whose turn it is."""
-        if not self._is_split(gradient.shape):
-            return Message(gradient.reshape(-1), gradient.shape, is_linear=True), state
         matrix, is_left = _as_matrix(gradient), state["step"] % 2 == 0
         fixed = orthonormal(state["factor"])
         factor = matrix @ fixed if is_left else matrix.T @ fixed

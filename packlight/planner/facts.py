@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -174,6 +174,11 @@ class Facts:
         return bit
 
     @cached_property
+    def bytes_of(self) -> Sizes:
+        """The bytes of all buffers of a mask."""
+        return Sizes([self.size[buffer] for buffer in self.by_rank])
+
+    @cached_property
     def reads_masks(self) -> list[int]:
         """See `reads`."""
         return [mask_of(reads, self.bit) for reads in self.reads]
@@ -205,3 +210,25 @@ def mask_of(buffers: Iterable[int], bit: list[int]) -> int:
     for buffer in buffers:
         mask |= bit[buffer]
     return mask
+
+
+class Sizes(dict[int, int]):
+    """Sizes of sets of buffers, by mask; each is added up once.
+
+    For few sets again and again: what an operation reads or makes, and parts of that.
+
+    Args:
+        sizes: of the buffers, in the order of their bits.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self._sizes = sizes
+
+    def __missing__(self, mask: int) -> int:
+        total, rest = 0, mask
+        while rest:
+            rank = rest.bit_length() - 1
+            rest ^= 1 << rank
+            total += self._sizes[rank]
+        self[mask] = total
+        return total

@@ -67,7 +67,7 @@ class Positions:
         self.extra_seconds: npt.NDArray[np.float64] = np.zeros(n)
         self.num_evaluations = self.num_looks = 0
         # -- as masks
-        self._by_rank, self._bit = facts.by_rank, facts.bit
+        self._by_rank, self._bit, self._bytes_of = facts.by_rank, facts.bit, facts.bytes_of
         self._reads, self._creates = list(facts.reads_masks), list(facts.creates_masks)
         # What each position finds in memory of what is read there, and all that is.
         self._used, self._touched = [0] * n, [0] * n
@@ -235,27 +235,21 @@ class Positions:
         Backwards: the most from a step on is what it needs itself, or what it leaves behind and the
         most from the next one on.
         """
-        size, bit, reads, creates = self.size, self._bit, self._reads, self._creates
+        bit, reads, creates, bytes_of = self._bit, self._reads, self._creates, self._bytes_of
         # What leaves memory after its last read here: held no longer, or made for this place only.
         mortal = (self.held.ends[position] | ~held) & ~self.held.starts[position]
+        stays = ~mortal
         wanted = peak = 0
         for index in (position, *sequence[::-1]):
-            during, change = self.grows[index], 0
-            left = creates[index] & (wanted | ~mortal)
-            if left:
-                for buffer in self.creates[index]:
-                    if bit[buffer] & left:
-                        change += size[buffer]
-            dying = reads[index] & mortal & ~wanted
+            during = self.grows[index]
+            change = bytes_of[creates[index] & (wanted | stays)]
+            dying = reads[index] & ~(wanted | stays)
             if dying:
                 wanted |= dying
                 for victim, created in self.overwrites[index]:
                     if bit[victim] & dying:
-                        during -= size[created]
+                        during -= self.size[created]
                         break
-                while dying:
-                    rank = dying.bit_length() - 1
-                    dying ^= 1 << rank
-                    change -= size[self._by_rank[rank]]
+                change -= bytes_of[dying]
             peak = max(during, peak + change)
         return peak

@@ -2,7 +2,8 @@
 
 So the smallest budget that an error names is the same in every process, whatever budget was asked
 for and however long operations took when they were measured. Drops bring many schedules down for a
-while, and the lowest of them further.
+while, the lowest of them further, and the lowest of those again: successive halving (Jamieson and
+Talwalkar 2016).
 
 Where the search weighs what a drop costs, two stand-ins take the place of seconds: every operation
 the same, and half of that by the bytes that it touches; what gets lower with either counts.
@@ -11,7 +12,7 @@ the same, and half of that by the bytes that it touches; what gets lower with ei
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from packlight.planner.facts import Facts
@@ -23,8 +24,11 @@ from packlight.planner.search import LocalSearch, View, in_order
 from packlight.planner.segments import restore_ids
 from packlight.step import Schedule, StepGraph, simulate
 
-FEW_EVALUATIONS, MANY_EVALUATIONS = 8_000, 24_000
-LOWERED_FURTHER = 3
+# Evaluations of each that is left, and how many of them go on.
+ROUNDS = ((500, 16), (1_500, 6), (4_000, 3), (24_000, 2))
+
+# Peak, which seed, and the seed.
+Lowered = tuple[int, int, View, Retention]
 
 
 def smallest_schedules(graph: StepGraph) -> list[Schedule]:
@@ -34,19 +38,21 @@ def smallest_schedules(graph: StepGraph) -> list[Schedule]:
         graph: the step, free of transfers; its seconds are not looked at.
     """
     facts = Facts(graph)
-    lowest: list[tuple[int, int, View, Retention]] = []
-    for number, (view, retention) in enumerate(_seeds(graph)):
-        _lower(retention, FEW_EVALUATIONS, facts.least_peak_bytes)
-        if not retention.is_feasible:
-            continue
-        lowest.append((retention.peak_bytes, number, view, retention))
-        lowest = heapq.nsmallest(LOWERED_FURTHER, lowest, key=lambda item: item[:2])
-        if lowest[0][0] <= facts.least_peak_bytes:
-            break
+    left: Iterable[tuple[int, View, Retention]] = (
+        (number, *seed) for number, seed in enumerate(_seeds(graph))
+    )
+    for evaluations, most in ROUNDS:
+        lowered: list[Lowered] = []
+        for number, view, retention in left:
+            _lower(retention, evaluations, facts.least_peak_bytes)
+            if retention.is_feasible:
+                lowered.append((retention.peak_bytes, number, view, retention))
+                lowered = heapq.nsmallest(most, lowered, key=lambda item: item[:2])
+                if lowered[0][0] <= facts.least_peak_bytes:
+                    break
+        left = [item[1:] for item in lowered]
     found = [schedule_from_order(graph, range(len(graph.computations)), graph.num_forward)]
-    for peak_bytes, _, view, retention in lowest:
-        if peak_bytes > facts.least_peak_bytes:
-            _lower(retention, MANY_EVALUATIONS, facts.least_peak_bytes)
+    for _, _, view, retention in lowered:
         order = in_order(view.graph, retention.order())
         found.append(restore_ids(order, view.old_ids))
     if is_small(graph):

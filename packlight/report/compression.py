@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from packlight.report.style import LIGHT, css_variables, drawing, to_svg
 from packlight.report.tables import Cell, bytes_cell, code, number_cell, sortable_table
-from packlight.report.template import CSS, PAGE, SCRIPT
+from packlight.report.template import CSS, PAGE, SCRIPT, write_page
 from packlight.units import format_bytes
 
 if TYPE_CHECKING:
@@ -64,13 +64,7 @@ def write_compression_report(directory: str | Path, outcome: Any, title: str) ->
         title=escape(title), facts=f"target {format_bytes(outcome.target_bytes)}",
         css=css_variables() + CSS, body="\n".join(body), script=SCRIPT,
     )  # fmt: skip
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "index.html"
-    unfinished = directory / "index.html.part"
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_page(page, directory)
 
 
 def error_against_bytes(

@@ -25,7 +25,7 @@ from packlight.report.tables import (
     seconds_cell,
     sortable_table,
 )
-from packlight.report.template import CSS, PAGE, SCRIPT
+from packlight.report.template import CSS, PAGE, SCRIPT, write_page
 from packlight.report.transfers import buffer_transfers, lanes_over_time
 from packlight.step import Phase, Plan, StepGraph, Timeline, simulate
 from packlight.units import format_bytes, format_seconds
@@ -60,15 +60,7 @@ def write_report(
         MissingExtraError: matplotlib is not installed.
         OSError: the directory cannot be written.
     """
-    page = render_report(profile, plans, plan, title, how=how)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / "index.html"
-    # A half-written page must not replace a whole one.
-    unfinished = directory / "index.html.part"
-    unfinished.write_text(page, encoding="utf-8")
-    unfinished.replace(path)
-    return path
+    return write_page(render_report(profile, plans, plan, title, how=how), directory)
 
 
 def render_report(

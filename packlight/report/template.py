@@ -1,5 +1,9 @@
 """The page's frame: style rules, the few lines of script that sort tables, and the HTML around."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 CSS = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);font:15px/1.5 var(--sans)}
@@ -84,3 +88,18 @@ PAGE = """<!doctype html>
 </body>
 </html>
 """
+
+
+def write_page(page: str, directory: str | Path) -> Path:
+    """Write a page as a folder's index.html, which it replaces only once it is whole.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / "index.html"
+    unfinished = directory / "index.html.part"
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path

@@ -113,6 +113,10 @@ def gradients_inside() -> Iterator[None]:
         (TensorVariable, "method_backward", refuse),
         (OutputGraph, "_check_requires_grad_intermediate_outputs", lambda *_: None),
     ]
+    methods: dict[str, Any] = getattr(TensorVariable, "tp_methods", {})  # torch 2.15 calls these
+    if "backward" in methods:
+        table = {**methods, "backward": type(methods["backward"])(refuse)}
+        changes.append((TensorVariable, "tp_methods", table))
     with ExitStack() as stack:
         stack.enter_context(config.patch(trace_autograd_ops=True))
         for kind, name, replacement in changes:
