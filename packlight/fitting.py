@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -16,9 +17,15 @@ from packlight.capture.undisturbed import generators_kept
 from packlight.errors import OptionError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
+from packlight.moves.lossy.move import Lossy
 from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.precision import chosen_precision, loss_scaler
-from packlight.moves.registry import checked_techniques, chosen_names, technique_names
+from packlight.moves.registry import (
+    checked_techniques,
+    chosen_names,
+    technique_names,
+    techniques_of,
+)
 from packlight.moves.request import Beside, Request
 from packlight.ranks.modelled import ModelledMesh
 from packlight.ranks.parallel import Parallel, ranks_of
@@ -41,7 +48,9 @@ class Options(TypedDict, total=False):
             that compile have to be named: (*MOVES, "fuse"), (*EXACT_MOVES, "fuse-exactly").
         allow: names of approximate techniques. "bf16" or "fp16" run the loss under
             `torch.autocast`, as a block around `loss_fn` would; parameters, gradients and updates
-            keep their dtype.
+            keep their dtype. "packed" keeps in few bits what the backward reads.
+        max_gradient_error: how wrong those techniques that approximate the backward may make the
+            gradient on the example batch, relative to its norm; 0.02 if None.
         clip_grad_norm: clip the norm of all gradients together, as `clip_grad_norm_` does.
         clip_grad_value: clip every element of the gradients, as `clip_grad_value_` does.
         scaler: scales the loss as in a loop with `torch.amp.GradScaler`. With "fp16" one is made
@@ -69,6 +78,7 @@ class Options(TypedDict, total=False):
 
     moves: Iterable[str] | None
     allow: str | Iterable[str]
+    max_gradient_error: float | None
     clip_grad_norm: float | None
     clip_grad_value: float | None
     scaler: torch.amp.GradScaler | None
@@ -246,6 +256,7 @@ def _request(
         is_tensor_parallel,
         accumulates,
         _beside(options.get("beside", ())),
+        _checked_error(options.get("max_gradient_error"), allowed),
     )
 
 
@@ -274,3 +285,21 @@ def _beside(given: Iterable[Beside] | Beside) -> tuple[Beside, ...]:
                 "hint: optimizers, modules and tensors can be counted"
             )
     return kept
+
+
+def _checked_error(limit: Any, allowed: Collection[str]) -> float | None:
+    """Return the limit on the gradient's error, checked."""
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < math.inf:
+        raise OptionError(
+            f"max_gradient_error={limit!r} is no error relative to the gradient's norm\nhint: 0.02 "
+            "lets it be wrong by 2%"
+        )
+    names = techniques_of(Lossy)
+    if not set(allowed) & set(names):
+        raise OptionError(
+            f"max_gradient_error={limit!r} limits what is not allowed\nhint: allow= has to name "
+            f"one of {', '.join(map(repr, names))}"
+        )
+    return float(limit)

@@ -40,6 +40,8 @@ class Request:
         placements: where parameters in pieces may lie, the fastest first; none for whole ones.
         accumulates: gradients of several batches are added up before an update.
         beside: optimizers, modules and tensors that the loop keeps while the step runs.
+        max_gradient_error: how wrong approximations may make the gradient, relative to its norm;
+            None where the user names no limit.
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Request:
     is_tensor_parallel: bool = False
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
+    max_gradient_error: float | None = None
 
     @property
     def shards(self) -> bool:

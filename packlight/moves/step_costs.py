@@ -363,10 +363,10 @@ class StepCosts:
         results = next(n for n in reversed(loss.joint.graph.nodes) if n.op == "output").args[0]
         gradients = results[loss.num_forward_outputs :]
         with_gradients = [p for i, p in trained.items() if gradients[i] is not None]
+        if self.request.accumulates:  # other steps may add to the others
+            with_gradients = [*self.trained.values()]
         gradient_bytes = sum(p.nbytes for p in with_gradients)
         accumulated_bytes = workspace_bytes = 0
-        if self.request.accumulates:  # other steps may add to the others
-            gradient_bytes = sum(p.nbytes for p in self.trained.values())
         kept_extras_bytes = extras_bytes(loss, batch, num_microbatches)
         if num_microbatches > 1:
             written = [loss.arguments[primal] for primal in loss.written_back.values()]

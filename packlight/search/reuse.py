@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import replace
 
 from packlight.capture.whole_step import WholeStep
-from packlight.errors import MicrobatchError, ScheduleError
+from packlight.errors import MicrobatchError, ScheduleError, WayError
 from packlight.moves.draft import Draft
 from packlight.moves.move import Stage
 from packlight.search.judge import judged
@@ -64,7 +64,10 @@ def _fitted(
     for old in ready.parts:
         key = (moves, old.traced.num_rows)
         if key not in steps:
-            draft = planner.draft(moves, old.traced.num_rows)
+            try:
+                draft = planner.draft(moves, old.traced.num_rows)
+            except WayError:  # other sizes have other values to approximate
+                return None
             steps[key] = draft, planner.completed(draft)
         draft, step = steps[key]
         if order_digest(step.joint.graph) != order_digest(old.step.joint.graph):

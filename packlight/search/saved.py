@@ -128,6 +128,7 @@ def cache_key(whole: Draft) -> str | None:
         [move.name for move in registered()],
         request.budget_bytes, sorted(request.moves), sorted(request.allow), request.accumulates,
         whole.costs.beside.bytes_beside(()),
+        request.max_gradient_error,
         request.clipping.norm is None, request.clipping.value is None,
         request.scaler is None, str(request.loss_weight), whole.offered is None,
         [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],

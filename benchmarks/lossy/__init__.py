@@ -1,0 +1,1 @@
+"""What do approximate backwards cost in quality, and how fast are their kernels?"""
