@@ -193,8 +193,8 @@ def test_code_on_the_page_runs_and_prints_what_it_shows(
     monkeypatch.chdir(tmp_path)
     if "packlight" not in torch._dynamo.list_backends(()):  # a checkout that is not installed
         torch._dynamo.register_backend(packlight_backend, "packlight")
-    page = ModuleType("page_of_the_documentation")
-    monkeypatch.setitem(sys.modules, page.__name__, page)  # dynamo imports what it traces
+    page = ModuleType(f"page_{name.replace('-', '_')}")
+    monkeypatch.setitem(sys.modules, page.__name__, page)  # dynamo imports what it traces, once
     num_shown = 0
     for code, shown in examples(DOCS / f"{name}.md"):
         stream = StringIO()
