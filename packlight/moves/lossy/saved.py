@@ -11,7 +11,6 @@ from __future__ import annotations
 import operator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import fx
@@ -21,39 +20,38 @@ from packlight.capture.marks import LATE_KEY
 from packlight.capture.phases import forward_calls
 from packlight.lossy.arrays import DTYPES, is_dense
 
-_aten = torch.ops.aten
 # Smaller ones are not worth two calls.
 MIN_ELEMENTS = 4096
 # Operator -> the arguments that may be inexact.
-_READERS: dict[Any, tuple[int, ...]] = {
-    _aten.mm.default: (0, 1),
-    _aten.bmm.default: (0, 1),
-    _aten.mul.Tensor: (0, 1),
-    _aten.convolution_backward.default: (1,),
-    _aten.native_layer_norm_backward.default: (1,),
-    _aten.native_group_norm_backward.default: (1,),
-    _aten.native_batch_norm_backward.default: (1,),
-    _aten._fused_rms_norm_backward.default: (1,),
-    _aten._softmax_backward_data.default: (1,),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward.default: (1, 2, 3, 4),
-    _aten._scaled_dot_product_flash_attention_backward.default: (1, 2, 3, 4),
-    _aten._scaled_dot_product_efficient_attention_backward.default: (1, 2, 3, 5),
-    _aten.gelu_backward.default: (1,),
-    _aten.silu_backward.default: (1,),
-    _aten.mish_backward.default: (1,),
-    _aten.softplus_backward.default: (1,),
-    _aten.elu_backward.default: (5,),
-    _aten.tanh_backward.default: (1,),
-    _aten.sigmoid_backward.default: (1,),
-    _aten.hardswish_backward.default: (1,),
-    _aten.hardsigmoid_backward.default: (1,),
-    _aten.leaky_relu_backward.default: (1,),
-    _aten.hardtanh_backward.default: (1,),
-    _aten.threshold_backward.default: (1,),  # it gets exact bits
+_READERS: dict[str, tuple[int, ...]] = {
+    "aten.mm.default": (0, 1),
+    "aten.bmm.default": (0, 1),
+    "aten.mul.Tensor": (0, 1),
+    "aten.convolution_backward.default": (1,),
+    "aten.native_layer_norm_backward.default": (1,),
+    "aten.native_group_norm_backward.default": (1,),
+    "aten.native_batch_norm_backward.default": (1,),
+    "aten._fused_rms_norm_backward.default": (1,),
+    "aten._softmax_backward_data.default": (1,),
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward.default": (1, 2, 3, 4),
+    "aten._scaled_dot_product_flash_attention_backward.default": (1, 2, 3, 4),
+    "aten._scaled_dot_product_efficient_attention_backward.default": (1, 2, 3, 5),
+    "aten.gelu_backward.default": (1,),
+    "aten.silu_backward.default": (1,),
+    "aten.mish_backward.default": (1,),
+    "aten.softplus_backward.default": (1,),
+    "aten.elu_backward.default": (5,),
+    "aten.tanh_backward.default": (1,),
+    "aten.sigmoid_backward.default": (1,),
+    "aten.hardswish_backward.default": (1,),
+    "aten.hardsigmoid_backward.default": (1,),
+    "aten.leaky_relu_backward.default": (1,),
+    "aten.hardtanh_backward.default": (1,),
+    "aten.threshold_backward.default": (1,),  # it gets exact bits
 }
-_POWER = _aten.pow.Tensor_Scalar
-# Operators that return what they are given in another dtype or shape.
-_SAME_STORAGE = (_aten._unsafe_view.default,)
+_POWER, _CAST = "aten.pow.Tensor_Scalar", "aten._to_copy.default"
+# Returns what it is given in another shape.
+_SAME_STORAGE = ("aten._unsafe_view.default",)
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,9 @@ def saved_values(module: fx.GraphModule) -> list[SavedValue]:
 
 
 def _takes_inexact(reader: fx.Node, places: list[int]) -> bool:
-    if reader.target is _POWER:
+    if str(reader.target) == _POWER:
         return places == [0] and float(reader.args[1]) >= 1  # type: ignore[arg-type]
-    return set(places) <= set(_READERS.get(reader.target, ()))
+    return set(places) <= set(_READERS.get(str(reader.target), ()))
 
 
 def _can_be_packed(node: fx.Node) -> bool:
@@ -156,7 +154,7 @@ def _can_be_packed(node: fx.Node) -> bool:
 
 def _is_given(node: fx.Node) -> bool:
     """Whether a value is an input of the step in another dtype or shape."""
-    while node.target is _aten._to_copy.default or _is_view(node):
+    while str(node.target) == _CAST or _is_view(node):
         node = node.all_input_nodes[0]
     return node.op != "call_function"
 
@@ -174,4 +172,4 @@ def _is_view(node: fx.Node) -> bool:
     if node.target is operator.getitem:
         return _is_view(node.all_input_nodes[0])
     is_view = isinstance(node.target, torch._ops.OpOverload) and node.target.is_view
-    return is_view or node.target in _SAME_STORAGE
+    return is_view or str(node.target) in _SAME_STORAGE
