@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from packlight.errors import FormatError, MissingExtraError
+from packlight.extras import require_numba
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -31,10 +32,7 @@ def kernels() -> Any:
     Raises:
         MissingExtraError: numba is not installed.
     """
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("numba", "comm", "packlight.comm") from error
+    require_numba("comm", "packlight.comm")
     from packlight.comm import kernels as compiled
 
     return compiled

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from packlight.errors import MissingExtraError, OptionError
+from packlight.errors import OptionError
+from packlight.extras import require_numba
 
 GROUP = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,10 +24,7 @@ def compiled() -> Any:
     Raises:
         MissingExtraError: numba is not installed.
     """
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("numba", "lossy", "packlight.lossy") from error
+    require_numba("lossy", "packlight.lossy")
     from packlight.lossy import cpu_kernel
 
     return cpu_kernel

@@ -256,7 +256,6 @@ def _encode_by_operators(
     values = elements.float()
     steps = (values[:, None] > edges.to(values.device)).sum(1)
     codes = code_of.to(values.device)[steps].to(torch.uint8)
-    finite = values.isfinite()
     finite = torch.nn.functional.pad(values.isfinite(), (0, -len(values) % GROUP), value=True)
     flags.copy_(~finite.view(-1, GROUP).all(1))
     for mine, there, count in _blocks(len(elements), num_bits):

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from packlight.errors import MissingExtraError, UnsupportedParameterError
+from packlight.errors import UnsupportedParameterError
+from packlight.extras import require_numba
 from packlight.optim.formats import RESIDUAL, WEIGHT_FORMATS, state_format
 from packlight.optim.rules import Coefficients, coefficients, kind_of, moments_of
 from packlight.optim.trust import LAMB, gradient_factor, step_by_lamb
@@ -231,10 +232,7 @@ def _compiled() -> tuple[Callable[..., None], int, int]:
     """Return the kernel, its tile's number of elements and how many rows of scratch it needs."""
     global _kernel
     if _kernel is None:
-        try:
-            import numba  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError("numba", "optim", "packlight.optim on the CPU") from error
+        require_numba("optim", "packlight.optim on the CPU")
         from packlight.optim import cpu_kernel
 
         _kernel = (cpu_kernel.step_tiles, cpu_kernel.TILE, cpu_kernel.NUM_SCRATCH_ROWS)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from packlight.errors import MissingExtraError, SparseTensorError
+from packlight.errors import SparseTensorError
+from packlight.extras import require_numba
 from packlight.sparse import pattern
 from packlight.sparse.geometry import (
     Geometry,
@@ -67,10 +68,7 @@ def compiled(*tensors: torch.Tensor) -> Any:
         if tensor.dtype not in FLOATS:
             known = ", ".join(map(str, FLOATS))
             raise SparseTensorError(f"a tensor of {tensor.dtype}; known are {known}")
-    try:
-        import numba  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError("numba", "sparse", "packlight.sparse") from error
+    require_numba("sparse", "packlight.sparse")
     from packlight.sparse import cpu_kernel
 
     return cpu_kernel

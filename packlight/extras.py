@@ -1,0 +1,21 @@
+"""Packages that an extra brings, asked for when something is first used."""
+
+from __future__ import annotations
+
+from packlight.errors import MissingExtraError
+
+
+def require_numba(extra: str, what: str) -> None:
+    """Check that kernels can be compiled.
+
+    Args:
+        extra: that brings numba, for the error.
+        what: needs it.
+
+    Raises:
+        MissingExtraError: numba is not installed.
+    """
+    try:
+        import numba  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError("numba", extra, what) from error
