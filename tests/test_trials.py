@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import subprocess
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -160,6 +163,26 @@ def test_a_point_that_was_run_is_not_run_again(records: dict[str, Record]) -> No
     assert same.same_as == plain.number and same.losses == plain.losses
 
 
+@pytest.mark.slow
+def test_a_study_that_is_killed_leaves_no_process_and_is_gone_on_with(tmp_path: Path) -> None:
+    file, directory = tmp_path / "objective.py", tmp_path / "study"
+    file.write_text(FILE)
+    words = ["search", str(file), "--memory", "1GiB", "--trials", "3", "--workers", "2",
+             "--steps", "3", "--study", str(directory)]  # fmt: skip
+    command = [sys.executable, "-m", "packlight.cli", *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert next(line for line in process.stdout if line.startswith("trial "))
+        process.kill()
+    with (directory / "lock").open() as lock:  # every process of the study keeps it
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = {path: path.read_text() for path in (directory / "trials").glob("*.json")}
+    assert done
+    assert main(words) == 0
+    assert len(list((directory / "trials").glob("*.json"))) == 3
+    assert {path: path.read_text() for path in done} == done
+
+
 # -- the FILE
 
 
@@ -217,8 +240,6 @@ def test_values_go_to_the_functions_that_take_them(tmp_path: Path) -> None:
 def test_without_optuna_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import sys
-
     monkeypatch.setitem(sys.modules, "optuna", None)
     path = tmp_path / "objective.py"
     path.write_text(FILE)

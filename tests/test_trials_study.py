@@ -292,7 +292,7 @@ def test_another_study_or_another_search_in_the_directory_is_refused(tmp_path: P
     with pytest.raises(OptionError, match="of a study with steps 10, not 20"):
         study(tmp_path, workers, 2, settings=Settings(steps=20))
     with locked(tmp_path), pytest.raises(OptionError, match="another search runs"):
-        with locked(tmp_path):
+        with locked(tmp_path, seconds_to_wait=0.0):
             pass
 
 

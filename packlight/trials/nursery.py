@@ -101,12 +101,15 @@ def _bytes_of_a_trial() -> int:
 
 def _serve(control: socket.socket, example: Example) -> None:
     """Fork trials until whoever started this is gone."""
+    from packlight.costs.cache import read_ahead
+
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody has to wait for them
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not data:
             return
         (descriptor,) = descriptors
+        read_ahead()  # what other trials have seen meanwhile, once for all that follow
         if not os.fork():
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             control.close()

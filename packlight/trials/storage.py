@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,23 +164,29 @@ class _NoLock:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[int]:
+def locked(directory: Path, seconds_to_wait: float = 5.0) -> Iterator[int]:
     """Keep other searches out of a directory; yield the lock's descriptor.
 
-    Processes that inherit it hold the lock, too: it is free once the last of them has gone.
+    Processes that inherit it hold the lock, too: it is free once the last of them has gone, which
+    takes a moment after a kill.
 
     Raises:
         OptionError: another search is there.
     """
     descriptor = os.open(directory / "lock", os.O_CREAT | os.O_RDWR)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OptionError(
-                f"another search runs in {directory}\nhint: wait for its end, or give this study a "
-                "directory of its own"
-            ) from None
+        deadline = time.monotonic() + seconds_to_wait
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise OptionError(
+                        f"another search runs in {directory}\nhint: wait for its end, or give this "
+                        "study a directory of its own"
+                    ) from None
+                time.sleep(0.05)
         yield descriptor
     finally:
         os.close(descriptor)
