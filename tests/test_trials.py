@@ -237,6 +237,30 @@ def test_values_go_to_the_functions_that_take_them(tmp_path: Path) -> None:
     assert fit_options({"allow": ""}) == {"allow": ()}
 
 
+def test_the_example_can_be_searched() -> None:
+    class Lowest:
+        def suggest_int(self, name: str, low: int, high: int, step: int = 1) -> int:
+            return low
+
+        def suggest_float(self, name: str, low: float, high: float, log: bool) -> float:
+            return low
+
+        def suggest_categorical(self, name: str, choices: list[int]) -> int:
+            return choices[0]
+
+    root = Path(__file__).resolve().parent.parent
+    plain = load_example(str(root / "examples" / "char_gpt_search.py"))
+    assert plain.space is not None
+    point = plain.space(Lowest())
+    example = with_point(plain, point)
+    model, optimizer = build(example, "cpu", 0)
+    batch = next(BatchStream(example, "train", "cpu", 0))
+    assert optimizer.param_groups[0]["lr"] == point["learning_rate"]
+    assert batch[0].shape == (point["batch"], 64)
+    # Untrained, all 65 characters are about equally likely.
+    assert abs(example.loss(model, batch).item() - math.log(65)) < 1.0
+
+
 def test_without_optuna_the_error_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

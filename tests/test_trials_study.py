@@ -360,7 +360,7 @@ def best_makespan(trials: list[Waiting], total_bytes: int, num_workers: int) -> 
 def test_trials_are_packed_nearly_as_well_as_can_be() -> None:
     draw = random.Random(1)
     num_optimal = 0
-    for _ in range(30):
+    for _ in range(15):
         trials = []
         for _ in range(4):
             size, seconds = draw.randint(1, 9), draw.randint(1, 4)
@@ -373,7 +373,7 @@ def test_trials_are_packed_nearly_as_well_as_can_be() -> None:
         assert sorted(order) == [0, 1, 2, 3]
         assert least <= ended <= 1.5 * least
         num_optimal += ended == least
-    assert num_optimal >= 27
+    assert num_optimal >= 13
 
 
 def test_a_trial_recomputes_where_that_lets_two_run_side_by_side() -> None:
