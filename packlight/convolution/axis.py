@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -63,6 +63,9 @@ class Rows:
         out_size: of the result; None if that is whole on all ranks.
         before: for each rank, how many rows of what it makes lie before its own.
         constants: names of the layer's buffers with numbers for rows.
+        table: the map as operators are given it.
+        is_own: whether every rank needs the rows that it has, and nothing else.
+        is_alone: whether no rank needs a row of another.
     """
 
     map: RowMap
@@ -70,6 +73,17 @@ class Rows:
     out_size: int | None
     before: tuple[int, ...] = ()
     constants: tuple[str, ...] = ()
+    table: tuple[int, ...] = ()
+    is_own: bool = True
+    is_alone: bool = True
+
+    def ready(self) -> Rows:
+        """Return it with what follows from the map, which is asked in every forward."""
+        rows = self.map
+        return replace(
+            self, table=tuple(rows.encoded()), is_own=rows.is_identity,
+            is_alone=rows.most_received == 0,
+        )
 
 
 class SplitLayer(nn.Module):
@@ -133,7 +147,7 @@ class SplitLayer(nn.Module):
                     )
             if not axis.far_halos:
                 refuse_far(rows.map, axis)
-            found.append(rows)
+            found.append(rows.ready())
         self._refuse_confusion(sizes)
         key = tuple(a.num_rows(size) for a, size in zip(self.axes, sizes, strict=True))
         self.known[key] = tuple(found)
@@ -188,14 +202,12 @@ class SplitLayer(nn.Module):
         parts: list[tuple[torch.Tensor, Axis, Rows]] = []
         taken = x
         for axis, each in zip(self.axes, rows, strict=True):
-            if each.map.is_identity:
+            if each.is_own:
                 continue
-            received = x.new_empty(0)
-            table = each.map.encoded()
-            if each.map.most_received:
-                received = exchange_rows(taken.detach(), axis.dim, table, axis.group_name)
+            given = axis.dim, each.table, axis.group_name
+            received = x.new_empty(0) if each.is_alone else exchange_rows(taken.detach(), *given)
             parts.append((received, axis, each))
-            taken = join_rows(taken, received, axis.dim, table, self.fill, axis.group_name)
+            taken = join_rows(taken, received, *given[:2], self.fill, axis.group_name)
         if not parts or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return layer(taken)
         return _keeping_parts(x, taken, parts, self.fill, layer)
@@ -245,7 +257,7 @@ def _keeping_parts(
             raise RuntimeError("a layer's input was changed in place before its backward")
         for received, axis, rows in parts:
             x_again = join_rows(
-                x_again, received, axis.dim, rows.map.encoded(), fill, axis.group_name
+                x_again, received, axis.dim, rows.table, fill, axis.group_name
             )
         return x_again
 

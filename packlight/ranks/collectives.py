@@ -57,11 +57,6 @@ def is_silent() -> bool:
     return _is_silent
 
 
-def is_heard(group_name: str) -> bool:
-    """Whether what is said in a group of torch's is said through ranks."""
-    return group_name in _members
-
-
 @contextmanager
 def silent() -> Iterator[None]:
     """Have nothing said for a while: results have the right shapes, and no right values."""

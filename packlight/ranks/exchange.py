@@ -8,7 +8,7 @@ and backwards
     returned = return_rows(gradient)      for rows that others had of this rank     (network)
     gradient = fold_rows(gradient, returned)                                        (local)
 
-Each is an operator, so a plan may keep the few rows that came over the network and join them again,
+Each is an operator (`join_rows` has the derivative of both, once), so a plan may keep the few rows that came over the network and join them again,
 or ask for them again. All ranks give them the same arguments but for tensors: which of them one is,
 they ask when they run. Where ranks have as many rows their results have one shape, although those
 at a border get less; so all have one graph.
@@ -24,28 +24,6 @@ import torch
 from packlight.ranks.collectives import COLLECTIVES, is_silent, members
 from packlight.ranks.rows import FILL, Piece, RowMap
 from packlight.torch_internals.storages import num_storage_references
-
-
-def take_rows(
-    x: torch.Tensor, dim: int, rows: RowMap, group_name: str, fill: float = 0.0
-) -> torch.Tensor:
-    """Return the rows that this rank needs; differentiable once.
-
-    Args:
-        x: this rank's rows, along a dimension.
-        dim: the dimension, from 0.
-        rows: who has which, and who needs which.
-        group_name: of the ranks.
-        fill: what is in rows of padding.
-    """
-    if rows.is_identity:
-        return x
-    table = rows.encoded()
-    received = x.new_empty(0)
-    if rows.most_received:
-        received = exchange_rows(x.detach(), dim, table, group_name)
-    needed: torch.Tensor = join_rows(x, received, dim, table, fill, group_name)
-    return needed
 
 
 @torch.library.custom_op("packlight::exchange_rows", mutates_args=())

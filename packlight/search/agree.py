@@ -66,6 +66,11 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
         for digest in dict.fromkeys(identity.digest for identity in identities)
     }
     _compare_graphs(ranks, planner, identities)
+    if planner.request.is_talkative and len(leader_of) > 1:
+        raise RankMismatchError(
+            "the number of rows", *_other_rows(identities),
+            "ranks whose models tell one another things run one plan: parts of one size",
+        )
     if planner.request.shards:  # all gather parameters in one order: that of one schedule
         most = max(range(ranks.size), key=lambda rank: identities[rank].num_rows or 0)
         leader_of = {identities[most].digest: most}
@@ -125,6 +130,15 @@ class _Identity:
         return cls(facts, hashlib.sha256(text.encode()).hexdigest(), rows)
 
 
+def _other_rows(identities: Sequence[_Identity]) -> tuple[int, str, str]:
+    """Return the first rank whose graph is not rank 0's, and both numbers of rows."""
+    first = identities[0]
+    rank, other = next(
+        (rank, other) for rank, other in enumerate(identities) if other.digest != first.digest
+    )
+    return rank, str(first.num_rows), str(other.num_rows)
+
+
 def _asked(request: Request) -> dict[str, str]:
     optimizer = request.optimizer
     settings = {} if optimizer is None else {
@@ -144,6 +158,7 @@ def _asked(request: Request) -> dict[str, str]:
         "the loss scaler": str(None if request.scaler is None else request.scaler.state_dict()),
         "loss_weight=": "a function" if callable(request.loss_weight) else str(request.loss_weight),
         "tensor=": "yes" if request.is_tensor_parallel else "no",
+        "space=": "yes" if request.is_talkative else "no",
         "pieces=": ", ".join(request.placements) or "none",
         "offloading": "yes" if request.offload_directory is not None else "no",
         "the optimizer": type(optimizer).__name__,
