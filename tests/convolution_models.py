@@ -105,6 +105,26 @@ class UNet(nn.Module):
         return self.head(self.join1(torch.cat([one, up], 1)))
 
 
+class SmallUNet(nn.Module):
+    """One level of a U-Net."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.down = nn.Sequential(
+            nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(),
+        )
+        self.middle = nn.Sequential(
+            nn.MaxPool2d(2), nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(),
+            nn.ConvTranspose2d(2 * width, width, 2, 2),
+        )
+        self.head = nn.Conv2d(2 * width, 3, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one = self.down(x)
+        return self.head(torch.cat([one, self.middle(one)], 1))
+
+
 class Gated(nn.Module):
     """Squeeze and excitation (Hu et al. 2018), depthwise, and a parameter of its own."""
 

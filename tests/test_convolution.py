@@ -11,11 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from packlight.convolution import Spatial, parallelize_convolutions
 from tests import convolution_models as models
-from tests.convolution_cases import compared, mesh_of, sum_over, worst_of
+from tests.convolution_cases import compared, mesh_of, worst_of
 from tests.rank_pool import Raised, RankPool
 
 TOLERANCE = 1e-12

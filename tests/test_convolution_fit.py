@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import packlight
@@ -18,7 +16,7 @@ from packlight.convolution import Spatial, parallelize_convolutions
 from packlight.errors import InfeasibleBudgetError
 from tests import convolution_models as models
 from tests.convolution_cases import mesh_of
-from tests.rank_pool import Raised, RankPool
+from tests.rank_pool import RankPool
 
 PARALLEL = packlight.Parallel(space="rows")
 MOVES = ("update-in-backward",)
@@ -34,16 +32,16 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 
 def model_of(name: str) -> nn.Module:
     torch.manual_seed(0)
-    if name == "u-net":
-        return models.UNet().double()
-    return nn.Sequential(models.Vgg(), nn.Dropout(0.0)).double()
+    return {"u-net": models.UNet, "u-net, small": models.SmallUNet, "vgg": models.Vgg}[
+        name
+    ]().double()
 
 
 def batches_of(name: str, count: int = 3) -> list[Any]:
     """Return whole samples and labels."""
     generator = torch.Generator().manual_seed(1)
-    channels = 1 if name == "u-net" else 3
-    shape, labels = (2, channels, 32, 32), (2, 32, 32) if name == "u-net" else (2,)
+    channels, labels = (3, (2,)) if name == "vgg" else (1, (2, 32, 32))
+    shape = (2, channels, 32, 32)
     return [
         (torch.randn(shape, generator=generator).double(),
          torch.randint(3, labels, generator=generator))
@@ -60,7 +58,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def trained_alone(name: str) -> tuple[list[float], list[torch.Tensor]]:
-    """Train on one device; the mask of dropout is that of one rank, on its own."""
+    """Train on one device."""
     model, losses = model_of(name), []
     optimizer = optimizer_of(model)
     for batch in batches_of(name):
@@ -120,20 +118,24 @@ def alone_in(name: str, budget: int | None) -> int:
     return plan.peak_bytes
 
 
-def test_rows_and_recomputation_meet_a_budget_that_neither_meets_alone(pool: RankPool) -> None:
-    plain = pool.run(planned, "u-net", None)
-    smallest = pool.run(planned, "u-net", 1)[0]["smallest"]
-    recompute_alone, rows_alone = alone_in("u-net", 1), plain[0]["predicted"]
-    budget = (smallest + min(recompute_alone, rows_alone)) // 2
-    assert smallest < budget < min(recompute_alone, rows_alone) < alone_in("u-net", None)
-    both = pool.run(planned, "u-net", budget)
-    losses, state = trained_alone("u-net")
+@pytest.mark.parametrize(
+    "name", ["u-net, small", pytest.param("u-net", marks=pytest.mark.slow)]
+)
+def test_rows_and_recomputation_meet_a_budget_that_neither_meets_alone(
+    pool: RankPool, name: str
+) -> None:
+    plain = pool.run(planned, name, None)
+    recompute_alone, rows_alone = alone_in(name, 1), plain[0]["predicted"]
+    budget = int(0.85 * min(recompute_alone, rows_alone))
+    assert min(recompute_alone, rows_alone) < alone_in(name, None)
+    both = pool.run(planned, name, budget)
+    losses, state = trained_alone(name)
     for found in (*plain, *both):
         assert found["losses"] == pytest.approx(losses, rel=1e-12)
         for mine, other in zip(found["state"], state, strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-12)
         assert found["predicted"] - 256 <= found["peak"] <= found["predicted"]
-        assert found["exchanges"] > 10
+        assert found["exchanges"] >= 6
     for found in both:
         assert found["peak"] <= budget
         assert found["joins"] > 0 and "recomputed" in found["words"]

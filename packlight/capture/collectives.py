@@ -51,7 +51,8 @@ def refuse_unheard(module: fx.GraphModule, heard: Collection[str]) -> None:
     if not groups <= {*heard}:
         raise UnsupportedModelError(
             "the loss talks to other ranks, of which nothing is known here\nhint: pass the mesh "
-            "that the model was split with, and parallel=packlight.Parallel(tensor=...) or (space=...)"
+            "that the model was split with, and parallel=packlight.Parallel(tensor=...), or "
+            "space=... for samples in rows"
         )
 
 

@@ -1,10 +1,16 @@
-"""Convolutional models over several ranks: samples cut into rows, exactly."""
+"""Convolutional models over several ranks: rows of samples, or channels, with each of them."""
 
-from packlight.convolution.parallelize import (
-    LayerPlace,
-    Spatial,
-    SplitModel,
-    parallelize_convolutions,
-)
+from packlight.convolution.channels import Channels, Filters, PartModel, PartPlace
+from packlight.convolution.parallelize import Spatial, parallelize_convolutions
+from packlight.convolution.places import LayerPlace, SplitModel
 
-__all__ = ["LayerPlace", "Spatial", "SplitModel", "parallelize_convolutions"]
+__all__ = [
+    "Channels",
+    "Filters",
+    "LayerPlace",
+    "PartModel",
+    "PartPlace",
+    "Spatial",
+    "SplitModel",
+    "parallelize_convolutions",
+]

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.rnn import pad_sequence
 
 from packlight.errors import UnsupportedModelError
-from packlight.ranks.exchange import exchange_rows, join_rows
+from packlight.ranks.exchange import exchange_rows, join_rows, own_numbers
 from packlight.ranks.peers import Peers
 from packlight.ranks.rows import RowMap, bounds_of
 from packlight.torch_internals.storages import version
@@ -86,6 +87,15 @@ class Rows:
         )
 
 
+def for_all_ranks(numbers: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Return numbers for rows as (ranks, most rows of any, ...), zeros where a rank has fewer.
+
+    >>> for_all_ranks(torch.tensor([1, 2, 3]), 2).tolist()
+    [[1, 2], [3, 0]]
+    """
+    return pad_sequence(list(numbers.tensor_split(num_ranks)), batch_first=True)
+
+
 class SplitLayer(nn.Module):
     """A layer on this rank's rows; mixed into the class of the layer that it was.
 
@@ -95,7 +105,7 @@ class SplitLayer(nn.Module):
         num_dims: how many spatial dimensions its input has.
         fill: what lies in rows of padding.
         known: what it does along each axis, by how many rows this rank has along each.
-        numbers: for its rows, by the name of the buffer in which they lie.
+        numbers: for rows of all ranks, by the name of the buffer in which they lie.
     """
 
     axes: tuple[Axis, ...]
@@ -169,10 +179,20 @@ class SplitLayer(nn.Module):
                 )
 
     def keep_numbers(self) -> None:
-        """Have numbers for rows go where the layer goes; they are no part of its state."""
+        """Have numbers for rows go where the layer goes; they are no part of its state.
+
+        They are the same on all ranks: DistributedDataParallel broadcasts buffers.
+        """
         device = next(iter([*self.parameters(), *self.buffers()]), torch.empty(0)).device
         for name, values in self.numbers.items():
             self.register_buffer(name, values.to(device), persistent=False)
+
+    def own(self, name: str, axis: Axis, size: int) -> torch.Tensor:
+        """Return numbers for this rank's rows of a dimension of this many."""
+        found: torch.Tensor = own_numbers(
+            getattr(self, name), axis.num_rows(size), axis.group_name
+        )
+        return found
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return this rank's rows of the result.

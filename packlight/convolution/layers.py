@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from packlight.convolution.axis import Axis, Rows, SplitLayer
+from packlight.convolution.axis import Axis, Rows, SplitLayer, for_all_ranks
 from packlight.convolution.windows import (
     Window,
     map_of,
@@ -35,46 +35,69 @@ def per_dim(setting: Any, num_dims: int) -> tuple[Any, ...]:
     return tuple(setting) if isinstance(setting, (tuple, list)) else (setting,) * num_dims
 
 
+def pads_of(layer: Any) -> list[tuple[int, int]]:
+    """Return a convolution's rows of padding before and behind each spatial dimension."""
+    if layer.padding == "valid":
+        return [(0, 0)] * len(layer.kernel_size)
+    if layer.padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(pad, pad) for pad in layer.padding]
+
+
+def convolved(
+    layer: Any, x: torch.Tensor, pads: Sequence[tuple[int, int]], bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Return what a convolution makes of its input with so many rows of padding."""
+    padding = tuple(before for before, _ in pads)
+    is_even = all(before == behind for before, behind in pads)
+    if any(map(any, pads)) and not (is_even and layer.padding_mode == "zeros"):
+        flat = [pad for pair in reversed(pads) for pad in pair]
+        x = F.pad(x, flat, "constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+        padding = (0,) * len(pads)
+    result: torch.Tensor = _CONVOLVE[len(pads) - 1](
+        x, layer.weight, bias, layer.stride, padding, layer.dilation, layer.groups
+    )
+    return result
+
+
+def transposed(
+    layer: Any, x: torch.Tensor, padding: Sequence[int], more: Sequence[int],
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what a transposed convolution makes of its input.
+
+    Args:
+        layer: it.
+        x: the input.
+        padding: rows that are cut off at both ends.
+        more: rows that are added behind.
+        bias: of each channel.
+    """
+    result: torch.Tensor = _TRANSPOSED[len(padding) - 1](
+        x, layer.weight, bias, layer.stride, padding, more, layer.groups, layer.dilation
+    )
+    return result
+
+
 class SplitConvolution(SplitLayer):
     """A convolution: any kernel, stride, dilation, groups and padding mode."""
-
-    def pads(self) -> list[tuple[int, int]]:
-        """Return rows of padding before and behind each spatial dimension."""
-        if self.padding == "valid":
-            return [(0, 0)] * len(self.kernel_size)
-        if self.padding == "same":
-            totals = [d * (k - 1) for d, k in zip(self.dilation, self.kernel_size, strict=True)]
-            return [(total // 2, total - total // 2) for total in totals]
-        return [(pad, pad) for pad in self.padding]
 
     def rows_along(self, axis: Axis, size: int, out_size: int) -> Rows:
         """As of every layer."""
         i = axis.place
         window = Window(
-            self.kernel_size[i], self.stride[i], self.dilation[i], self.pads()[i][0],
+            self.kernel_size[i], self.stride[i], self.dilation[i], pads_of(self)[i][0],
             self.padding_mode,
         )
         return Rows(window_map(size, out_size, axis.peers.size, window), size, out_size)
 
     def on_rows(self, x: torch.Tensor, rows: Sequence[Rows]) -> torch.Tensor:
         """As of every layer."""
-        pads = self.pads()
+        pads = pads_of(self)
         for axis in self.axes:
             pads[axis.place] = (0, 0)
-        return self.over_rows(x, rows, lambda taken: self._convolved(taken, pads))
-
-    def _convolved(self, x: torch.Tensor, pads: list[tuple[int, int]]) -> torch.Tensor:
-        padding = tuple(before for before, _ in pads)
-        is_even = all(before == behind for before, behind in pads)
-        if any(map(any, pads)) and not (is_even and self.padding_mode == "zeros"):
-            flat = [pad for pair in reversed(pads) for pad in pair]
-            x = F.pad(x, flat, "constant" if self.padding_mode == "zeros" else self.padding_mode)
-            padding = (0,) * len(pads)
-        convolve = _CONVOLVE[len(pads) - 1]
-        result: torch.Tensor = convolve(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
-        return result
+        return self.over_rows(x, rows, lambda taken: convolved(self, taken, pads, self.bias))
 
 
 class SplitTransposed(SplitLayer):
@@ -92,12 +115,8 @@ class SplitTransposed(SplitLayer):
         padding, more = [*self.padding], [*self.output_padding]
         for axis in self.axes:
             padding[axis.place] = more[axis.place] = 0
-        convolve = _TRANSPOSED[len(padding) - 1]
         return self.over_rows(x, rows, lambda taken: cropped(
-            convolve(
-                taken, self.weight, self.bias, self.stride, padding, more, self.groups,
-                self.dilation,
-            ), self.axes, rows,
+            transposed(self, taken, padding, more, self.bias), self.axes, rows
         ))
 
 
@@ -162,7 +181,7 @@ class SplitAveragePool(_SplitPooling):
             per_dim(setting, self.num_dims)[axis.place]
             for setting in (self.kernel_size, self.stride, self.padding)
         )
-        starts = [row * stride - pad for row in range(*axis.bounds(out_size))]
+        starts = [row * stride - pad for row in range(out_size)]
         ends = [min(start + kernel, size + pad) for start in starts]
         if not self.count_include_pad:
             starts, ends = [max(s, 0) for s in starts], [min(e, size) for e in ends]
@@ -170,8 +189,8 @@ class SplitAveragePool(_SplitPooling):
         if self.count_include_pad and (out_size - 1) * stride - pad + kernel <= size + pad:
             return rows  # whole windows on all ranks
         name = f"_shares_{axis.dim}_{size}"
-        self.numbers[name] = torch.tensor(shares, dtype=torch.float64).view(
-            -1, *[1] * (self.num_dims - 1 - axis.place)
+        self.numbers[name] = for_all_ranks(
+            torch.tensor(shares, dtype=torch.float64), axis.peers.size
         )
         return Rows(rows.map, size, out_size, constants=(name,))
 
@@ -183,9 +202,11 @@ class SplitAveragePool(_SplitPooling):
             taken, self.kernel_size, self.stride, self.other_padding(), self.ceil_mode,
             self.count_include_pad, *more,
         ))
-        for each in rows:
+        for axis, each in zip(self.axes, rows, strict=True):
             for name in each.constants:
-                made = made * getattr(self, name).to(made.dtype)
+                assert each.out_size is not None
+                shares = self.own(name, axis, each.out_size).to(made.dtype)
+                made = made * shares.view(-1, *[1] * (made.ndim - 1 - axis.dim))
         return made
 
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils import _pytree as pytree
 
-from packlight.convolution.axis import Axis, Rows, SplitLayer
+from packlight.convolution.axis import Axis, SplitLayer
+from packlight.convolution.channels import Channels, Filters, PartModel, Parts, Style
 from packlight.convolution.dropout import SplitDropout
 from packlight.convolution.layers import (
     SplitAveragePool,
@@ -34,11 +33,15 @@ from packlight.convolution.layers import (
     SplitTransposed,
 )
 from packlight.convolution.normalization import SplitBatchNorm, SplitGroupNorm, SplitInstanceNorm
+from packlight.convolution.places import LayerPlace, SplitModel
 from packlight.convolution.resampling import SplitAdaptiveAverage, SplitAdaptiveMax, SplitUpsample
-from packlight.convolution.watch import Cut, Watch
+from packlight.convolution.tracer import Call, Tracer
+from packlight.convolution.watch import Cut
 from packlight.errors import OptionError, UnsupportedModelError
 from packlight.ranks.collectives import peers_of
-from packlight.torch_internals.dispatch import FakeTensorMode
+
+# Spatial dimensions, and sizes of input and result along each axis.
+Sizes = tuple[int, tuple[int, ...], tuple[int, ...]]
 
 # What a layer becomes.
 _SPLIT: dict[type[nn.Module], type[SplitLayer]] = {
@@ -92,117 +95,29 @@ class Spatial:
     far_halos: bool = False
 
 
-@dataclass(frozen=True)
-class LayerPlace:
-    """Where a layer's input, result and weights lie.
-
-    Attributes:
-        path: of the layer.
-        kind: its class, as it was.
-        shape: of its input, all ranks together.
-        out_shape: of its result.
-        is_cut: whether the input is cut.
-        is_cut_after: whether the result is.
-        rows: what it does along each axis; none where the input is whole.
-    """
-
-    path: str
-    kind: str
-    shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    is_cut: bool
-    is_cut_after: bool
-    rows: tuple[Rows, ...] = ()
+@overload
+def parallelize_convolutions(
+    model: nn.Module, mesh: DeviceMesh, plan: Spatial, example: Any
+) -> SplitModel: ...
 
 
-@dataclass(frozen=True)
-class SplitModel:
-    """A model on this rank's rows.
-
-    Attributes:
-        model: it, changed in place.
-        axes: the dimensions that are cut.
-        layers: where everything lies, for each example, in the order in which layers run.
-        is_cut_after: whether the model's results are this rank's rows, too.
-    """
-
-    model: nn.Module
-    axes: tuple[Axis, ...]
-    layers: tuple[LayerPlace, ...]
-    is_cut_after: bool
-
-    def part(self, whole: torch.Tensor, channels: bool = True) -> torch.Tensor:
-        """Return this rank's rows of samples.
-
-        Args:
-            whole: (batch, channels, *spatial), or labels (batch, *spatial).
-            channels: whether there are channels.
-        """
-        for axis in self.axes:
-            dim = axis.dim if channels else axis.dim - 1
-            start, end = axis.bounds(whole.shape[dim])
-            whole = whole.narrow(dim, start, end - start)
-        return whole.clone(memory_format=torch.contiguous_format)
-
-    def weight(self, *sizes: int) -> float:
-        """Return by what to multiply a mean over this rank's rows; 1 where all have as many.
-
-        The mean over ranks is then that of all rows.
-
-        Args:
-            sizes: of the dimensions that are cut, on all ranks together.
-        """
-        share = 1.0
-        for axis, size in zip(self.axes, sizes, strict=True):
-            share *= axis.num_rows(size) * axis.peers.size / size
-        return share
-
-    def describe(self) -> str:
-        """Return a table of where each layer's input, result and weights lie."""
-        names = " x ".join(f"{axis.name}={axis.peers.size}" for axis in self.axes)
-        lines = [f"dimensions {', '.join(str(a.dim) for a in self.axes)} over {names}"]
-        width = max([len(layer.path) for layer in self.layers], default=0)
-        for layer in self.layers:
-            rows = [
-                f"{axis.dim}: {_words(each, axis)}"
-                for axis, each in zip(self.axes, layer.rows, strict=False)
-            ]
-            lines.append(
-                f"{layer.path:<{width}}  {layer.kind:<18} {_shape(layer.shape, layer.is_cut)} -> "
-                f"{_shape(layer.out_shape, layer.is_cut_after)}  {'; '.join(rows)}".rstrip()
-            )
-        lines.append("weights are whole on all ranks; their gradients are the mean of all ranks'")
-        return "\n".join(lines)
-
-    def halo_rows(self) -> list[tuple[str, int, int]]:
-        """Return what this rank gets: (path, dimension, rows), where any come from others."""
-        return [
-            (layer.path, axis.dim, each.map.num_received(axis.peers.rank))
-            for layer in self.layers
-            for axis, each in zip(self.axes, layer.rows, strict=False)
-            if each.map.most_received
-        ]
-
-
-def _shape(shape: Sequence[int], is_cut: bool) -> str:
-    return f"({', '.join(map(str, shape[1:]))}) {'cut' if is_cut else 'whole'}"
-
-
-def _words(rows: Rows, axis: Axis) -> str:
-    count = rows.map.most_received
-    return f"{count} rows from others" if count else "own rows"
+@overload
+def parallelize_convolutions(
+    model: nn.Module, mesh: DeviceMesh, plan: dict[str, Style], example: Any
+) -> PartModel: ...
 
 
 def parallelize_convolutions(
-    model: nn.Module, mesh: DeviceMesh, plan: Spatial, example: Any
-) -> SplitModel:
-    """Have a model work on this rank's rows of samples; before an optimizer is made.
+    model: nn.Module, mesh: DeviceMesh, plan: Spatial | dict[str, Style], example: Any
+) -> SplitModel | PartModel:
+    """Have a model work on a rank's rows of samples, or channels; before an optimizer is made.
 
     Args:
         model: changed in place: layers that look at several rows become layers of a subclass, with
             the same parameters, names and hooks.
         mesh: of the ranks, one dimension for each that is cut.
-        plan: how samples are cut.
+        plan: how samples are cut; or how layers with weights are split, by patterns of their paths
+            (`Filters`, `Channels`): then parameters become this rank's parts.
         example: whole samples (their values do not matter: "meta" tensors do), or arguments of the
             model as a tuple; a list of these where samples have several sizes. The batch's size
             does not matter.
@@ -217,11 +132,15 @@ def parallelize_convolutions(
     """
     if isinstance(plan, Spatial):
         axes = _axes_of(mesh, plan)
-        tracer = _Tracer(model, axes)
+        splitter = _Splitter(model, axes)
         for one in example if isinstance(example, list) else [example]:
-            tracer.trace(one if isinstance(one, tuple) else (one,))
-        return tracer.split()
-    raise OptionError(f"plan is a {type(plan).__name__}\nhint: packlight.convolution.Spatial(...)")
+            splitter.see(one if isinstance(one, tuple) else (one,))
+        return splitter.split()
+    if isinstance(plan, dict) and all(isinstance(s, Filters | Channels) for s in plan.values()):
+        return Parts(model, mesh, plan).split(example if isinstance(example, tuple) else (example,))
+    raise OptionError(
+        f"plan is {plan!r}\nhint: packlight.convolution.Spatial(...), or {{'path.*': Filters()}}"
+    )
 
 
 def _axes_of(mesh: DeviceMesh, plan: Spatial) -> tuple[Axis, ...]:
@@ -238,119 +157,55 @@ def _axes_of(mesh: DeviceMesh, plan: Spatial) -> tuple[Axis, ...]:
     )
 
 
-class _Tracer:
-    """Runs a model on whole samples without memory, and sees what each layer has to become."""
+class _Splitter:
+    """Sees on whole samples what each layer has to become, and makes it that."""
 
     def __init__(self, model: nn.Module, axes: tuple[Axis, ...]) -> None:
         self.model, self.axes = model, axes
-        self.problems: dict[str, None] = {}
-        self.calls: dict[nn.Module, list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
-        self.seen_whole: set[nn.Module] = set()
+        self.expected: Cut = tuple(axis.dim for axis in axes)
+        self.whole: Cut = (None,) * len(axes)
+        self.tracer = Tracer(model, _SPLIT, self.expected, self._after)
+        self.sizes: dict[nn.Module, list[Sizes]] = {}
+        self.seen_whole: dict[nn.Module, str] = {}
         self.places: list[LayerPlace] = []
-        self.path_of = {module: path for path, module in model.named_modules()}
-        self.is_cut_after = False
-        self._running: list[nn.Module] = []
-        self._training: set[nn.Module] = set()
-        self._seen: list[tuple[nn.Module, Cut, tuple[int, ...], tuple[int, ...]]] = []
-        self._expected: Cut = tuple(axis.dim for axis in axes)
-        self._watch = Watch(len(axes), self._complain)
 
-    def _complain(self, words: str, module: nn.Module | None = None) -> None:
-        module = module or (self._running[-1] if self._running else self.model)
-        self.problems[f"{self.path_of[module] or 'the model itself'}: {words}"] = None
+    def _after(self, module: nn.Module, cut: Cut) -> Cut:
+        is_whole = cut == self.whole or _SPLIT[type(module)].is_whole_after
+        return self.whole if is_whole else self.expected
 
-    def trace(self, arguments: tuple[Any, ...]) -> None:
-        """Run the model once."""
-        handles = []
-        for module in self.path_of:
-            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-            handles.append(module.register_forward_hook(
-                self._leave, with_kwargs=True, always_call=True
-            ))
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), self._watch:
-                self._watch.is_inside = True
-                device = next(self.model.parameters(), torch.empty(0)).device
-                made = pytree.tree_map_only(
-                    torch.Tensor,
-                    lambda t: torch.empty(t.shape, dtype=t.dtype, device=device), arguments,
-                )
-                self._watch.is_inside = False
-                for tensor in pytree.tree_leaves(made):
-                    if isinstance(tensor, torch.Tensor) and tensor.ndim > max(
-                        axis.dim for axis in self.axes
-                    ):
-                        self._watch.note(tensor, self._expected)
-                results = pytree.tree_leaves(self.model(*made))
-                self.is_cut_after = any(
-                    self._watch.is_cut(t) for t in results if isinstance(t, torch.Tensor)
-                )
-        finally:
-            for handle in handles:
-                handle.remove()
-        for call in self._seen:
-            self._settle(*call)
-        self._seen.clear()
+    def see(self, arguments: tuple[Any, ...]) -> None:
+        """Look at what layers do for samples of one size."""
+        self.tracer.trace(arguments)
+        for call in self.tracer.calls:
+            self._settle(call)
+        self.tracer.calls.clear()
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._running.append(module)
-        if type(module) in _SPLIT:
-            self._watch.is_inside = True
-            if module.training:  # sizes are the same, and nothing is counted or followed
-                self._training.add(module)
-                module.training = False
-
-    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self._running.pop()
-        if module in self._training:
-            self._training.remove(module)
-            module.training = True
-        if type(module) not in _SPLIT or any(type(m) in _SPLIT for m in self._running):
+    def _settle(self, call: Call) -> None:
+        place = call.path, call.kind, call.shape, call.out_shape
+        if call.cut == self.whole:
+            self.seen_whole[call.module] = call.path
+            self.places.append(LayerPlace(*place, False, False))
             return
-        self._watch.is_inside = False
-        outputs = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
-        given = [*args, *kwargs.values()]
-        if not outputs or not given:
-            return  # it raised
-        x, cut = given[0], self._watch.cut_of(given[0])
-        self._seen.append((module, cut, tuple(x.shape), tuple(outputs[0].shape)))
-        if cut == self._watch.whole:
-            return
-        if len(given) > 1 or kwargs:
-            self._complain(f"{type(module).__name__} with arguments beside its input", module)
-        if not _SPLIT[type(module)].is_whole_after:
-            for each in outputs:
-                self._watch.note(each, self._expected)
-
-    def _settle(
-        self, module: nn.Module, cut: Cut, shape: tuple[int, ...], out_shape: tuple[int, ...]
-    ) -> None:
-        """See what a layer does that was called."""
-        path, name = self.path_of[module], type(module).__name__
-        if cut == self._watch.whole:
-            self.seen_whole.add(module)
-            self.places.append(LayerPlace(path, name, shape, out_shape, False, False))
-            return
-        if cut != self._expected:
-            self._complain(
-                f"{name} of a tensor that is cut along {cut}, where (batch, channels, *spatial) "
-                f"are cut along {self._expected}", module,
+        if call.cut != self.expected:
+            self.tracer.complain(
+                f"{call.kind} of a tensor that is cut along {call.cut}, where (batch, channels, "
+                f"*spatial) are cut along {self.expected}", call.module,
             )
             return
         sizes, out_sizes = (
-            tuple(each[axis.dim] for axis in self.axes) for each in (shape, out_shape)
+            tuple(shape[axis.dim] for axis in self.axes) for shape in (call.shape, call.out_shape)
         )
-        calls = self.calls.setdefault(module, [])
-        if (len(shape) - 2, sizes, out_sizes) not in calls:
-            calls.append((len(shape) - 2, sizes, out_sizes))
+        known = self.sizes.setdefault(call.module, [])
+        if (len(call.shape) - 2, sizes, out_sizes) not in known:
+            known.append((len(call.shape) - 2, sizes, out_sizes))
         key = tuple(a.num_rows(size) for a, size in zip(self.axes, sizes, strict=True))
         try:
-            rows = _split(copy.copy(module), self.axes, path, calls).known[key]
+            rows = _split(copy.copy(call.module), self.axes, call.path, known).known[key]
         except UnsupportedModelError as error:
-            self._complain(f"{name}: {error}", module)
+            self.tracer.complain(f"{call.kind}: {error}", call.module)
             return
-        is_cut_after = not _SPLIT[type(module)].is_whole_after
-        self.places.append(LayerPlace(path, name, shape, out_shape, True, is_cut_after, rows))
+        is_cut_after = not _SPLIT[type(call.module)].is_whole_after
+        self.places.append(LayerPlace(*place, True, is_cut_after, rows))
 
     def split(self) -> SplitModel:
         """Replace layers.
@@ -358,31 +213,26 @@ class _Tracer:
         Raises:
             UnsupportedModelError: some cannot be.
         """
-        for module in self.seen_whole & self.calls.keys():
-            self.problems[
-                f"{self.path_of[module]}: is called with tensors that are cut and with whole ones"
-            ] = None
-        if self.problems:
-            raise UnsupportedModelError(
-                "not everything in the model can work on a rank's rows\n  "
-                + "\n  ".join(text.replace("\n", "\n    ") for text in self.problems)
-                + "\nhint: layers of torch.nn in the place of functions know their rows "
-                "(nn.Upsample, nn.MaxPool2d, nn.AdaptiveAvgPool2d(1) before a classifier)"
-            )
-        for module, calls in self.calls.items():
-            _split(module, self.axes, self.path_of[module], calls).keep_numbers()
-        return SplitModel(self.model, self.axes, tuple(self.places), self.is_cut_after)
+        for module in self.seen_whole.keys() & self.sizes.keys():
+            self.tracer.complain("is called with tensors that are cut and with whole ones", module)
+        self.tracer.refuse(
+            "layers of torch.nn in the place of functions know their rows (nn.Upsample, "
+            "nn.MaxPool2d, nn.AdaptiveAvgPool2d(1) before a classifier)"
+        )
+        for module, known in self.sizes.items():
+            _split(module, self.axes, self.tracer.path_of[module], known).keep_numbers()
+        return SplitModel(self.model, self.axes, tuple(self.places), self.tracer.is_cut_after)
 
 
 def _split(
     module: nn.Module, axes: tuple[Axis, ...], path: str,
-    calls: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]],
+    known: Sequence[Sizes],
 ) -> SplitLayer:
     """Make a layer one that knows its rows, in place."""
     module.__class__ = _class_of(type(module))
     assert isinstance(module, SplitLayer)
     module.axes, module.path, module.known, module.numbers = axes, path, {}, {}
-    for num_dims, sizes, out_sizes in calls:
+    for num_dims, sizes, out_sizes in known:
         module.num_dims = num_dims
         module.check()
         module.learn(sizes, out_sizes)

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from packlight.convolution.axis import Axis, Rows, SplitLayer
+from packlight.convolution.axis import Axis, Rows, SplitLayer, for_all_ranks
 from packlight.convolution.layers import per_dim
 from packlight.convolution.windows import map_of
 from packlight.errors import UnsupportedModelError
 from packlight.ranks.collectives import all_reduce
-from packlight.ranks.rows import RowMap, Run, runs_of
+from packlight.ranks.rows import RowMap, Run, bounds_of, runs_of
 
 _ADAPTIVE_MAX: tuple[Any, ...] = (
     F.adaptive_max_pool1d, F.adaptive_max_pool2d, F.adaptive_max_pool3d,
@@ -59,12 +59,11 @@ class SplitAdaptiveAverage(_SplitAdaptive):
 
     def rows_along(self, axis: Axis, size: int, out_size: int) -> Rows:
         """As of every layer."""
-        start, end = axis.bounds(size)
-        shares = torch.zeros(out_size, end - start, dtype=torch.float64)
+        shares = torch.zeros(size, out_size, dtype=torch.float64)
         for row, (first, last) in enumerate(self.windows(size, out_size)):
-            shares[row, max(first - start, 0) : max(last - start, 0)] = 1 / (last - first)
+            shares[first:last, row] = 1 / (last - first)
         name = f"_shares_{axis.dim}_{size}"
-        self.numbers[name] = shares
+        self.numbers[name] = for_all_ranks(shares, axis.peers.size)
         same = self.nothing_needed(size, axis.peers.size)
         return Rows(same, size, None, constants=(name,))
 
@@ -72,8 +71,8 @@ class SplitAdaptiveAverage(_SplitAdaptive):
         """As of every layer."""
         x = self.pooled_elsewhere(x, _ADAPTIVE_AVERAGE)
         for axis, each in zip(self.axes, rows, strict=True):
-            shares: torch.Tensor = getattr(self, each.constants[0]).to(x.dtype)
-            x = (x.movedim(axis.dim, -1) @ shares.T).movedim(-1, axis.dim)
+            shares = self.own(each.constants[0], axis, each.size).to(x.dtype)
+            x = (x.movedim(axis.dim, -1) @ shares).movedim(-1, axis.dim)
             x = cast(torch.Tensor, all_reduce(x, "sum", axis.group_name))
         return x
 
@@ -139,20 +138,26 @@ class SplitUpsample(SplitLayer):
         low, weights = self._sources(axis, size, out_size)
         high = [row if row == size - 1 else row + 1 for row in low] if weights else low
         starts: list[int] = []
+        rows_of_ranks = [(a, b) for a, b in bounds_of(out_size, axis.peers.size) if b > a]
 
         def needed(first: int, end: int) -> tuple[Run, ...]:
             starts.append(min(low[first:end]))
             return runs_of(range(starts[-1], max(high[first:end]) + 1))
 
         rows = map_of(size, out_size, axis.peers.size, needed)
-        first, end = axis.bounds(out_size)
-        start = starts[axis.peers.rank] if end > first else 0
-        numbers = {"low": torch.tensor(low[first:end]) - start}
+        first_needed = torch.tensor([
+            start for start, (first, end) in zip(starts, rows_of_ranks, strict=True)
+            for _ in range(first, end)
+        ])
+        numbers = {"low": torch.tensor(low) - first_needed}
         if weights:
-            numbers["high"] = torch.tensor(high[first:end]) - start
-            numbers["weights"] = torch.tensor(weights[first:end], dtype=torch.float64)
+            numbers["high"] = torch.tensor(high) - first_needed
+            numbers["weights"] = torch.tensor(weights, dtype=torch.float64)
         names = {name: f"_{name}_{axis.dim}_{size}" for name in numbers}
-        self.numbers.update((names[name], values) for name, values in numbers.items())
+        self.numbers.update(
+            (names[name], for_all_ranks(values, axis.peers.size))
+            for name, values in numbers.items()
+        )
         return Rows(rows, size, out_size, constants=tuple(names.values()))
 
     def _sources(self, axis: Axis, size: int, out_size: int) -> tuple[list[int], list[float]]:
@@ -197,7 +202,8 @@ class SplitUpsample(SplitLayer):
                     recompute_scale_factor=self.recompute_scale_factor,
                 )
         for axis, each in zip(self.axes, rows, strict=True):
-            low, *more = (getattr(self, name) for name in each.constants)
+            assert each.out_size is not None
+            low, *more = (self.own(name, axis, each.out_size) for name in each.constants)
             below = x.index_select(axis.dim, low)
             if not more:
                 x = below

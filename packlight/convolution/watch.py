@@ -54,13 +54,18 @@ class Watch(TorchDispatchMode):
     Args:
         num_axes: along which samples are cut.
         complain: told what cannot be, in words.
+        meets_whole: whether calls may be given what is cut beside what is whole on all ranks:
+            each rank's gradient of that is then a part of it.
 
     Attributes:
         is_inside: whether a layer is running that is replaced: what it does there is its own.
     """
 
-    def __init__(self, num_axes: int, complain: Callable[[str], None]) -> None:
+    def __init__(
+        self, num_axes: int, complain: Callable[[str], None], meets_whole: bool = True
+    ) -> None:
         super().__init__()
+        self._meets_whole = meets_whole
         self.whole: Cut = (None,) * num_axes
         self.is_inside = False
         self._complain = complain
@@ -107,6 +112,13 @@ class Watch(TorchDispatchMode):
             return self._along(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Strange("draws a number for each of its own rows")
+        if not self._meets_whole:
+            for tensor in given:
+                if tensor.is_floating_point() and not self.is_cut(tensor):
+                    raise Strange(
+                        f"meets a tensor of {tuple(tensor.shape)}, whole on each rank, of whose "
+                        "gradient each has a part"
+                    )
         x: Any = args[0]
         if func in _SAME:
             return self.cut_of(given[-1]) if func is aten.copy_.default else self.cut_of(x)

@@ -8,10 +8,10 @@ and backwards
     returned = return_rows(gradient)      for rows that others had of this rank     (network)
     gradient = fold_rows(gradient, returned)                                        (local)
 
-Each is an operator (`join_rows` has the derivative of both, once), so a plan may keep the few rows that came over the network and join them again,
-or ask for them again. All ranks give them the same arguments but for tensors: which of them one is,
-they ask when they run. Where ranks have as many rows their results have one shape, although those
-at a border get less; so all have one graph.
+Each is an operator (`join_rows` has the derivative of both, once), so a plan may keep the few rows
+that came over the network and join them again, or ask for them again. All ranks give them the same
+arguments but for tensors: which of them one is, they ask when they run. Where ranks have as many
+rows their results have one shape, although those at a border get less; so all have one graph.
 """
 
 from __future__ import annotations
@@ -146,6 +146,17 @@ def _(
     group_name: str,
 ) -> torch.Tensor:
     return _sized(gradient, dim, RowMap.decoded(table).num_owned(members(group_name).rank))
+
+
+@torch.library.custom_op("packlight::own_numbers", mutates_args=())
+def own_numbers(numbers: torch.Tensor, count: int, group_name: str) -> torch.Tensor:
+    """Return this rank's of numbers that all ranks have for all: (ranks, most of any, ...)."""
+    return numbers[members(group_name).rank, :count].clone()
+
+
+@own_numbers.register_fake
+def _(numbers: torch.Tensor, count: int, group_name: str) -> torch.Tensor:
+    return numbers.new_empty((count, *numbers.shape[2:]))
 
 
 def _others(x: torch.Tensor, dim: int) -> list[int]:
