@@ -22,7 +22,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from packlight.convolution.axis import Axis, SplitLayer
-from packlight.convolution.channels import Channels, Filters, PartModel, Parts, Style
+from packlight.convolution.channels import PartModel, Parts
 from packlight.convolution.dropout import SplitDropout
 from packlight.convolution.layers import (
     SplitAveragePool,
@@ -33,6 +33,7 @@ from packlight.convolution.layers import (
     SplitTransposed,
 )
 from packlight.convolution.normalization import SplitBatchNorm, SplitGroupNorm, SplitInstanceNorm
+from packlight.convolution.parts import Channels, Filters, Style
 from packlight.convolution.places import LayerPlace, SplitModel
 from packlight.convolution.resampling import SplitAdaptiveAverage, SplitAdaptiveMax, SplitUpsample
 from packlight.convolution.tracer import Call, Tracer

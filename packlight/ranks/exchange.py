@@ -151,12 +151,49 @@ def _(
 @torch.library.custom_op("packlight::own_numbers", mutates_args=())
 def own_numbers(numbers: torch.Tensor, count: int, group_name: str) -> torch.Tensor:
     """Return this rank's of numbers that all ranks have for all: (ranks, most of any, ...)."""
-    return numbers[members(group_name).rank, :count].clone()
+    rank: int = members(group_name).rank
+    return numbers[rank, :count].clone()
 
 
 @own_numbers.register_fake
 def _(numbers: torch.Tensor, count: int, group_name: str) -> torch.Tensor:
     return numbers.new_empty((count, *numbers.shape[2:]))
+
+
+@torch.library.custom_op("packlight::own_part", mutates_args=())
+def own_part(x: torch.Tensor, dim: int, num_ranks: int, group_name: str) -> torch.Tensor:
+    """Return this rank's of equal parts along a dimension."""
+    rank: int = members(group_name).rank
+    return x.chunk(num_ranks, dim)[rank].clone(memory_format=torch.contiguous_format)
+
+
+@own_part.register_fake
+def _(x: torch.Tensor, dim: int, num_ranks: int, group_name: str) -> torch.Tensor:
+    return _sized(x, dim, x.shape[dim] // num_ranks)
+
+
+@torch.library.custom_op("packlight::placed_part", mutates_args=())
+def placed_part(part: torch.Tensor, dim: int, num_ranks: int, group_name: str) -> torch.Tensor:
+    """Return zeros but for this rank's of equal parts along a dimension."""
+    whole = _sized(part, dim, part.shape[dim] * num_ranks).zero_()
+    whole.chunk(num_ranks, dim)[members(group_name).rank].copy_(part)
+    return whole
+
+
+@placed_part.register_fake
+def _(part: torch.Tensor, dim: int, num_ranks: int, group_name: str) -> torch.Tensor:
+    return _sized(part, dim, part.shape[dim] * num_ranks)
+
+
+def _keep_place(ctx: Any, inputs: Any, output: Any) -> None:
+    _, *ctx.place = inputs
+
+
+def _placed(ctx: Any, gradient: torch.Tensor) -> Any:
+    return placed_part(gradient, *ctx.place), None, None, None
+
+
+own_part.register_autograd(_placed, setup_context=_keep_place)
 
 
 def _others(x: torch.Tensor, dim: int) -> list[int]:
