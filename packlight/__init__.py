@@ -65,7 +65,7 @@ _HOMES = {
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("cluster", "comm", "compress", "lossy", "optim", "sparse")
+_FOLDERS = ("cluster", "comm", "compress", "convolution", "lossy", "optim", "sparse")
 
 __all__ = [
     "EXACT_MOVES",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import packlight
@@ -16,7 +17,7 @@ from packlight.convolution import Spatial, parallelize_convolutions
 from packlight.errors import InfeasibleBudgetError
 from tests import convolution_models as models
 from tests.convolution_cases import mesh_of
-from tests.rank_pool import RankPool
+from tests.rank_pool import Raised, RankPool
 
 PARALLEL = packlight.Parallel(space="rows")
 MOVES = ("update-in-backward",)
@@ -84,13 +85,9 @@ def planned(name: str, budget: int | None) -> dict[str, Any]:
     mesh = mesh_of((2,))
     model, batches = split_model(name, mesh)
     optimizer = optimizer_of(model)
-    try:
-        step = packlight.fit(
-            model, loss_of, optimizer, batches[0], budget, mesh=mesh, parallel=PARALLEL,
-            moves=MOVES,
-        )
-    except InfeasibleBudgetError as error:
-        return {"smallest": error.smallest_bytes}
+    step = packlight.fit(
+        model, loss_of, optimizer, batches[0], budget, mesh=mesh, parallel=PARALLEL, moves=MOVES
+    )
     losses = [float(step(batch)) for batch in batches[:-1]]
     measured = step.measured(batches[-1])
     graph = step.profile.graph
@@ -106,16 +103,12 @@ def planned(name: str, budget: int | None) -> dict[str, Any]:
     }
 
 
-def alone_in(name: str, budget: int | None) -> int:
-    """Return the peak of one device's step in a budget, or the smallest that there is."""
+def smallest_alone(name: str) -> int:
+    """Return the smallest budget of one device's step, by recomputation."""
     model = model_of(name)
-    try:
-        plan = packlight.plan(
-            model, loss_of, optimizer_of(model), batches_of(name)[0], budget, moves=MOVES
-        )
-    except InfeasibleBudgetError as error:
-        return error.smallest_bytes
-    return plan.peak_bytes
+    with pytest.raises(InfeasibleBudgetError) as refused:
+        packlight.plan(model, loss_of, optimizer_of(model), batches_of(name)[0], 1, moves=MOVES)
+    return refused.value.smallest_bytes
 
 
 @pytest.mark.parametrize(
@@ -125,9 +118,8 @@ def test_rows_and_recomputation_meet_a_budget_that_neither_meets_alone(
     pool: RankPool, name: str
 ) -> None:
     plain = pool.run(planned, name, None)
-    recompute_alone, rows_alone = alone_in(name, 1), plain[0]["predicted"]
+    recompute_alone, rows_alone = smallest_alone(name), plain[0]["predicted"]
     budget = int(0.85 * min(recompute_alone, rows_alone))
-    assert min(recompute_alone, rows_alone) < alone_in(name, None)
     both = pool.run(planned, name, budget)
     losses, state = trained_alone(name)
     for found in (*plain, *both):
@@ -170,3 +162,80 @@ def planned_and_eager() -> tuple[list[float], list[float]]:
         optimizer.step()
         eager.append(float(loss.detach()))
     return losses, eager
+
+
+def both_planned() -> list[float]:
+    """Train on two ranks with a sample each, cut over two ranks each."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("samples", "rows"))
+    model, batches = model_of("u-net, small"), batches_of("u-net, small")
+    split = parallelize_convolutions(model, mesh["rows"], Spatial(2), batches[0][0])
+    place = mesh["samples"].get_local_rank()
+    batches = [
+        (split.part(x[place : place + 1]), split.part(y[place : place + 1], channels=False))
+        for x, y in batches
+    ]
+    step = packlight.fit(
+        model, loss_of, optimizer_of(model), batches[0], mesh=mesh, moves=MOVES,
+        parallel=packlight.Parallel(space="rows", data="samples"),
+    )
+    return [float(step(batch)) for batch in batches]
+
+
+@pytest.mark.slow
+def test_samples_and_rows_are_shared_on_one_mesh(tmp_path: Any) -> None:
+    pool = RankPool(4, tmp_path)
+    try:
+        results = pool.run(both_planned)
+    finally:
+        pool.close()
+    # (batch norm sees the samples of its rows' ranks alone, as with data parallel)
+    assert all(losses == results[0] for losses in results)
+    assert results[0] == pytest.approx(trained_by_halves(), rel=1e-12)
+
+
+def trained_by_halves() -> list[float]:
+    """Train on one device, one sample after the other."""
+    model, losses = model_of("u-net, small"), []
+    optimizer = optimizer_of(model)
+    for x, y in batches_of("u-net, small"):
+        optimizer.zero_grad()
+        both = [loss_of(model, (x[i : i + 1], y[i : i + 1])) / 2 for i in range(2)]
+        sum(both).backward()
+        optimizer.step()
+        losses.append(float(sum(both).detach()))
+    return losses
+
+
+def attempted(what: str) -> None:
+    mesh = mesh_of((2,))
+    model, batches = split_model("u-net, small", mesh)
+    options: dict[str, Any] = {"mesh": mesh, "parallel": PARALLEL}
+    if what == "nobody":
+        options["parallel"] = packlight.Parallel(data="rows")
+    elif what == "names":
+        options["parallel"] = packlight.Parallel(space="columns")
+    elif what == "both":
+        options["parallel"] = packlight.Parallel(space="rows", tensor="rows")
+    elif what == "uneven":
+        model = model_of("u-net, small")
+        x, y = (t[..., :30, :] for t in batches_of("u-net, small")[0])
+        split = parallelize_convolutions(model, mesh, Spatial(2), x)
+        batches = [(split.part(x), split.part(y, channels=False))]
+    packlight.fit(model, loss_of, optimizer_of(model), batches[0], **options)
+
+
+@pytest.mark.parametrize(
+    "what, kind, words",
+    [
+        ("nobody", "UnsupportedModelError", "the loss talks to other ranks"),
+        ("names", "OptionError", "the mesh has dimensions rows, and parallel= says what columns"),
+        ("both", "OptionError", "space= beside tensor= or shard="),
+        ("uneven", "RankMismatchError", "of the captured step"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_on_all_ranks(
+    pool: RankPool, what: str, kind: str, words: str
+) -> None:
+    for outcome in pool.outcomes(attempted, what):
+        assert isinstance(outcome, Raised), what
+        assert outcome.kind == kind and words in outcome.text, outcome.trace

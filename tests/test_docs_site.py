@@ -53,7 +53,10 @@ def described(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step"],
+    [
+        "packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step",
+        "packlight.convolution",
+    ],
 )
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     public = set(importlib.import_module(module).__all__) - {"__version__"}
