@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -223,3 +224,29 @@ def worst_of(seeds: list[int], shape: tuple[int, ...]) -> tuple[float, str, int]
             worst, words = found[name], f"seed {seed}, {name}: {case}"
     return worst, words, count
 
+
+class OneDevicesDropout(nn.Module):
+    """Dropout by positions, written out."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        seed = int(torch.randint(2**62, (), dtype=torch.int64))
+        z = np.uint64(seed) + np.arange(x.numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+        kept = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 >= self.p
+        return x * torch.from_numpy(kept).view(x.shape) / (1 - self.p)
+
+
+def on_one_device(model: nn.Module) -> nn.Module:
+    """Return a copy whose dropout is written out."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.Dropout):
+                setattr(module, name, OneDevicesDropout(child.p))
+    return model

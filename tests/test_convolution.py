@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +12,7 @@ from torch import nn
 
 from packlight.convolution import Spatial, parallelize_convolutions
 from tests import convolution_models as models
-from tests.convolution_cases import compared, mesh_of, worst_of
+from tests.convolution_cases import compared, mesh_of, on_one_device, worst_of
 from tests.rank_pool import Raised, RankPool
 
 TOLERANCE = 1e-12
@@ -55,33 +53,6 @@ MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "u-net of volumes": (lambda: models.UNet(num_dims=3), (1, 1, 28, 8, 8)),
     "gated": (lambda: models.Gated(), (2, 3, 25, 9)),
 }
-
-
-class OneDevicesDropout(nn.Module):
-    """Dropout by positions, written out."""
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seed = int(torch.randint(2**62, (), dtype=torch.int64))
-        z = np.uint64(seed) + np.arange(x.numel(), dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z ^= z >> np.uint64(31)
-        kept = (z >> np.uint64(11)).astype(np.float64) * 2.0**-53 >= self.p
-        return x * torch.from_numpy(kept).view(x.shape) / (1 - self.p)
-
-
-def on_one_device(model: nn.Module) -> nn.Module:
-    """Return a copy whose dropout is written out."""
-    model = copy.deepcopy(model)
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, nn.Dropout):
-                setattr(module, name, OneDevicesDropout(child.p))
-    return model
 
 
 def whole_model(name: str, mesh_shape: tuple[int, ...], dims: Any) -> dict[str, float]:

@@ -43,7 +43,8 @@ def main() -> int:
     arguments.out.unlink(missing_ok=True)
     for num_ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure_rank, (num_ranks, folder, arguments.steps, arguments.out, told), num_ranks)
+            given = num_ranks, folder, arguments.steps, arguments.out, told
+            mp.spawn(measure_rank, given, num_ranks)
     lines = report(read_lines(arguments.out, Record))
     replace_between_markers(FOLDER / "README.md", "convolutions", lines)
     return 0
