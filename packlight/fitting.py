@@ -231,7 +231,7 @@ def _request(
         _refuse_together(options)
     elif ranks is not None or modelled is not None:
         names |= {DataParallel.name}
-    spoken = frozenset() if ranks is None else spoken_groups(mesh, parallel)
+    spoken = () if ranks is None else spoken_groups(mesh, parallel)
     loss_weight = options.get("loss_weight")
     if spoken:
         names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank

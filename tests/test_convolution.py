@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -107,6 +108,8 @@ def attempted(what: str) -> Any:
     elif what == "sizes":
         split = parallelize_convolutions(model, mesh, Spatial(2), torch.empty(shape))
         split.model(torch.zeros(1, 3, 5, 16))
+    elif what == "others":
+        shape = (1, 3, 16 + dist.get_rank() // 3, 16)
     parallelize_convolutions(model, mesh, Spatial(dims), torch.empty(shape, device="meta"))
 
 
@@ -155,6 +158,7 @@ class Standardized(nn.Conv2d):
         ("classifier", ["1: aten.", "puts dimension 2, which is cut, together with others"]),
         ("positions", ["the model itself: aten.add meets a tensor of (1, 3, 16, 16), whole"]),
         ("own", ["0: aten.convolution is not known"]),
+        ("others", ["rank 3 differs from rank 0 in the example: [(1, 3, 17, 16)], where rank 0"]),
         ("sizes", ["0: this rank has (5,) rows of the input", "of which it has [(4,)]"]),
     ],
 )

@@ -3,7 +3,8 @@
     python -m benchmarks.convolutions       # into results.jsonl and the table of README.md
 
 Halo bytes are counted where they are handed to the network, and computed from the table that
-`SplitModel.describe` prints: rows that come from others times what a row takes, forward and back.
+`SplitModel.describe` prints: rows that come from others times what a row takes, forward and back
+(but for the sample's own, which needs no gradient).
 """
 
 from __future__ import annotations

@@ -136,7 +136,7 @@ def _measured(name: str, num_ranks: int, steps: int) -> Record:
         split = parallelize_convolutions(model, mesh, Spatial(2), x)
         x = split.part(x)
         y = split.part(y, channels=False) if split.is_cut_after else y
-        formula = 2 * halo_bytes(split)
+        formula = halo_bytes(split)
 
     def step() -> torch.Tensor:
         loss = F.cross_entropy(model(x), y)
@@ -162,12 +162,17 @@ def _measured(name: str, num_ranks: int, steps: int) -> Record:
 
 
 def halo_bytes(split: SplitModel) -> int:
-    """Return the bytes of rows that come to this rank in a forward, by the table."""
+    """Return the bytes of rows that come to this rank in a step, by the table.
+
+    What comes in the forward goes back in the backward, but for the first layer's: the sample needs
+    no gradient.
+    """
     total = 0
-    for layer in split.layers:
+    for place, layer in enumerate(split.layers):
         for axis, rows in zip(split.axes, layer.rows, strict=False):
             row_elements = prod(layer.shape) // layer.shape[axis.dim]
-            total += 4 * row_elements * rows.map.num_received(axis.peers.rank)
+            num_ways = 1 if place == 0 else 2
+            total += num_ways * 4 * row_elements * rows.map.num_received(axis.peers.rank)
     return total
 
 

@@ -16,10 +16,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, overload
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils import _pytree as pytree
 
 from packlight.convolution.axis import Axis, SplitLayer
 from packlight.convolution.channels import PartModel, Parts
@@ -38,7 +41,7 @@ from packlight.convolution.places import LayerPlace, SplitModel
 from packlight.convolution.resampling import SplitAdaptiveAverage, SplitAdaptiveMax, SplitUpsample
 from packlight.convolution.tracer import Call, Tracer
 from packlight.convolution.watch import Cut
-from packlight.errors import OptionError, UnsupportedModelError
+from packlight.errors import OptionError, RankMismatchError, UnsupportedModelError
 from packlight.ranks.collectives import peers_of
 
 # Spatial dimensions, and sizes of input and result along each axis.
@@ -130,7 +133,9 @@ def parallelize_convolutions(
         UnsupportedModelError: layers or calls that cannot be cut, with their paths; nothing was
             changed.
         OptionError: plan and mesh do not fit.
+        RankMismatchError: ranks were given different models, plans or examples.
     """
+    _compare(mesh, model, plan, example)
     if isinstance(plan, Spatial):
         axes = _axes_of(mesh, plan)
         splitter = _Splitter(model, axes)
@@ -142,6 +147,32 @@ def parallelize_convolutions(
     raise OptionError(
         f"plan is {plan!r}\nhint: packlight.convolution.Spatial(...), or {{'path.*': Filters()}}"
     )
+
+
+def _compare(mesh: DeviceMesh, model: nn.Module, plan: Any, example: Any) -> None:
+    """Raise where a rank was asked for something else than the first one, on all of them."""
+    leaves = pytree.tree_leaves(example)
+    mine = [
+        ("the plan", repr(plan)),
+        ("the example", str([tuple(leaf.shape) for leaf in leaves if hasattr(leaf, "shape")])),
+        *((f"layer {path!r}", f"{type(module).__name__}({module.extra_repr()})")
+          for path, module in model.named_modules()),
+    ]
+    everybody = {dist.get_rank(): mine}
+    for group in mesh.get_all_groups():  # along one dimension, then all of these along the next
+        known: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(known, everybody, group)
+        everybody = {rank: facts for some in known for rank, facts in some.items()}
+    ranks = sorted(everybody)
+    for rank in ranks[1:]:
+        for one, another in zip_longest(
+            everybody[ranks[0]], everybody[rank], fillvalue=("the number of layers", "fewer")
+        ):
+            if one != another:
+                raise RankMismatchError(
+                    one[0], ranks.index(rank), one[1], another[1], "every rank has to call "
+                    "parallelize_convolutions with the same model, plan and example"
+                )
 
 
 def _axes_of(mesh: DeviceMesh, plan: Spatial) -> tuple[Axis, ...]:

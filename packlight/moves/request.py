@@ -60,7 +60,7 @@ class Request:
     modelled: ModelledMesh | None = None
     placements: tuple[Placement, ...] = ()
     is_tensor_parallel: bool = False
-    spoken: frozenset[str] = frozenset()
+    spoken: tuple[str, ...] = ()
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
     max_gradient_error: float | None = None

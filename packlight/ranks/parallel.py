@@ -143,19 +143,22 @@ def ranks_of(
     return known
 
 
-def spoken_groups(mesh: Any, parallel: Parallel | None) -> frozenset[str]:
+def spoken_groups(mesh: Any, parallel: Parallel | None) -> tuple[str, ...]:
     """Return the names of torch's groups in which a model's own ranks may tell one another things.
+
+    They are in the order of what `parallel` says, which is that of other ranks, too, whose names
+    may be others.
 
     Args:
         mesh: of the ranks.
         parallel: what its dimensions are for.
     """
     if parallel is None or not isinstance(mesh, DeviceMesh):
-        return frozenset()
+        return ()
     if parallel.tensor is not None and mesh.ndim == 1:
-        return frozenset({str(mesh.get_group().group_name)})
+        return (str(mesh.get_group().group_name),)
     names = (*filter(None, (parallel.tensor,)), *parallel.space_dims)
-    return frozenset(str(mesh.get_group(name).group_name) for name in names)
+    return tuple(str(mesh.get_group(name).group_name) for name in names)
 
 
 def _refuse_others(mesh: DeviceMesh, parallel: Parallel) -> None:

@@ -66,11 +66,6 @@ def agreed(planner: WayPlanner, find: Callable[[], Ready]) -> Ready:
         for digest in dict.fromkeys(identity.digest for identity in identities)
     }
     _compare_graphs(ranks, planner, identities)
-    if planner.request.is_talkative and len(leader_of) > 1:
-        raise RankMismatchError(
-            "the number of rows", *_other_rows(identities),
-            "ranks whose models tell one another things run one plan: parts of one size",
-        )
     if planner.request.shards:  # all gather parameters in one order: that of one schedule
         most = max(range(ranks.size), key=lambda rank: identities[rank].num_rows or 0)
         leader_of = {identities[most].digest: most}
@@ -126,17 +121,8 @@ class _Identity:
             rows: int | None = num_rows(planner.batch)
         except ValueError:
             rows = None
-        text = "\n".join(_operations(whole.graph_module, request.is_tensor_parallel))
+        text = "\n".join(_operations(whole.graph_module, request))
         return cls(facts, hashlib.sha256(text.encode()).hexdigest(), rows)
-
-
-def _other_rows(identities: Sequence[_Identity]) -> tuple[int, str, str]:
-    """Return the first rank whose graph is not rank 0's, and both numbers of rows."""
-    first = identities[0]
-    rank, other = next(
-        (rank, other) for rank, other in enumerate(identities) if other.digest != first.digest
-    )
-    return rank, str(first.num_rows), str(other.num_rows)
 
 
 def _asked(request: Request) -> dict[str, str]:
@@ -188,12 +174,15 @@ def _compare(identities: Sequence[_Identity]) -> None:
                 raise RankMismatchError(name, rank, value, found, hint)
 
 
-def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
+def _operations(module: fx.GraphModule, request: Request) -> list[str]:
     """Return a graph's calls, each as text: targets, literal arguments, shapes, dtypes, strides.
+
+    Where weights lie in parts with all ranks, numbers may say which part; names of groups are each
+    rank's own.
 
     Args:
         module: the graph.
-        is_of_parts: weights lie in parts with all ranks, and numbers may say which part.
+        request: what it was captured for.
     """
     place_of: dict[fx.Node, int] = {}
 
@@ -202,8 +191,10 @@ def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
             return f"%{place_of[leaf]}"
         if isinstance(leaf, torch.Tensor):
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}"
-        if is_of_parts and type(leaf) in (int, float):
+        if request.is_tensor_parallel and type(leaf) in (int, float):
             return "a number"
+        if isinstance(leaf, str) and leaf and {*leaf.split()} <= {*request.spoken}:
+            return " ".join(f"group {request.spoken.index(name)}" for name in leaf.split())
         text = repr(leaf)
         return type(leaf).__name__ if " at 0x" in text else text  # a mesh, each rank's own
 
@@ -219,17 +210,20 @@ def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
 def _compare_graphs(
     ranks: Ranks, planner: WayPlanner, identities: Sequence[_Identity]
 ) -> None:
-    """Raise where ranks with as many rows have other graphs: their models differ."""
+    """Raise where ranks with as many rows have other graphs: their models differ.
+
+    Ranks whose models tell one another things need one graph whatever they have.
+    """
     digest_of: dict[int | None, tuple[int, str]] = {}
     strange: tuple[int, int] | None = None
     for rank, identity in enumerate(identities):
-        other, digest = digest_of.setdefault(identity.num_rows, (rank, identity.digest))
+        rows = None if planner.request.is_talkative else identity.num_rows
+        other, digest = digest_of.setdefault(rows, (rank, identity.digest))
         if digest != identity.digest and strange is None:
             strange = other, rank
     if strange is None:
         return
-    is_of_parts = planner.request.is_tensor_parallel
-    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module, is_of_parts))
+    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module, planner.request))
     one, another = (graphs[rank] for rank in strange)
     place = next(
         (i for i, pair in enumerate(zip(one, another, strict=False)) if pair[0] != pair[1]),
