@@ -40,10 +40,11 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
 def test_random_chains_of_layers_are_those_of_one_device(
     pool: RankPool, mesh: tuple[int, ...], first: int, count: int
 ) -> None:
-    seeds = [*range(first, first + count)]
-    for worst, where, num_run in pool.run(worst_of, seeds, mesh):
-        assert worst <= TOLERANCE, where
-        assert num_run in (0, count)
+    for start in range(first, first + count, 10):  # a pool waits so long for each call
+        seeds = [*range(start, min(start + 10, first + count))]
+        for worst, where, num_run in pool.run(worst_of, seeds, mesh):
+            assert worst <= TOLERANCE, where
+            assert num_run in (0, len(seeds))
 
 
 MODELS: dict[str, tuple[Any, tuple[int, ...]]] = {
