@@ -69,7 +69,9 @@ _HOMES = {
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("cluster", "comm", "compress", "ensemble", "lossy", "optim", "sparse", "trials")
+_FOLDERS = (
+    "cluster", "comm", "compress", "convolution", "ensemble", "lossy", "optim", "sparse", "trials",
+)
 
 __all__ = [
     "EXACT_MOVES",

@@ -28,7 +28,7 @@ from packlight.moves.registry import (
 )
 from packlight.moves.request import Beside, Request
 from packlight.ranks.modelled import ModelledMesh
-from packlight.ranks.parallel import Parallel, ranks_of
+from packlight.ranks.parallel import Parallel, ranks_of, spoken_groups
 from packlight.run.train_step import TrainStep
 from packlight.search.saved import read_way
 from packlight.search.way import Way
@@ -229,9 +229,14 @@ def _request(
     is_tensor_parallel = ranks is not None and parallel is not None and bool(parallel.tensor)
     if is_tensor_parallel:
         _refuse_together(options)
-        names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank
     elif ranks is not None or modelled is not None:
         names |= {DataParallel.name}
+    spoken = () if ranks is None else spoken_groups(mesh, parallel)
+    loss_weight = options.get("loss_weight")
+    if spoken:
+        names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank
+        if loss_weight is None and not is_tensor_parallel:
+            loss_weight = "rows"  # as many on all ranks: all losses count the same
     placements = () if parallel is None else parallel.placements
     if placements:  # each gradient's piece goes to its rank, where it is used up
         names |= {UpdateInBackward.name}
@@ -247,13 +252,14 @@ def _request(
         allowed,
         Clipping(options.get("clip_grad_norm"), options.get("clip_grad_value")),
         scaler,
-        options.get("loss_weight"),
+        loss_weight,
         None if directory is None else Path(directory),
         options.get("progress", True) and (ranks is None or ranks.rank == 0),
         ranks,
         modelled,
         placements,
         is_tensor_parallel,
+        spoken,
         accumulates,
         _beside(options.get("beside", ())),
         _checked_error(options.get("max_gradient_error"), allowed),

@@ -56,6 +56,7 @@ def described(module: str) -> set[str]:
     [
         "packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step",
         "packlight.trials", "packlight.ensemble",
+        "packlight.convolution",
     ],
 )
 def test_every_public_name_is_in_the_reference(module: str) -> None:

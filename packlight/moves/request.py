@@ -37,6 +37,7 @@ class Request:
         ranks: that train together, each on its part of the batch; None for one process.
         modelled: ranks that are planned for and not there.
         is_tensor_parallel: those ranks have parts of the weights, and one batch.
+        spoken: names of torch's groups in which the model's own ranks tell one another things.
         placements: where parameters in pieces may lie, the fastest first; none for whole ones.
         accumulates: gradients of several batches are added up before an update.
         beside: optimizers, modules and tensors that the loop keeps while the step runs.
@@ -59,6 +60,7 @@ class Request:
     modelled: ModelledMesh | None = None
     placements: tuple[Placement, ...] = ()
     is_tensor_parallel: bool = False
+    spoken: tuple[str, ...] = ()
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
     max_gradient_error: float | None = None
@@ -67,6 +69,11 @@ class Request:
     def shards(self) -> bool:
         """Whether parameters lie in pieces with all ranks."""
         return bool(self.placements)
+
+    @property
+    def is_talkative(self) -> bool:
+        """Whether the model needs all ranks to run: none of them can look at some rows alone."""
+        return bool(self.spoken)
 
     @property
     def data_ranks(self) -> Ranks | None:

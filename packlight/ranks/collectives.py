@@ -1,9 +1,9 @@
 """What a model's own ranks tell one another in its forward and backward, one operator each.
 
 A traced model has a collective and a wait behind it. Here both are one call with a result of its
-own, so that a plan may have it run again, or drop what it made, as any other operation. They go
-through `Ranks`: who waits for a rank that has left its step ends, too, and memory is let go of
-where the schedule frees it.
+own, so that a plan may have it run again, or drop what it made, as any other operation. In a step
+they go through `Ranks`: who waits for a rank that has left its step ends, too, and memory is let go
+of where the schedule frees it. Outside of one they go through the group itself.
 
 While a plan is made, calls are timed on one rank alone: `silent` has them say nothing then.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 
 from packlight.ranks.group import Ranks
+from packlight.ranks.peers import Peers
 from packlight.torch_internals.storages import num_storage_references
 
 # Of torch's functional collectives.
@@ -27,6 +29,7 @@ OPERATIONS = {
 }
 
 _members: WeakValueDictionary[str, Ranks] = WeakValueDictionary()
+_peers: WeakValueDictionary[str, Peers] = WeakValueDictionary()
 _is_silent = False
 
 
@@ -35,9 +38,23 @@ def talk_through(group_name: str, ranks: Ranks) -> None:
     _members[group_name] = ranks
 
 
-def is_heard(group_name: str) -> bool:
-    """Whether what is said in a group of torch's is said through ranks."""
-    return group_name in _members
+def peers_of(group: dist.ProcessGroup) -> Peers:
+    """Return the ranks of a group of torch's; as long as they are held, operators reach them."""
+    name = str(group.group_name)
+    return _peers.get(name) or _peers.setdefault(name, Peers(group))
+
+
+def members(group_name: str) -> Any:
+    """Return the `Ranks` or `Peers` that say what is said in a group of torch's."""
+    ranks = _members.get(group_name)
+    if ranks is not None and not (ranks.has_failed and group_name in _peers):
+        return ranks
+    return _peers[group_name]
+
+
+def is_silent() -> bool:
+    """Whether nothing is said for a while."""
+    return _is_silent
 
 
 @contextmanager
@@ -56,7 +73,7 @@ def all_reduce(value: torch.Tensor, operation: str, group_name: str) -> torch.Te
     """Return what all ranks have, reduced."""
     result = value.contiguous().clone()
     if not _is_silent:
-        ranks = _members[group_name]
+        ranks = members(group_name)
         references = num_storage_references(result)
         ranks.wait(ranks.start(result.view(-1), OPERATIONS[operation]))
         ranks.wait_let_go(result, references)
@@ -68,6 +85,19 @@ def _(value: torch.Tensor, operation: str, group_name: str) -> torch.Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
+def _keep(ctx: Any, inputs: Any, output: Any) -> None:
+    _, ctx.operation, ctx.group_name = inputs
+    assert ctx.operation == "sum" or not output.requires_grad, "sums alone have a derivative"
+
+
+def _summed(ctx: Any, gradient: torch.Tensor) -> Any:
+    """Each rank's result is of use to its own loss: what all of these losses say, added up."""
+    return all_reduce(gradient, ctx.operation, ctx.group_name), None, None
+
+
+all_reduce.register_autograd(_summed, setup_context=_keep)
+
+
 @torch.library.custom_op("packlight::all_gather", mutates_args=())
 def all_gather(value: torch.Tensor, num_ranks: int, group_name: str) -> torch.Tensor:
     """Return what all ranks have, one behind the other along the first dimension."""
@@ -76,7 +106,7 @@ def all_gather(value: torch.Tensor, num_ranks: int, group_name: str) -> torch.Te
     if _is_silent:
         result.zero_()
         return result
-    ranks = _members[group_name]
+    ranks = members(group_name)
     parts[ranks.rank].copy_(value)
     references = num_storage_references(result)
     sent = [ranks.start_sharing(part.view(-1), owner) for owner, part in enumerate(parts)]
@@ -96,7 +126,7 @@ def reduce_scatter(
     value: torch.Tensor, operation: str, num_ranks: int, group_name: str
 ) -> torch.Tensor:
     """Return this rank's part, along the first dimension, of what all ranks have, reduced."""
-    rank = 0 if _is_silent else _members[group_name].rank
+    rank = 0 if _is_silent else members(group_name).rank
     reduced = value if _is_silent else all_reduce(value, operation, group_name)
     return reduced.chunk(num_ranks)[rank].clone(memory_format=torch.contiguous_format)
 
@@ -109,4 +139,5 @@ def _(value: torch.Tensor, operation: str, num_ranks: int, group_name: str) -> t
 ALL_REDUCE = torch.ops.packlight.all_reduce.default
 ALL_GATHER = torch.ops.packlight.all_gather.default
 REDUCE_SCATTER = torch.ops.packlight.reduce_scatter.default
-COLLECTIVES = frozenset({ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER})
+# Operators by which ranks tell one another something; the group's name is their last argument.
+COLLECTIVES: set[Any] = {ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER}

@@ -175,6 +175,21 @@ class Ranks:
         work = dist.broadcast(tensor, group=group, group_src=owner, async_op=True)
         return self._sent(work, tensor)
 
+    def start_exchange(
+        self, received: torch.Tensor, sent: torch.Tensor, come: list[int], gone: list[int]
+    ) -> Sent:
+        """Start sending rows of a tensor to each rank, and getting theirs, in the order of ranks.
+
+        Args:
+            received: filled; contiguous.
+            sent: contiguous.
+            come: how many rows each rank sends to this one.
+            gone: how many this one sends to each.
+        """
+        group = self._group_for(sent)
+        work = dist.all_to_all_single(received, sent, come, gone, group=group, async_op=True)
+        return self._sent(work, sent)
+
     def refuse_parted(self) -> None:
         """Raise where a rank has left an earlier step: nothing more can be said."""
         if self.has_failed:

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from packlight.errors import OptionError, UnsupportedModelError
+from packlight.ranks.collectives import talk_through
 from packlight.ranks.group import Ranks
 from packlight.ranks.pieces import Placement
 
@@ -37,6 +38,9 @@ class Parallel:
             gradients at least.
         tensor: name of the dimension along which weights lie in parts (`packlight.localize`): all
             ranks have the same batch. It is the only dimension yet.
+        space: name of the dimension (or names of several) along which samples are cut
+            (`packlight.convolution`): each rank has its rows of each sample, and all weights. Along
+            `data`, if that is given, ranks have other samples.
         timeout_seconds: how long a rank waits for another one, in planning too.
 
     >>> Parallel(data="data").timeout_seconds
@@ -47,6 +51,7 @@ class Parallel:
     shard: str | None = None
     pieces: str = Placement.PARAMETER.value
     tensor: str | None = None
+    space: str | tuple[str, ...] | None = None
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
@@ -55,11 +60,22 @@ class Parallel:
                 "tensor= beside data= or shard= is not there yet\nhint: one of them, on a mesh of "
                 "one dimension"
             )
+        if self.space is not None and (self.tensor or self.shard):
+            raise OptionError(
+                "space= beside tensor= or shard= is not there yet\nhint: beside data= it is"
+            )
         known = [*map(str, Placement), PLANNED]
         if self.pieces not in known:
             raise OptionError(
                 f"pieces={self.pieces!r} of parameters are none\nhint: {', '.join(known)}"
             )
+
+    @property
+    def space_dims(self) -> tuple[str, ...]:
+        """The dimensions along which samples are cut."""
+        if self.space is None:
+            return ()
+        return (self.space,) if isinstance(self.space, str) else tuple(self.space)
 
     @property
     def placements(self) -> tuple[Placement, ...]:
@@ -105,19 +121,57 @@ def ranks_of(
         )
     if mesh.device_type != device.type:
         raise OptionError(f"the mesh is of {mesh.device_type}, the model is on {device.type}")
-    asked = parallel
-    if parallel.tensor is not None:
-        asked = replace(parallel, data=parallel.tensor, tensor=None)
-    group = mesh.get_group(_data_dimension(mesh, asked))
-    known = _known.get(group)
-    if known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds:
+    if parallel.space_dims:
+        _refuse_others(mesh, parallel)
+        group = mesh.get_group(parallel.space_dims[0])
+        members = mesh.mesh.flatten().tolist()
+    else:
+        asked = parallel
+        if parallel.tensor is not None:
+            asked = replace(parallel, data=parallel.tensor, tensor=None)
+        group = mesh.get_group(_data_dimension(mesh, asked))
         members = dist.get_process_group_ranks(group)
+    known = _known.get(group)
+    if (
+        known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds
+        or known.size != len(members)
+    ):
         known = _known[group] = Ranks(members, device, parallel.timeout_seconds)
-    if parallel.tensor is not None:
-        from packlight.ranks.collectives import talk_through
-
-        talk_through(group.group_name, known)
+    for name in spoken_groups(mesh, parallel):
+        if len(members) == dist.get_world_size(group):  # a part of them speaks by itself
+            talk_through(name, known)
     return known
+
+
+def spoken_groups(mesh: Any, parallel: Parallel | None) -> tuple[str, ...]:
+    """Return the names of torch's groups in which a model's own ranks may tell one another things.
+
+    They are in the order of what `parallel` says, which is that of other ranks, too, whose names
+    may be others.
+
+    Args:
+        mesh: of the ranks.
+        parallel: what its dimensions are for.
+    """
+    if parallel is None or not isinstance(mesh, DeviceMesh):
+        return ()
+    if parallel.tensor is not None and mesh.ndim == 1:
+        return (str(mesh.get_group().group_name),)
+    names = (*filter(None, (parallel.tensor,)), *parallel.space_dims)
+    return tuple(str(mesh.get_group(name).group_name) for name in names)
+
+
+def _refuse_others(mesh: DeviceMesh, parallel: Parallel) -> None:
+    """Raise where a mesh is not what ranks that cut samples need."""
+    names, wanted = mesh.mesh_dim_names or (), {*parallel.space_dims}
+    if parallel.data is not None:
+        wanted.add(parallel.data)
+    if {*names} != wanted:
+        raise OptionError(
+            f"the mesh has dimensions {', '.join(names) or 'without names'}, and parallel= says "
+            f"what {', '.join(sorted(wanted))} are for\nhint: name all of them, and no others, in "
+            "packlight.Parallel(space=..., data=...)"
+        )
 
 
 def _data_dimension(mesh: DeviceMesh, parallel: Parallel) -> int:

@@ -94,10 +94,13 @@ def _refuse_uneven(name: str, parameter: Any) -> None:
 
 
 def parts_of_ranks(model: nn.Module) -> set[int]:
-    """Return the ids of a localized model's parameters whose values differ between ranks."""
-    return {
+    """Return the ids of a model's parameters whose values differ between ranks."""
+    of_dtensors = {
         id(made.original)
         for made in model.modules()
         if isinstance(made, parametrize.ParametrizationList)
         and any(isinstance(step, AsDTensor) and not step.is_same_on_all for step in made)
     }
+    # Layers that are parts themselves say so (`packlight.convolution`).
+    of_layers = {id(p) for m in model.modules() for p in getattr(m, "packlight_parts", ())}
+    return of_dtensors | of_layers

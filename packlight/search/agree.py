@@ -121,7 +121,7 @@ class _Identity:
             rows: int | None = num_rows(planner.batch)
         except ValueError:
             rows = None
-        text = "\n".join(_operations(whole.graph_module, request.is_tensor_parallel))
+        text = "\n".join(_operations(whole.graph_module, request))
         return cls(facts, hashlib.sha256(text.encode()).hexdigest(), rows)
 
 
@@ -144,6 +144,7 @@ def _asked(request: Request) -> dict[str, str]:
         "the loss scaler": str(None if request.scaler is None else request.scaler.state_dict()),
         "loss_weight=": "a function" if callable(request.loss_weight) else str(request.loss_weight),
         "tensor=": "yes" if request.is_tensor_parallel else "no",
+        "space=": "yes" if request.is_talkative else "no",
         "pieces=": ", ".join(request.placements) or "none",
         "offloading": "yes" if request.offload_directory is not None else "no",
         "the optimizer": type(optimizer).__name__,
@@ -173,12 +174,15 @@ def _compare(identities: Sequence[_Identity]) -> None:
                 raise RankMismatchError(name, rank, value, found, hint)
 
 
-def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
+def _operations(module: fx.GraphModule, request: Request) -> list[str]:
     """Return a graph's calls, each as text: targets, literal arguments, shapes, dtypes, strides.
+
+    Where weights lie in parts with all ranks, numbers may say which part; names of groups are each
+    rank's own.
 
     Args:
         module: the graph.
-        is_of_parts: weights lie in parts with all ranks, and numbers may say which part.
+        request: what it was captured for.
     """
     place_of: dict[fx.Node, int] = {}
 
@@ -187,8 +191,10 @@ def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
             return f"%{place_of[leaf]}"
         if isinstance(leaf, torch.Tensor):
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}"
-        if is_of_parts and type(leaf) in (int, float):
+        if request.is_tensor_parallel and type(leaf) in (int, float):
             return "a number"
+        if isinstance(leaf, str) and leaf and {*leaf.split()} <= {*request.spoken}:
+            return " ".join(f"group {request.spoken.index(name)}" for name in leaf.split())
         text = repr(leaf)
         return type(leaf).__name__ if " at 0x" in text else text  # a mesh, each rank's own
 
@@ -204,17 +210,20 @@ def _operations(module: fx.GraphModule, is_of_parts: bool) -> list[str]:
 def _compare_graphs(
     ranks: Ranks, planner: WayPlanner, identities: Sequence[_Identity]
 ) -> None:
-    """Raise where ranks with as many rows have other graphs: their models differ."""
+    """Raise where ranks with as many rows have other graphs: their models differ.
+
+    Ranks whose models tell one another things need one graph whatever they have.
+    """
     digest_of: dict[int | None, tuple[int, str]] = {}
     strange: tuple[int, int] | None = None
     for rank, identity in enumerate(identities):
-        other, digest = digest_of.setdefault(identity.num_rows, (rank, identity.digest))
+        rows = None if planner.request.is_talkative else identity.num_rows
+        other, digest = digest_of.setdefault(rows, (rank, identity.digest))
         if digest != identity.digest and strange is None:
             strange = other, rank
     if strange is None:
         return
-    is_of_parts = planner.request.is_tensor_parallel
-    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module, is_of_parts))
+    graphs = ranks.gather(lambda: _operations(planner.draft(()).graph_module, planner.request))
     one, another = (graphs[rank] for rank in strange)
     place = next(
         (i for i, pair in enumerate(zip(one, another, strict=False)) if pair[0] != pair[1]),

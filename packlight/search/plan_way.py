@@ -30,7 +30,7 @@ from packlight.moves.registry import of_package
 from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
-from packlight.ranks.collectives import COLLECTIVES, is_heard, silent
+from packlight.ranks.collectives import COLLECTIVES, silent
 from packlight.search.finish import finish_seconds
 from packlight.search.heard import timing_collectives
 from packlight.search.judge import judged
@@ -157,8 +157,7 @@ class WayPlanner:
             with naming_failures():
                 self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
             self.costs.refuse_unread(self._traced[size].loss)
-            is_split = self.request.is_tensor_parallel
-            refuse_unheard(self._traced[size].loss.joint, lambda n: is_split and is_heard(n))
+            refuse_unheard(self._traced[size].loss.joint, self.request.spoken)
         return self._traced[size]
 
     def resident_bytes(self, moves: Moves) -> int:

@@ -135,7 +135,7 @@ def cache_key(whole: Draft) -> str | None:
         whole.costs.optimizer_bytes,
         None if request.ranks is None else [
             request.ranks.size, whole.costs.agreed_buckets, request.placements,
-            request.is_tensor_parallel,
+            request.is_tensor_parallel, request.is_talkative,
         ],
         graph_digest(whole.graph_module),
     ]
