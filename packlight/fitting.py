@@ -18,7 +18,6 @@ from packlight.errors import OptionError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.lossy.move import Lossy
-from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.precision import chosen_precision, loss_scaler
 from packlight.moves.registry import (
     checked_techniques,
@@ -217,7 +216,9 @@ def _request(
     mesh = options.get("mesh")
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
     parallel = options.get("parallel")
-    ranks = None if modelled else ranks_of(mesh, parallel, device)
+    groups = None if modelled else ranks_of(mesh, parallel, device)
+    ranks = None if groups is None else groups.all
+    data_ranks = None if groups is None else groups.data
     accumulates = options.get("accumulate", False)
     if accumulates and mesh is not None:
         raise OptionError(
@@ -226,11 +227,7 @@ def _request(
             "once"
         )
     names = chosen_names(options.get("moves"))
-    is_tensor_parallel = ranks is not None and parallel is not None and bool(parallel.tensor)
-    if is_tensor_parallel:
-        _refuse_together(options)
-        names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank
-    elif ranks is not None or modelled is not None:
+    if data_ranks is not None or modelled is not None:
         names |= {DataParallel.name}
     placements = () if parallel is None else parallel.placements
     if placements:  # each gradient's piece goes to its rank, where it is used up
@@ -251,28 +248,14 @@ def _request(
         None if directory is None else Path(directory),
         options.get("progress", True) and (ranks is None or ranks.rank == 0),
         ranks,
+        data_ranks,
+        None if groups is None else groups.tensor,
         modelled,
         placements,
-        is_tensor_parallel,
         accumulates,
         _beside(options.get("beside", ())),
         _checked_error(options.get("max_gradient_error"), allowed),
     )
-
-
-def _refuse_together(options: Options) -> None:
-    """Raise where all gradients are looked at together, of which each rank has parts."""
-    for name in ("clip_grad_norm", "scaler"):
-        if options.get(name) is not None:
-            raise OptionError(
-                f"{name}= looks at all gradients together, of which each rank has parts: not there "
-                "yet for tensor parallel models\nhint: clip_grad_value= looks at each alone"
-            )
-    if "fp16" in options.get("allow", ()):
-        raise OptionError(
-            "fp16 scales the loss by what all gradients say together: not there yet for tensor "
-            "parallel models\nhint: allow={'bf16'}"
-        )
 
 
 def _beside(given: Iterable[Beside] | Beside) -> tuple[Beside, ...]:

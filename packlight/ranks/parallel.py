@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,21 @@ _known: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
+class RankGroups:
+    """Ranks that train one model together, and which of them share what with this one.
+
+    Attributes:
+        all: of them: they run one plan.
+        data: those that have parts of the batch each, and the same weights.
+        tensor: those that have parts of the weights each, and the same batch.
+    """
+
+    all: Ranks
+    data: Ranks | None = None
+    tensor: Ranks | None = None
+
+
+@dataclass(frozen=True)
 class Parallel:
     """How ranks share the work of a step.
 
@@ -30,13 +45,13 @@ class Parallel:
         data: name of the mesh's dimension along which each rank has its part of the batch, and all
             of them the same model. With a mesh of one dimension it can be left out.
         shard: name of the dimension along which parameters lie in pieces: each rank updates some
-            rows of them. It is the same dimension as `data`.
+            rows of them. It is the same dimension as `data`, and then need not be named twice.
         pieces: what of them is then kept by whoever has the rows: "state", the optimizer's
             (ZeRO-1); "gradient", gradients, too (ZeRO-2); "parameter", values, too, which are
             gathered around their uses (ZeRO-3); "planned", as much as the budget asks for, but
             gradients at least.
         tensor: name of the dimension along which weights lie in parts (`packlight.localize`): all
-            ranks have the same batch. It is the only dimension yet.
+            ranks along it have the same batch. Alone, or beside one of the others.
         timeout_seconds: how long a rank waits for another one, in planning too.
 
     >>> Parallel(data="data").timeout_seconds
@@ -50,10 +65,16 @@ class Parallel:
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.tensor is not None and (self.data or self.shard):
+        if self.tensor is not None and self.tensor in (self.data, self.shard):
             raise OptionError(
-                "tensor= beside data= or shard= is not there yet\nhint: one of them, on a mesh of "
-                "one dimension"
+                f"ranks along {self.tensor!r} have either parts of the weights or parts of the "
+                "batch\nhint: a mesh of two dimensions, with one name for each"
+            )
+        if self.shard is not None and self.data not in (None, self.shard):
+            raise OptionError(
+                f"data={self.data!r} and shard={self.shard!r} are two dimensions: ranks with the "
+                "same pieces of parameters and other parts of the batch are not there yet\n"
+                f"hint: packlight.Parallel(shard={self.shard!r})"
             )
         known = [*map(str, Placement), PLANNED]
         if self.pieces not in known:
@@ -73,7 +94,7 @@ class Parallel:
 
 def ranks_of(
     mesh: DeviceMesh | None, parallel: Parallel | None, device: torch.device
-) -> Ranks | None:
+) -> RankGroups | None:
     """Return the ranks that train with this one; None where it trains alone.
 
     Args:
@@ -105,47 +126,79 @@ def ranks_of(
         )
     if mesh.device_type != device.type:
         raise OptionError(f"the mesh is of {mesh.device_type}, the model is on {device.type}")
-    asked = parallel
-    if parallel.tensor is not None:
-        asked = replace(parallel, data=parallel.tensor, tensor=None)
-    group = mesh.get_group(_data_dimension(mesh, asked))
-    known = _known.get(group)
-    if known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds:
-        members = dist.get_process_group_ranks(group)
-        known = _known[group] = Ranks(members, device, parallel.timeout_seconds)
-    if parallel.tensor is not None:
+    data, tensor = _dimensions(mesh, parallel)
+    timeout = parallel.timeout_seconds
+    if data is None or tensor is None:
+        place = data if tensor is None else tensor
+        assert place is not None, "a mesh has a dimension"
+        group = mesh.get_group(place)
+        everybody = _ranks(group, device, timeout)
+        groups = RankGroups(everybody, *((everybody,) if tensor is None else (None, everybody)))
+    else:
+        groups = _in_two_dimensions(mesh, data, tensor, device, timeout)
+    if tensor is not None:
         from packlight.ranks.collectives import talk_through
 
-        talk_through(group.group_name, known)
+        assert groups.tensor is not None
+        talk_through(mesh.get_group(tensor).group_name, groups.tensor)
+    return groups
+
+
+def _ranks(
+    group: dist.ProcessGroup, device: torch.device, timeout: float, within: Ranks | None = None
+) -> Ranks:
+    """Return the ranks of a group, those known from before where they still talk."""
+    known = _known.get(group)
+    if known is None or known.has_failed or known.timeout_seconds != timeout:
+        members = dist.get_process_group_ranks(group)
+        known = _known[group] = Ranks(members, device, timeout, within)
     return known
 
 
-def _data_dimension(mesh: DeviceMesh, parallel: Parallel) -> int:
+_known_groups: WeakKeyDictionary[dist.ProcessGroup, RankGroups] = WeakKeyDictionary()
+
+
+def _in_two_dimensions(
+    mesh: DeviceMesh, data: int, tensor: int, device: torch.device, timeout: float
+) -> RankGroups:
+    group = mesh.get_group(data)
+    known = _known_groups.get(group)
+    if known is None or known.all.has_failed or known.all.timeout_seconds != timeout:
+        everybody = Ranks(sorted(mesh.mesh.flatten().tolist()), device, timeout)
+        data_ranks, tensor_ranks = (
+            Ranks(dist.get_process_group_ranks(mesh.get_group(dim)), device, timeout, everybody)
+            for dim in (data, tensor)
+        )
+        known = _known_groups[group] = RankGroups(everybody, data_ranks, tensor_ranks)
+    return known
+
+
+def _dimensions(mesh: DeviceMesh, parallel: Parallel) -> tuple[int | None, int | None]:
+    """Return which dimensions of a mesh are for data and for weights in parts."""
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
-    if parallel.shard is not None and parallel.data not in (None, parallel.shard):
-        raise OptionError(
-            f"data={parallel.data!r} and shard={parallel.shard!r} are two dimensions: ranks with "
-            "the same pieces of parameters and other parts of the batch are not there yet\n"
-            f"hint: packlight.Parallel(shard={parallel.shard!r})"
-        )
-    if parallel.shard is not None:
-        parallel = replace(parallel, data=parallel.shard)
     shape = ", ".join(f"{name or '(no name)'}={mesh.size(i)}" for i, name in enumerate(names))
-    if parallel.data is None and mesh.ndim == 1:
-        return 0
-    if parallel.data not in names:
-        raise OptionError(
-            f"{parallel.data!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
-            "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
-        )
-    place = names.index(parallel.data)
-    others = [n for i, n in enumerate(names) if i != place and mesh.size(i) > 1]
+    data, tensor = parallel.data or parallel.shard, parallel.tensor
+    if data is None and tensor is None and mesh.ndim == 1:
+        return 0, None
+    for name in (data, tensor) if tensor is not None and data is not None else (data or tensor,):
+        if name not in names:
+            raise OptionError(
+                f"{name!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
+                "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
+            )
+    others = [
+        n for i, n in enumerate(names) if n not in (data, tensor) and mesh.size(i) > 1
+    ]
     if others:
+        named = data or tensor
         raise OptionError(
             f"nothing says what the mesh's dimension {others[0]!r} is for ({shape})\nhint: pass "
-            f"mesh[{parallel.data!r}]: ranks along the others then train models of their own"
+            f"mesh[{named!r}]: ranks along the others then train models of their own"
         )
-    return place
+    return (
+        None if data is None else names.index(data),
+        None if tensor is None else names.index(tensor),
+    )
 
 
 def refuse_wrapped(model: nn.Module) -> None:

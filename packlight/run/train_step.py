@@ -27,6 +27,7 @@ from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
 from packlight.ranks.sharded import Lying, ShardedParameters
+from packlight.ranks.tensor import parts_of
 from packlight.run.evaluated import evaluated
 from packlight.run.measured import MeasuredStep, measured_step
 from packlight.run.parameters import check_parameters, name_parameters_left
@@ -41,8 +42,7 @@ from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals.autograd import has_gradient_hooks
 
-# After so many plans it is time to tell.
-MANY_PLANS = 6
+MANY_PLANS = 6  # after so many it is time to tell
 # Of so many shapes of batches the programs are kept, those that ran last.
 MOST_SHAPES = 64
 
@@ -227,10 +227,10 @@ class TrainStep:
     @property
     def _lying(self) -> Lying:
         """Where values and states are, for checkpoints."""
-        if self._sharded is not None:
-            return self._sharded.lying
-        self.request.refuse_parts("checkpoints")
-        return Lying()
+        parts, data_ranks = parts_of(self.model), self.request.data_ranks
+        if self._sharded is None or data_ranks is None:
+            return Lying(parts=parts)
+        return Lying(self._sharded.parameters, self._sharded.states, data_ranks.rank, parts)
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.
