@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     MOVES: tuple[str, ...]
     EXACT_MOVES: tuple[str, ...]
     from packlight.fitting import Options, fit, plan, profile
+    from packlight.ranks.megatron import megatron
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
     from packlight.ranks.tensor import localize
@@ -59,6 +60,7 @@ _HOMES = {
     "fit": "packlight.fitting",
     "localize": "packlight.ranks.tensor",
     "measure_peak": "packlight.costs.peak",
+    "megatron": "packlight.ranks.megatron",
     "plan": "packlight.fitting",
     "profile": "packlight.fitting",
     "sparsify": "packlight.sparse.sparsify",
@@ -79,6 +81,7 @@ __all__ = [
     "fit",
     "localize",
     "measure_peak",
+    "megatron",
     "plan",
     "profile",
     "sparsify",
