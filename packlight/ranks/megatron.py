@@ -30,6 +30,7 @@ class Split:
         rows: by their inputs.
         num_blocks: how many matrices lie beside one another in one that is cut by columns; 1 for
             those that are not named.
+        inputs: what several matrices read: its gradient is added up once, and not of each of them.
         head_size: the attribute that has the size of a head, which stays whole; "" for no heads.
         counts: attributes that count heads or their features, each rank's then.
     """
@@ -37,32 +38,37 @@ class Split:
     columns: tuple[str, ...] = ()
     rows: tuple[str, ...] = ()
     num_blocks: Mapping[str, int] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
     head_size: str = ""
     counts: tuple[str, ...] = ()
 
 
-_QKV = ("q_proj", "k_proj", "v_proj")
+_QKV, _HIDDEN = ("q_proj", "k_proj", "v_proj"), ("hidden_states",)
 SPLITS: Mapping[str, Split] = {
-    "LlamaAttention": Split(_QKV, ("o_proj",), head_size="head_dim"),
-    "LlamaMLP": Split(("gate_proj", "up_proj"), ("down_proj",)),
+    "LlamaAttention": Split(_QKV, ("o_proj",), inputs=_HIDDEN, head_size="head_dim"),
+    "LlamaMLP": Split(("gate_proj", "up_proj"), ("down_proj",), inputs=("x",)),
     "GPT2Attention": Split(
-        ("c_attn",), ("c_proj",), {"c_attn": 3}, "head_dim", ("num_heads", "split_size")
+        ("c_attn",), ("c_proj",), {"c_attn": 3}, head_size="head_dim",
+        counts=("num_heads", "split_size"),
     ),
     "GPT2MLP": Split(("c_fc",), ("c_proj",)),
     "BertSelfAttention": Split(
-        ("query", "key", "value"), head_size="attention_head_size",
+        ("query", "key", "value"), inputs=_HIDDEN, head_size="attention_head_size",
         counts=("num_attention_heads", "all_head_size"),
     ),
     "BertSelfOutput": Split(rows=("dense",)),
     "BertIntermediate": Split(("dense",)),
     "BertOutput": Split(rows=("dense",)),
     "T5Attention": Split(
-        ("q", "k", "v", "relative_attention_bias"), ("o",), head_size="key_value_proj_dim",
+        ("q", "k", "v", "relative_attention_bias"), ("o",),
+        inputs=("hidden_states", "key_value_states"), head_size="key_value_proj_dim",
         counts=("n_heads", "inner_dim"),
     ),
     "T5DenseActDense": Split(("wi",), ("wo",)),
-    "T5DenseGatedActDense": Split(("wi_0", "wi_1"), ("wo",)),
-    "ViTAttention": Split(_QKV, ("o_proj",), head_size="head_dim", counts=("num_attention_heads",)),
+    "T5DenseGatedActDense": Split(("wi_0", "wi_1"), ("wo",), inputs=_HIDDEN),
+    "ViTAttention": Split(
+        _QKV, ("o_proj",), inputs=_HIDDEN, head_size="head_dim", counts=("num_attention_heads",)
+    ),
     "ViTMLP": Split(("fc1",), ("fc2",)),
 }
 
@@ -100,9 +106,11 @@ def megatron(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if matrix.num_blocks > 1:
             num_blocks |= {f"{matrix.path}.{n}": matrix.num_blocks for n in ("weight", "bias")}
     for module in model.modules():
-        split = SPLITS.get(type(module).__name__)
-        for count in () if split is None else split.counts:
+        split = SPLITS.get(type(module).__name__, Split())
+        for count in split.counts:
             setattr(module, count, getattr(module, count) // mesh.size())
+        if split.inputs:
+            _share_inputs(module, mesh, split.inputs)
     return localized(model, num_blocks)
 
 
@@ -200,6 +208,23 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
         inputs, outputs = module.weight.shape  # type: ignore[misc]
         return inputs, outputs
     return 0, 0
+
+
+def _share_inputs(module: nn.Module, mesh: DeviceMesh, names: tuple[str, ...]) -> None:
+    """Make inputs DTensors, once: what reads them leaves the sums of their gradients to be made."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    def shared(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+            return value
+        return DTensor.from_local(value, mesh, [Replicate()], run_check=False)
+
+    def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        first = [shared(value) for value in args[:1]]  # the first of the names, where it is there
+        kwargs = {k: shared(v) if k in names else v for k, v in kwargs.items()}
+        return (*first, *args[1:]), kwargs
+
+    module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def _is_transposed(module: nn.Module) -> bool:
