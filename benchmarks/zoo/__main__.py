@@ -24,6 +24,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from benchmarks.common import provenance, status_apart, write_lines
 from benchmarks.zoo.measure import cells_to_measure, measure_family, new_record
 from benchmarks.zoo.records import (
+    CONFIGS_BY_NAME,
     FOLDER,
     PATHS,
     QUICK_RESULTS,
@@ -76,7 +77,7 @@ def _measured_apart(name: str, arguments: argparse.Namespace) -> str | None:
     command = " ".join([f"python -m {MODULE}", *sys.argv[1:]])
     options = ["--measure-one", name, "--out", str(arguments.out), "--command", command]
     options += ["--seed", str(arguments.seed), *(["--quick"] if arguments.quick else [])]
-    options += ["--paths", *arguments.paths]
+    options += ["--paths", *arguments.paths, "--configs", *arguments.configs]
     trouble = ""
     try:
         status = status_apart(MODULE, options, arguments.limit_seconds)
@@ -115,7 +116,8 @@ def _measure_one(arguments: argparse.Namespace) -> None:
 
 def _cells(arguments: argparse.Namespace) -> list[Cell]:
     paths = [PATHS[name] for name in arguments.paths]
-    return [cell for cell in all_cells(arguments.quick) if cell.path in paths]
+    configs = [CONFIGS_BY_NAME[name] for name in arguments.configs]
+    return [c for c in all_cells(arguments.quick) if c.path in paths and c.config in configs]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -123,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=list(FAMILIES), metavar="FAMILY")
     parser.add_argument(
         "--paths", nargs="+", choices=list(PATHS), default=list(PATHS), help="default: all"
+    )
+    names = list(CONFIGS_BY_NAME)
+    parser.add_argument(
+        "--configs", nargs="+", choices=names, default=names, help="precision and dropout"
     )
     parser.add_argument("--quick", action="store_true", help="only the smallest budgets")
     parser.add_argument("--fresh", action="store_true", help="measure again what is there already")

@@ -52,6 +52,7 @@ class Cell(NamedTuple):
 
 
 CONFIGS = tuple(Config(d, p) for p in ("fp32", "bf16") for d in (0.0, 0.1))
+CONFIGS_BY_NAME = {f"{config.precision}-{config.dropout:g}": config for config in CONFIGS}
 
 
 def all_cells(quick: bool = False) -> Iterator[Cell]:
