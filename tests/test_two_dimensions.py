@@ -245,6 +245,32 @@ def test_parts_are_saved_and_loaded_by_ranks_and_by_one_process(
     assert after == pytest.approx(results[0][1], rel=1e-5)
 
 
+def model_of_seed(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, CLASSES))
+
+
+def trained_apart() -> tuple[int, list[float]]:
+    """Train a model of one's own along each row of the mesh."""
+    both = mesh()
+    seed = both.get_local_rank("tensor")
+    model, own = model_of_seed(seed), [mine(batch, both) for batch in batches()]
+    step = packlight.fit(model, loss_of, optimizer_of(model), own[0], mesh=both["data"], moves=())
+    return seed, [float(step(batch)) for batch in own]
+
+
+def test_ranks_along_one_dimension_train_a_model_of_their_own(pool: RankPool) -> None:
+    for seed, losses in pool.run(trained_apart):
+        model = model_of_seed(seed)
+        optimizer = optimizer_of(model)
+        for batch, loss in zip(batches(), losses, strict=True):
+            optimizer.zero_grad()
+            expected = loss_of(model, batch)
+            expected.backward()
+            optimizer.step()
+            assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
 def with_nan() -> bool:
     """Have the loss of one part of the batch be NaN; return whether nothing was changed."""
     both = mesh()
