@@ -123,9 +123,11 @@ class Ranks:
             return group
 
         # Of their own: what the user sends meanwhile on theirs does not get in between.
-        self._group = new_group("gloo")
-        self._data_group = self._group if device.type == "cpu" else new_group(None)
-        self._fate = _Fate(f"packlight/failed/{self._group.group_name}", self.rank)
+        group = new_group("gloo")
+        self._group: dist.ProcessGroup | None = group
+        # Of the device's memory, where that is another one.
+        self._data_group = None if device.type == "cpu" else new_group(None)
+        self._fate = _Fate(f"packlight/failed/{group.group_name}", self.rank)
         if within is not None:
             self._fate = within._fate
         self._words = torch.zeros(self.size, dtype=torch.int64)
@@ -142,8 +144,9 @@ class Ranks:
     @property
     def group(self) -> dist.ProcessGroup:
         """Through which they talk, on the host; nobody else does."""
-        group: dist.ProcessGroup = self._group
-        return group
+        if self._group is None:
+            raise RankError("this rank left the others alone: the ranks have parted")
+        return self._group
 
     # -- anything, seldom
 
@@ -217,8 +220,9 @@ class Ranks:
     def _group_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
         if self.has_failed:
             raise RankError("this rank left an earlier step alone: the ranks have parted")
-        group: dist.ProcessGroup = self._group
-        return group if tensor.device.type == "cpu" else self._data_group
+        if tensor.device.type == "cpu" or self._data_group is None:
+            return self.group
+        return self._data_group
 
     def _sent(self, work: dist.Work | None, tensor: torch.Tensor) -> Sent:
         assert work is not None, "this rank is one of the group"
@@ -273,6 +277,16 @@ class Ranks:
             default_store().set(self._fate.key, words)
         except Exception:  # whoever holds the store is gone, and so is this training
             pass
+
+    def leave(self, error: BaseException) -> None:
+        """Leave the others in something that is waited for without a look at failures.
+
+        Connections are closed, so whoever waits for this rank ends, too. Nothing is under way.
+        """
+        self.fail(error)
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
 
     def _raise_failure(self) -> None:
         store = default_store()

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from packlight.errors import FormatError
+from packlight.errors import FormatError, PacklightError, RankError
 from packlight.ranks.group import Ranks
 from packlight.ranks.pieces import Pieces
 from packlight.ranks.sharded import Lying
@@ -74,8 +74,7 @@ def save_distributed(
         shutil.rmtree(temporary, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
     _wait(ranks)
-    with _quiet(ranks):
-        save(content, checkpoint_id=temporary, **_among(ranks))
+    _together(ranks, lambda: save(content, checkpoint_id=temporary, **_among(ranks)))
     _wait(ranks)
     if rank == 0:
         old = directory.with_name(f".{directory.name}.old")
@@ -125,8 +124,7 @@ def load_distributed(
     for name in ("extra", *settings, *generators):
         content[name] = _like(saved[name])
     states = {n: v for n, v in content.items() if n.startswith("optimizer.state.")}
-    with _quiet(ranks):
-        load(content, checkpoint_id=directory, **_among(ranks))
+    _together(ranks, lambda: load(content, checkpoint_id=directory, **_among(ranks)))
     names = _names(model)
     for part in parts_of(optimizer):
         for group in part.param_groups:
@@ -328,6 +326,28 @@ def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
 
 def _among(ranks: Ranks | None) -> dict[str, Any]:
     return {"no_dist": True} if ranks is None else {"process_group": ranks.group}
+
+
+def _together(ranks: Ranks | None, do: Callable[[], Any]) -> None:
+    """Have torch's checkpoints do something on all ranks, and none wait for one that is gone.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    try:
+        with _quiet(ranks):
+            do()
+        return
+    except RuntimeError as error:  # of the network: all else is gathered, and on all ranks alike
+        if ranks is None or isinstance(error, PacklightError):
+            raise
+        lost = RankError(
+            "another rank is gone, or has left, while a checkpoint was written or read\n"
+            f"  {str(error).partition(chr(10))[0]}\nhint: the checkpoint before is whole"
+        )
+    # Behind the exception, whose traceback holds on to the connections.
+    ranks.leave(lost)
+    raise lost
 
 
 @contextmanager
