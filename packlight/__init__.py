@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     MOVES: tuple[str, ...]
     EXACT_MOVES: tuple[str, ...]
     from packlight.fitting import Options, fit, plan, profile
+    from packlight.pipeline.fit import fit_pipeline
+    from packlight.pipeline.step import PipelineStep
     from packlight.ranks.megatron import megatron
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
@@ -57,7 +59,9 @@ _HOMES = {
     "Parallel": "packlight.ranks.parallel",
     "MemoryPeak": "packlight.costs.peak",
     "TrainStep": "packlight.run.train_step",
+    "PipelineStep": "packlight.pipeline.step",
     "fit": "packlight.fitting",
+    "fit_pipeline": "packlight.pipeline.fit",
     "localize": "packlight.ranks.tensor",
     "measure_peak": "packlight.costs.peak",
     "megatron": "packlight.ranks.megatron",
@@ -76,9 +80,11 @@ __all__ = [
     "ModelledMesh",
     "Options",
     "Parallel",
+    "PipelineStep",
     "TrainStep",
     "__version__",
     "fit",
+    "fit_pipeline",
     "localize",
     "measure_peak",
     "megatron",

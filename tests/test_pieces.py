@@ -404,6 +404,30 @@ def test_batch_norm_and_tied_weights_go_through_pieces() -> None:
     assert same(mine, eager) and all(torch.equal(a, b) for a, b in buffers)
 
 
+def test_what_follows_a_transposed_result_has_eager_bits() -> None:
+    """Its gradient arrives dense; torch's own tracing copies it into the result's strides."""
+
+    class Transposing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv1d(16, 16, 3, padding=1), nn.BatchNorm1d(16)
+            self.head = nn.Linear(16, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
+            return self.head(x / max(float(x.detach().abs().max()), 2.0))
+
+    def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return model(x).flatten(0, 1).square().mean()
+
+    mine, eager, _ = twins(Transposing)
+    batch, theirs = torch.randn(4, 6, 16), sgd(eager)
+    step = packlight.fit(mine, loss_fn, sgd(mine), batch, "1MiB", progress=False)
+    for _ in range(3):
+        assert torch.equal(step(batch), eager_step(eager, theirs, batch, loss_fn))
+    assert same(mine, eager)
+
+
 # -- the planner's part, without torch
 
 

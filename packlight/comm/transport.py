@@ -60,7 +60,7 @@ class Transport(Ranks):
         """Overwrite tensors by those of rank 0."""
         for tensor in tensors:
             copy = tensor.detach().cpu().contiguous()
-            with self._naming_losses():
+            with self.naming_losses():
                 dist.broadcast(copy, group=self._group, group_src=0)
             tensor.copy_(copy)
 
@@ -142,7 +142,7 @@ class Transport(Ranks):
         splits = [0 if rank == self.rank else len(pieces[rank]) for rank in range(self.size)]
         expected = [0 if rank == self.rank else sizes[rank] for rank in range(self.size)]
         incoming = torch.empty(sum(expected), dtype=mine.dtype)
-        with self._naming_losses():
+        with self.naming_losses():
             work = dist.all_to_all_single(
                 incoming, outgoing, expected, splits, group=self._group, async_op=True
             )

@@ -27,14 +27,15 @@ def replay(
         **kwargs: its keyword arguments, whose names may be those above.
     """
     now = generator_state(device)
-    _set_generator_state(state, device)
+    set_generator_state(state, device)
     try:
         return target(*args, **kwargs)
     finally:
-        _set_generator_state(now, device)
+        set_generator_state(now, device)
 
 
-def _set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+def set_generator_state(state: torch.Tensor, device: torch.device) -> None:
+    """Set a device's default generator back to a state."""
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:

@@ -163,7 +163,7 @@ class Ranks:
         except Exception as raised:
             error, mine = raised, _Failure.of(raised)
         everybody: list[Any] = [None] * self.size
-        with self._naming_losses():
+        with self.naming_losses():
             dist.all_gather_object(everybody, mine, group=self._group)
         failed = [rank for rank, value in enumerate(everybody) if isinstance(value, _Failure)]
         if failed:
@@ -178,7 +178,7 @@ class Ranks:
     def broadcast(self, value: Value | None, source: int) -> Value:
         """Return the value that one rank has."""
         values = [value]
-        with self._naming_losses():
+        with self.naming_losses():
             dist.broadcast_object_list(values, group=self._group, group_src=source)
         return values[0]  # type: ignore[return-value]
 
@@ -217,9 +217,13 @@ class Ranks:
         work = dist.broadcast(tensor, group=group, group_src=owner, async_op=True)
         return self._sent(work, tensor)
 
-    def _group_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
+    def refuse_parted(self) -> None:
+        """Raise where a rank has left an earlier step: nothing more can be said."""
         if self.has_failed:
             raise RankError("this rank left an earlier step alone: the ranks have parted")
+
+    def _group_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
+        self.refuse_parted()
         if tensor.device.type == "cpu" or self._data_group is None:
             return self.group
         return self._data_group
@@ -246,7 +250,7 @@ class Ranks:
             if time.monotonic() - looked > LOOK_SECONDS:
                 self._raise_failure()
                 looked = time.monotonic()
-        with self._naming_losses():
+        with self.naming_losses():
             work.wait()
 
     def wait_let_go(self, tensor: torch.Tensor, references: int) -> None:
@@ -295,7 +299,8 @@ class Ranks:
             rank, _, text = store.get(self._fate.key).decode().partition(" ")
             raise RankError(f"rank {rank} failed in the middle of a step\n  {text}", int(rank))
 
-    def _naming_losses(self) -> _NamingLosses:
+    def naming_losses(self) -> _NamingLosses:
+        """Have errors of the network raised as what they mean."""
         return _NamingLosses(self)
 
 
@@ -306,8 +311,7 @@ class _NamingLosses:
         self.ranks = ranks
 
     def __enter__(self) -> None:
-        if self.ranks.has_failed:
-            raise RankError("this rank left an earlier step alone: the ranks have parted")
+        self.ranks.refuse_parted()
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, PacklightError):

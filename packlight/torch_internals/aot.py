@@ -34,7 +34,33 @@ def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
     compiler: Compiled = aot_autograd(
         fw_compiler=compile_one, bw_compiler=compile_one, partition_fn=partition_fn
     )
-    return compiler
+
+    def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
+        with contiguous_tangents():
+            return compiler(graph, inputs)
+
+    return compiled
+
+
+@contextmanager
+def contiguous_tangents() -> Iterator[None]:
+    """Let AOTAutograd expect gradients of results to be dense, in the result's memory format.
+
+    A backward is traced before anybody knows which strides will arrive, and what has others is
+    copied. torch's guess is a result's own strides; but the gradient of a transposed view is most
+    often made by a matrix product or a reshape, is contiguous, and the copy sends what follows to
+    other kernels than eager PyTorch's: other bits, and more memory.
+
+    Relied upon: functorch's configuration has that switch; where not, nothing is changed.
+    """
+    from torch._functorch import config
+
+    name = "guess_tangent_strides_as_outputs"
+    if not hasattr(config, name):
+        yield
+        return
+    with config.patch({name: False}):
+        yield
 
 
 def is_tangent(node: fx.Node) -> bool:

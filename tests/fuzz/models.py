@@ -89,6 +89,25 @@ class Convolved(nn.Module):
         return self.norm(self.conv(x.transpose(1, 2))).transpose(1, 2)
 
 
+class Measuring(nn.Module):
+    """Python looks at a number and goes on with it: the graph breaks."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        largest = x.detach().abs().amax().item()
+        return x / max(largest, 2.0)
+
+
+class Branching(nn.Module):
+    """Python chooses by a number which layer runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(WIDTH, WIDTH), nn.Tanh()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[0](x) if x.detach().sum() > 0 else self.layers[1](x)
+
+
 def _weight_norm() -> nn.Module:
     return nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH))
 
@@ -108,8 +127,12 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "attention": lambda: Residual(Attention()),
     "remembering": Remembering, "checkpointed": Checkpointed, "clamped": Clamped,
     "convolved": Convolved, "weight norm": _weight_norm, "spectral norm": _spectral_norm,
+    "measuring": Measuring, "branching": Branching,
     "frozen": lambda: nn.Linear(WIDTH, WIDTH).requires_grad_(False),
 }
+
+
+BREAKING = {"measuring", "branching"}
 
 
 class Net(nn.Module):

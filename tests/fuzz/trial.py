@@ -19,7 +19,7 @@ import packlight
 from packlight.capture.batch import plain_leaves, tensors_of
 from packlight.capture.returned import loss_of
 from packlight.errors import InfeasibleBudgetError, NonFiniteLossError, PacklightError
-from tests.fuzz.models import LAYERS, LOSSES, Net, batch_of, read
+from tests.fuzz.models import BREAKING, LAYERS, LOSSES, Net, batch_of, read
 
 OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
     "sgd": lambda m: torch.optim.SGD(m.parameters(), 0.02),
@@ -55,6 +55,8 @@ class Trial:
     optimizer: str = "sgd"
     moves: int = 0
     clip: str = ""
+    # Batches whose gradients are added up before an update; 0 for steps that do all at once.
+    batches: int = 0
     # Between the smallest budget and the plain peak; None for no budget.
     tightness: float | None = None
     rows: int = 4
@@ -75,6 +77,7 @@ def drawn(seed: int) -> Trial:
         random.choice(list(OPTIMIZERS)),
         random.choice((0, 0, 1, 2, 3)),
         random.choice(("", "", "norm", "value")),
+        random.choice((0, 0, 0, 1, 2)),
         random.choice((None, 0.0, 0.0, 0.3, 0.7)),
         random.choice((2, 4, 7)),
         random.choice((3, 6, 16)),
@@ -150,6 +153,10 @@ class _Loop:
         self.rows, self.length = trial.rows, trial.length
         self.held: list[torch.Tensor] = []
         self.is_exact = True
+        # A step in pieces has no graph of all of it: nothing says whether its bits are eager's (but
+        # they are), and a budget holds once it was planned as one, after two steps of a kind.
+        self.is_whole = not BREAKING.intersection(trial.layers)
+        self.num_alike = 0
 
     def loss_fn(self, model: Any, batch: Any) -> Any:
         return LOSSES[self.trial.loss](model, *read(self.trial.container, batch))
@@ -159,23 +166,31 @@ class _Loop:
 
     def run(self) -> None:
         step = self.fitted()
-        self.is_exact = step.way.is_bit_exact
+        self.note_bits(step)
         for seed, event in enumerate(self.trial.events):
+            self.num_alike = 0 if event else self.num_alike + 1
             self.change(event, step)
-            batch, twin = self.batch(seed), self.batch(seed)
+            seeds = [seed + 100 * number for number in range(max(1, self.trial.batches))]
+            batches, twins = ([self.batch(s) for s in seeds] for _ in range(2))
             if event == "not finite":
-                for one in (batch, twin):
+                for one in (batches[-1], twins[-1]):
                     tensors_of(one)[0][0, 0, 0] = torch.nan
             step = self.prepared(step, seed)
-            self.compare(step, seed, batch, twin)
+            self.compare(step, seed, batches, twins)
             if self.outcome.problem:
                 return
             self.outcome.num_steps += 1
+
+    def note_bits(self, step: Any) -> None:
+        if self.is_whole:
+            self.is_exact = self.is_exact and step.way.is_bit_exact
 
     def arguments(self, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return what `fit` is given before the budget, and its options."""
         trial = self.trial
         options: dict[str, Any] = {"moves": MOVES[trial.moves], "progress": False}
+        if trial.batches:
+            options["accumulate"] = True
         if trial.clip:
             options[f"clip_grad_{trial.clip}"] = 0.1
         return (self.mine, self.loss_fn, self.my_optimizers, self.batch(seed)), options
@@ -183,7 +198,9 @@ class _Loop:
     def fitted(self) -> Any:
         tightness, budget = self.trial.tightness, None
         arguments, options = self.arguments(0)
-        if tightness is not None:
+        if tightness is not None and not self.is_whole:
+            budget = int((0.7 + 0.5 * tightness) * self.eager_bytes())
+        elif tightness is not None:
             plain = packlight.fit(*arguments, **options).peak_bytes
             try:
                 packlight.plan(*arguments, 1, **options)
@@ -192,12 +209,20 @@ class _Loop:
             budget = int(smallest + tightness * max(0, plain - smallest))
         return self.fitted_within(budget, 0)
 
+    def eager_bytes(self) -> int:
+        """Return what a forward and backward holds in eager PyTorch, with all that is there."""
+        model, batch = copy.deepcopy(self.eager), self.batch(0)
+        peak = packlight.measure_peak(lambda: loss_of(self.loss_fn(model, batch)).backward())
+        return peak.peak_bytes + self.resident([self.batch(0)])
+
     def fitted_within(self, budget: int | None, seed: int) -> Any:
         """Fit within a budget that an error has named, or a larger one."""
         arguments, options = self.arguments(seed)
         try:
             return packlight.fit(*arguments, budget, **options)
         except InfeasibleBudgetError as error:
+            if not self.is_whole:
+                return packlight.fit(*arguments, error.smallest_bytes, **options)
             raise AssertionError(f"the budget {budget} was named, and refused: {error}") from error
 
     def prepared(self, step: Any, seed: int) -> Any:
@@ -207,7 +232,7 @@ class _Loop:
         except InfeasibleBudgetError as error:
             self.outcome.said = f"InfeasibleBudgetError: {error}".partition("\n")[0]
             step = self.fitted_within(error.smallest_bytes, seed)
-            self.is_exact = self.is_exact and step.way.is_bit_exact
+            self.note_bits(step)
         return step
 
     def change(self, event: str, step: Any) -> None:
@@ -238,19 +263,26 @@ class _Loop:
             for module, mode in modes:
                 module.training = mode
 
-    def compare(self, step: Any, seed: int, batch: Any, twin: Any) -> None:
+    def my_step(self, step: Any, batches: list[Any]) -> list[Any]:
+        if not self.trial.batches:
+            return [step(batches[0])]
+        results = [step.backward(batch, 1 / len(batches)) for batch in batches]
+        step.update()
+        return results
+
+    def compare(self, step: Any, seed: int, batches: list[Any], twins: list[Any]) -> None:
         before = copy.deepcopy(self.eager.state_dict())
         states = copy.deepcopy(self.states(self.eager_optimizers))
         torch.manual_seed(seed)
-        expected, error = self.eager_step(twin)
+        expected, error = self.eager_step(twins)
         torch.manual_seed(seed)
-        resident = self.resident(batch)
+        resident = self.resident(batches)
         try:
-            step.prepare(batch)
-            ready = step.ready
-            peak = packlight.measure_peak(lambda: step(batch))
+            step.prepare(batches[0])
+            ready = step.ready if self.is_whole else None
+            peak = packlight.measure_peak(lambda: self.my_step(step, batches))
         except NonFiniteLossError:
-            if error is None and bool(torch.isfinite(loss_of(expected))):
+            if error is None and all(bool(torch.isfinite(loss_of(r))) for r in expected):
                 self.outcome.problem = f"step {seed}: the loss is finite in eager PyTorch"
             # Nothing was updated; eager's step is taken back.
             self.eager.load_state_dict(before)
@@ -259,9 +291,10 @@ class _Loop:
             return
         except PacklightError:
             raise
-        except Exception as mine:
+        except Exception as raised:
             if error is None:
-                self.outcome.problem = f"step {seed}: raw {type(mine).__name__}: {str(mine)[:300]}"
+                words = f"{type(raised).__name__}: {str(raised)[:300]}"
+                self.outcome.problem = f"step {seed}: raw {words}"
             self.eager.load_state_dict(before)
             self.mine.load_state_dict(before)
             self.restore(self.eager_optimizers, states)
@@ -269,14 +302,20 @@ class _Loop:
         if error is not None:
             self.outcome.problem = f"step {seed}: eager raises {error!r}, this does not"
             return
-        total = resident + peak.peak_bytes
+        # A budget knows of one batch and what became of it; that a loop keeps others is its own.
+        others = [t for batch in batches[1:] for t in tensors_of(batch)]
+        others += [t for t in leaves(peak.result[:-1]) if isinstance(t, torch.Tensor)]
+        total = resident + peak.peak_bytes - storage_bytes(others)
         # Where a guard fails, the step is planned in between, which is not what is measured.
-        if ready is step.ready and step.budget_bytes is not None and total > step.budget_bytes:
+        is_planned = ready is step.ready if self.is_whole else self.num_alike > 3
+        if is_planned and step.budget_bytes is not None and total > step.budget_bytes:
             self.outcome.problem = f"step {seed}: {total} bytes, budget {step.budget_bytes}"
-        self.is_exact = self.is_exact and step.way.is_bit_exact
-        self.held = [v for v in leaves(peak.result) if isinstance(v, torch.Tensor)]
-        del peak
-        self.same(seed, self.held, [v for v in leaves(expected) if isinstance(v, torch.Tensor)])
+        self.note_bits(step)
+        self.held = [v for v in leaves(peak.result[-1]) if isinstance(v, torch.Tensor)]
+        mine = [v for v in leaves(peak.result) if isinstance(v, torch.Tensor)]
+        del peak, others
+        self.same(seed, mine, [v for v in leaves(expected) if isinstance(v, torch.Tensor)])
+        del mine
         ours, theirs = self.mine.state_dict(), self.eager.state_dict()
         self.same(seed, list(ours.values()), list(theirs.values()), list(ours))
 
@@ -293,17 +332,19 @@ class _Loop:
                 what = names[index] if names else f"result {index}"
                 self.outcome.problem = f"step {seed}: {what} differs"
 
-    def eager_step(self, batch: Any) -> tuple[Any, Exception | None]:
+    def eager_step(self, batches: list[Any]) -> tuple[list[Any], Exception | None]:
         optimizers = self.eager_optimizers
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         for optimizer in optimizers:
             optimizer.zero_grad()
+        results = []
         try:
-            returned = self.loss_fn(self.eager, batch)
-            loss_of(returned).backward()
+            for batch in batches:
+                results.append(self.loss_fn(self.eager, batch))
+                (loss_of(results[-1]) * (1 / len(batches))).backward()
         except Exception as error:
             self.eager.zero_grad()
-            return None, error
+            return [], error
         held = [p for p in self.eager.parameters() if p.requires_grad]
         if self.trial.clip == "norm":
             nn.utils.clip_grad_norm_(held, 0.1, foreach=False)
@@ -312,7 +353,7 @@ class _Loop:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        return returned, None
+        return results, None
 
     def states(self, optimizers: Any) -> Any:
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -323,18 +364,22 @@ class _Loop:
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
-    def resident(self, batch: Any) -> int:
+    def resident(self, batches: list[Any]) -> int:
         optimizers = self.my_optimizers
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         states = [s for o in optimizers for held in o.state.values() for s in held.values()]
         attributes = [v for m in self.mine.modules() for v in vars(m).values()]
         everything = [
-            *self.mine.parameters(), *self.mine.buffers(), *tensors_of(batch), *self.held,
-            *states, *attributes,
+            *self.mine.parameters(), *self.mine.buffers(), *self.held, *states, *attributes,
+            *(tensor for batch in batches for tensor in tensors_of(batch)),
         ]
-        tensors = [t for t in everything if isinstance(t, torch.Tensor)]
-        sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(sizes.values())
+        return storage_bytes([t for t in everything if isinstance(t, torch.Tensor)])
+
+
+def storage_bytes(tensors: list[torch.Tensor]) -> int:
+    """Return the bytes of all storages that tensors lie in."""
+    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(sizes.values())
 
 
 def leaves(returned: Any) -> list[Any]:

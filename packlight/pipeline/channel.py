@@ -1,0 +1,112 @@
+"""What stages send one another: whole storages, point to point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
+from packlight.pipeline.split import Value
+from packlight.ranks.group import Ranks
+
+MOST_VALUES = 1024  # of one message
+
+
+@dataclass
+class Channel:
+    """Messages between the ranks of a pipeline.
+
+    Attributes:
+        ranks: who they are.
+        schedule: that is run.
+        device: of what they send.
+    """
+
+    ranks: Ranks
+    schedule: PipelineSchedule
+    device: torch.device
+    _under_way: dict[Instruction, list[tuple[dist.Work, torch.Tensor]]] = field(
+        default_factory=dict
+    )
+
+    def __post_init__(self) -> None:
+        members = dist.get_process_group_ranks(self.ranks.group)
+        timeout = timedelta(seconds=self.ranks.timeout_seconds)
+        # Of its own: it is closed where a rank fails, so that nobody waits for that one.
+        backend = "gloo" if self.device.type == "cpu" else None
+        self._group = dist.new_group(members, timeout, backend)
+
+    def send(self, source: Instruction, tensors: Sequence[torch.Tensor], to: int) -> None:
+        """Start sending what an instruction made; it stays in memory until it was received."""
+        self.ranks.refuse_parted()
+        self._under_way[source] = [
+            (work, flat)
+            for index, tensor in enumerate(tensors)
+            if (flat := _bytes_of(tensor)).numel()
+            and (work := dist.isend(
+                flat, group=self._group, group_dst=to, tag=self._tag(source, index)
+            )) is not None
+        ]
+
+    def let_go(self, source: Instruction) -> None:
+        """Wait until what an instruction sent was received."""
+        with self.ranks.naming_losses():
+            for work, _ in self._under_way.pop(source, ()):
+                work.wait()
+
+    def let_go_of_all(self) -> None:
+        """Wait until everything was received."""
+        for source in list(self._under_way):
+            self.let_go(source)
+
+    def receive(
+        self, source: Instruction, values: Sequence[Value], place: int
+    ) -> list[torch.Tensor]:
+        """Return what an instruction of another rank has made, when it is there."""
+        self.ranks.refuse_parted()
+        works, received = [], []
+        for index, value in enumerate(values):
+            flat = torch.empty(value.num_bytes, dtype=torch.uint8, device=self.device)
+            if value.num_bytes:
+                works.append(dist.irecv(
+                    flat, group=self._group, group_src=place, tag=self._tag(source, index)
+                ))
+            tensor = torch.empty(0, dtype=value.dtype, device=self.device)
+            received.append(tensor.set_(flat.untyped_storage(), 0, value.shape, value.stride))
+        with self.ranks.naming_losses():
+            for work in works:
+                assert work is not None
+                work.wait()
+        return received
+
+    def close(self, error: BaseException) -> None:
+        """Tell the others that this rank has failed, and have nobody wait for it."""
+        self._under_way.clear()
+        self.ranks.fail(error)
+        dist.destroy_process_group(self._group)
+
+    def _tag(self, source: Instruction, index: int) -> int:
+        assert index < MOST_VALUES
+        number = source.microbatch * self.schedule.num_stages + source.stage
+        return (2 * number + (source.work is Work.FORWARD)) * MOST_VALUES + index
+
+
+def as_sent(tensor: torch.Tensor, value: Value) -> torch.Tensor:
+    """Return a tensor that fills a storage of its own as the receiver expects it."""
+    is_whole = tensor.untyped_storage().nbytes() == value.num_bytes
+    if is_whole and tensor.storage_offset() == 0 and tensor.stride() == value.stride:
+        return tensor
+    flat = torch.empty(value.num_bytes, dtype=torch.uint8, device=tensor.device)
+    copied = torch.empty(0, dtype=value.dtype, device=tensor.device)
+    copied.set_(flat.untyped_storage(), 0, value.shape, value.stride)
+    return copied.copy_(tensor)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    storage = tensor.untyped_storage()
+    return flat.set_(storage, 0, (storage.nbytes(),), (1,))

@@ -1,0 +1,123 @@
+"""The most that a rank of a pipeline can hold, whatever the others' pace.
+
+A message occupies its sender until it was received. When that is depends on the other ranks, but
+not beyond what the schedule implies: a rank that has received a microbatch's gradient knows that
+its forward message has arrived. What is known so, at each instruction, follows from the order
+alone (vector clocks: Fidge 1988, Mattern 1989), and bounds what can still be under way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
+from packlight.cluster.timeline import run_order
+
+
+@dataclass(frozen=True)
+class StageBytes:
+    """What a stage holds, in bytes.
+
+    Attributes:
+        frame: of each microbatch between its forward and its backward.
+        arriving: with the forward, of each such microbatch.
+        running: the most while one of its parts runs, with its own frame.
+        leaving: with the forward, until it was received.
+        handing: with the backward, until it was received.
+    """
+
+    frame: int
+    arriving: int
+    running: int
+    leaving: int
+    handing: int
+
+
+@dataclass(frozen=True)
+class Message:
+    """What one instruction sends to another rank's.
+
+    Attributes:
+        source: makes it.
+        target: needs it.
+    """
+
+    source: Instruction
+    target: Instruction
+
+
+def messages(schedule: PipelineSchedule) -> dict[Instruction, Message]:
+    """Return what each instruction sends to another rank, by the instruction that makes it."""
+    found: dict[Instruction, Message] = {}
+    for rank, _, instruction in schedule.positions():
+        source = schedule.needs(instruction)
+        if source is not None and schedule.rank_of_stage[source.stage] != rank:
+            found[source] = Message(source, instruction)
+    return found
+
+
+def received_before(schedule: PipelineSchedule) -> list[list[list[Instruction]]]:
+    """Return, by rank and position, which sent messages are known to have been received there.
+
+    Each is named once, by the instruction that sent it: at the first instruction of its sender
+    that cannot have started otherwise.
+    """
+    sent = messages(schedule)
+    place = {i: (rank, position) for rank, position, i in schedule.positions()}
+    clock = [[-1] * schedule.num_ranks for _ in range(schedule.num_ranks)]
+    at_end: dict[Instruction, list[int]] = {}
+    waiting: list[list[Message]] = [[] for _ in range(schedule.num_ranks)]
+    found: list[list[list[Instruction]]] = [[[] for _ in own] for own in schedule.ranks]
+    for rank, position in run_order(schedule):
+        instruction = schedule.ranks[rank][position]
+        source = schedule.needs(instruction)
+        if source is not None:
+            clock[rank] = [max(a, b) for a, b in zip(clock[rank], at_end[source], strict=True)]
+        clock[rank][rank] = position
+        at_end[instruction] = list(clock[rank])
+        left = []
+        for message in waiting[rank]:
+            other, there = place[message.target]
+            if clock[rank][other] >= there:
+                found[rank][position].append(message.source)
+            else:
+                left.append(message)
+        waiting[rank] = left
+        if instruction in sent:
+            waiting[rank].append(sent[instruction])
+    return found
+
+
+def most_bytes(
+    schedule: PipelineSchedule, rank: int, stages: Mapping[int, StageBytes], static_bytes: int
+) -> tuple[int, Instruction]:
+    """Return the most that a rank can hold, and at which of its instructions.
+
+    Args:
+        schedule: of forwards and backwards.
+        rank: whose.
+        stages: what its stages hold.
+        static_bytes: what it holds throughout.
+    """
+    held = static_bytes
+    sent, received = messages(schedule), received_before(schedule)[rank]
+    most, where = held, schedule.ranks[rank][0]
+    for position, instruction in enumerate(schedule.ranks[rank]):
+        costs = stages[instruction.stage]
+        for source in received[position]:
+            held -= _sent_bytes(stages, source)
+        if instruction.work is not Work.FORWARD:  # its frame is part of what runs
+            held -= costs.frame + costs.arriving
+        if held + costs.running + costs.arriving > most:
+            most, where = held + costs.running + costs.arriving, instruction
+        if instruction.work is Work.FORWARD:
+            held += costs.frame + costs.arriving
+        if instruction in sent:
+            held += _sent_bytes(stages, instruction)
+    return most, where
+
+
+def _sent_bytes(stages: Mapping[int, StageBytes], source: Instruction) -> int:
+    costs = stages[source.stage]
+    return costs.leaving if source.work is Work.FORWARD else costs.handing

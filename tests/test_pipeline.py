@@ -1,0 +1,157 @@
+"""Stages in one process: any graph cut anywhere keeps its bits; what a rank holds is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+
+from packlight.capture.read_joint import read_joint_graph
+from packlight.capture.step_capture import StepCapture
+from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
+from packlight.cluster.schedules import gpipe, interleaved, one_f_one_b
+from packlight.costs.profiler import CallProfiler
+from packlight.lower.frame import Frame
+from packlight.pipeline.cuts import balanced, choose_cuts
+from packlight.pipeline.memory import StageBytes, messages, most_bytes, received_before
+from packlight.pipeline.split import split_step
+from packlight.pipeline.stage import PlannedStage, read_stage
+from packlight.planner import plan_schedule
+from tests.test_pipeline_ranks import MODELS, batch_of, loss_fn
+from tests.zoo.families import make
+
+
+def case(name: str) -> Any:
+    if name in MODELS:
+        torch.manual_seed(0)
+        return MODELS[name](), batch_of(0), loss_fn
+    return make(name, 0.0, 0)
+
+
+def run_in_stages(planned: list[PlannedStage], primals: list[Any]) -> tuple[Any, dict[int, Any]]:
+    """Return the loss and the gradients of one microbatch through all stages."""
+    frames, given, gradients = [], [], {}
+    for stage in planned:
+        frame = Frame(stage.program(), {})
+        results = list(frame.run([*(primals[p] for p in stage.graph.primals), *given]))
+        given = results[: len(stage.graph.leaving)]
+        frames.append(frame)
+    loss, given = results[-1], [torch.ones(())]
+    for stage, frame in reversed(list(zip(planned, frames, strict=True))):
+        results = list(frame.run(given))
+        given, rest = results[: len(stage.graph.handing)], results[len(stage.graph.handing) :]
+        for primal, gradient in zip(stage.graph.gradients, rest, strict=True):
+            before = gradients.get(primal)
+            gradients[primal] = gradient if before is None else gradient + before
+    return loss, gradients
+
+
+@pytest.mark.parametrize("name", ["gpt", "tied", "skips", "t5", "unet"])
+def test_a_step_cut_anywhere_has_eager_bits(name: str) -> None:
+    """Where the planner would cut, and at random places."""
+    model, batch, loss_of = case(name)
+    expected = loss_of(model, batch)
+    expected.backward()
+    with CallProfiler(False) as profiler:
+        loss = StepCapture(loss_of, model).capture(batch)
+        whole = read_joint_graph(loss.joint, loss.num_forward_outputs, profiler.measure)
+        names = {id(p): n for n, p in model.named_parameters()}
+        wanted = dict(model.named_parameters())
+        num = whole.graph.num_forward
+        random = Random(name)
+        for cuts in (choose_cuts(whole.graph, 3), sorted(random.sample(range(1, num), 4))):
+            graphs = split_step(loss, whole, cuts)
+            steps = [read_stage(graph, profiler.measure) for graph in graphs]
+            plans = [plan_schedule(step.graph, None) for step in steps]
+            planned = [PlannedStage(*each) for each in zip(graphs, steps, plans, strict=True)]
+            with torch.no_grad():
+                value, gradients = run_in_stages(planned, loss.arguments)
+            assert torch.equal(value, expected)
+            assert len(gradients) == sum(p.grad is not None for p in wanted.values())
+            for primal, gradient in gradients.items():
+                parameter = wanted[names[id(loss.arguments[primal])]]
+                several = sum(primal in graph.gradients for graph in graphs) > 1
+                assert parameter.grad is not None
+                if several:  # the terms of a tied weight's gradient come in another order
+                    assert torch.allclose(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+                else:
+                    assert torch.equal(gradient, parameter.grad), names[id(parameter)]
+
+
+def test_no_other_contiguous_parts_have_a_smaller_largest_sum() -> None:
+    random = Random(0)
+    for _ in range(50):
+        seconds = [random.random() for _ in range(random.randint(3, 9))]
+        ends = balanced(seconds, 3)
+        starts = [0, *ends[:-1]]
+        most = max(sum(seconds[a:b]) for a, b in zip(starts, ends, strict=True))
+        num = len(seconds)
+        best = min(
+            max(sum(seconds[:a]), sum(seconds[a:b]), sum(seconds[b:]))
+            for a in range(1, num - 1) for b in range(a + 1, num)
+        )
+        assert most == pytest.approx(best)
+
+
+SCHEDULES: list[Callable[[], PipelineSchedule]] = [
+    lambda: gpipe(3, 4), lambda: one_f_one_b(4, 6), lambda: interleaved(2, 4, 2),
+]
+
+
+@pytest.mark.parametrize("make_schedule", SCHEDULES, ids=["gpipe", "1f1b", "interleaved"])
+def test_no_pace_of_the_ranks_holds_more_than_the_bound_and_one_holds_all_of_it(
+    make_schedule: Callable[[], PipelineSchedule],
+) -> None:
+    """Ranks go on in a random order; what they sent stays until the other has received it."""
+    schedule = make_schedule()
+    random = Random(0)
+    stages = {
+        s: StageBytes(*(random.randint(1, 50) for _ in range(5)))
+        for s in range(schedule.num_stages)
+    }
+    bounds = [most_bytes(schedule, r, stages, 7)[0] for r in range(schedule.num_ranks)]
+    seen = [0] * schedule.num_ranks
+    for _ in range(400):
+        for rank, most in enumerate(at_a_random_pace(schedule, stages, random)):
+            seen[rank] = max(seen[rank], 7 + most)
+    assert all(s <= b for s, b in zip(seen, bounds, strict=True))
+    assert sum(s == b for s, b in zip(seen, bounds, strict=True)) >= schedule.num_ranks - 1
+
+
+def at_a_random_pace(
+    schedule: PipelineSchedule, stages: dict[int, StageBytes], random: Random
+) -> list[int]:
+    """Return the most that each rank held."""
+    sent, let_go = messages(schedule), received_before(schedule)
+    at = [0] * schedule.num_ranks
+    done: set[Instruction] = set()
+    held = [0] * schedule.num_ranks
+    most = [0] * schedule.num_ranks
+    under_way: dict[Instruction, int] = {}
+    weights = [random.random() ** 4 for _ in at]  # some ranks are much slower than others
+    while any(at[r] < len(own) for r, own in enumerate(schedule.ranks)):
+        ready = [
+            r for r, own in enumerate(schedule.ranks)
+            if at[r] < len(own) and (schedule.needs(own[at[r]]) or own[0]) in {*done, own[0]}
+        ]
+        rank = random.choices(ready, [weights[r] for r in ready])[0]
+        instruction = schedule.ranks[rank][at[rank]]
+        costs = stages[instruction.stage]
+        for source in let_go[rank][at[rank]]:  # what is known to be received is
+            assert source not in under_way, "the bound lets go of what is still under way"
+        if (source := schedule.needs(instruction)) in under_way:
+            held[schedule.rank_of_stage[source.stage]] -= under_way.pop(source)
+        frame = costs.frame + costs.arriving
+        held[rank] -= frame * (instruction.work is not Work.FORWARD)
+        most[rank] = max(most[rank], held[rank] + costs.running + costs.arriving)
+        held[rank] += frame * (instruction.work is Work.FORWARD)
+        if instruction in sent:
+            size = costs.leaving if instruction.work is Work.FORWARD else costs.handing
+            under_way[instruction] = size
+            held[rank] += size
+        done.add(instruction)
+        at[rank] += 1
+    return most
