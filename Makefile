@@ -86,6 +86,10 @@ bench-largest: $(READY) ## rerun the search for the largest model in 2, 4 and 8 
 	$(BIN)/python -m benchmarks.largest
 	$(BIN)/python -m benchmarks.largest.report
 
+bench-trials: $(READY) ## rerun the tables of a study's plans and of members at once
+	$(BIN)/python -m benchmarks.trials plans
+	$(BIN)/python -m benchmarks.trials members
+
 docs: $(READY) ## build the documentation's site into site/, and check it
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

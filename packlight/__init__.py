@@ -71,7 +71,7 @@ _HOMES = {
 }
 
 # Folders that users import from, reached as attributes, too: `packlight.optim.AdamW8bit`.
-_FOLDERS = ("cluster", "comm", "compress", "lossy", "optim", "sparse")
+_FOLDERS = ("cluster", "comm", "compress", "ensemble", "lossy", "optim", "sparse", "trials")
 
 __all__ = [
     "EXACT_MOVES",

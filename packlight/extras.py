@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 from packlight.errors import MissingExtraError
 
 
@@ -19,3 +21,19 @@ def require_numba(extra: str, what: str) -> None:
         import numba  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("numba", extra, what) from error
+
+
+def require_optuna(what: str) -> ModuleType:
+    """Return Optuna.
+
+    Args:
+        what: needs it.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    try:
+        import optuna
+    except ImportError as error:
+        raise MissingExtraError("optuna", "search", what) from error
+    return optuna

@@ -302,7 +302,7 @@ def test_training_prints_loss_rate_peak_validation_and_sample(
 @pytest.mark.usefixtures("eager_fit")
 def test_data_do_not_depend_on_how_often_the_model_draws(example: Path, tmp_path: Path) -> None:
     """Dropout and data have generators apart: other dropout, the same batches."""
-    from packlight.cli.example import BatchStream, load_example
+    from packlight.example import BatchStream, load_example
 
     loaded = load_example(str(example))
     quiet = BatchStream(loaded, "train", "cpu", seed=3)
@@ -464,7 +464,7 @@ def test_an_infeasible_budget_names_one_that_is_feasible(
 def plan_within(
     example: Path, budget_bytes: int, moves: tuple[str, ...] = packlight.MOVES
 ) -> object:
-    from packlight.cli.example import BatchStream, build, load_example
+    from packlight.example import BatchStream, build, load_example
 
     loaded = load_example(str(example))
     model, optimizer = build(loaded, "cpu", 0)

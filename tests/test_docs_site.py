@@ -53,7 +53,10 @@ def described(module: str) -> set[str]:
 
 @pytest.mark.parametrize(
     "module",
-    ["packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step"],
+    [
+        "packlight", "packlight.optim", "packlight.sparse", "packlight.comm", "packlight.step",
+        "packlight.trials", "packlight.ensemble",
+    ],
 )
 def test_every_public_name_is_in_the_reference(module: str) -> None:
     public = set(importlib.import_module(module).__all__) - {"__version__"}
@@ -185,7 +188,9 @@ def examples(page: Path) -> Iterator[tuple[str, str | None]]:
         yield match.group(1), None if shown is None else re.sub(r"^    ", "", shown, flags=re.M)
 
 
-@pytest.mark.parametrize("name", ["quickstart", "faq", "how-a-budget-becomes-a-schedule"])
+@pytest.mark.parametrize(
+    "name", ["quickstart", "faq", "how-a-budget-becomes-a-schedule", "ensembles"]
+)
 def test_code_on_the_page_runs_and_prints_what_it_shows(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -251,7 +251,7 @@ def test_bert_is_asked_for_the_masked_bytes_only(load) -> None:
 def test_the_command_line_accepts_every_example(
     name: str, cifar10, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from packlight.cli.example import BatchStream, build, load_example
+    from packlight.example import BatchStream, build, load_example
 
     if name.startswith("hf_"):
         pytest.importorskip("transformers", reason="needs the extra 'hf'")

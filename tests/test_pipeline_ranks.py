@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import packlight
-from packlight.errors import NonFiniteLossError
+from packlight.errors import NonFiniteLossError, RankError
 from tests.rank_pool import Raised, RankPool
 
 WIDTH, VOCABULARY, ROWS, LENGTH, NUM_MICROBATCHES = 32, 64, 8, 16, 4
@@ -269,3 +269,31 @@ def test_a_batch_in_which_nothing_counts_leaves_all_ranks_as_they_were(pool: Ran
     outcomes = pool.run(after_nan)
     assert outcomes[0] == outcomes[1]
     assert outcomes[0][1] and outcomes[0][2] > 0
+
+
+def one_fails() -> str:
+    model, optimizer = made("gpt")
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
+    step = packlight.fit_pipeline(
+        model, loss_fn, optimizer, batch_of(0), mesh=mesh, num_microbatches=2, progress=False
+    )
+    step(batch_of(0))
+    if dist.get_rank() == 1:
+        step.programs.clear()  # whatever goes wrong in the middle of a step
+    try:
+        step(batch_of(1))
+    except (RankError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def test_a_rank_that_fails_in_a_step_ends_the_others_with_its_words(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    own = RankPool(2, tmp_path_factory.mktemp("failing"))
+    try:
+        waiting, failing = own.run(one_fails)
+    finally:
+        own.close()
+    assert failing.startswith("KeyError")
+    assert waiting.startswith("RankError") and "rank 1 failed" in waiting

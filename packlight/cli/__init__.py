@@ -1,4 +1,4 @@
-"""The command line: `packlight profile|plan|train|compress|cluster FILE`.
+"""The command line: `packlight profile|plan|train|search|compress|cluster FILE`.
 
 One file per command; each imports torch only when it runs, so that `packlight --help` is quick.
 What a user can mend is told in a line or two on the error stream, with exit code 2.
@@ -10,13 +10,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from packlight.cli import cluster, compress, plan, profile, train
+from packlight.cli import cluster, compress, plan, profile, search, train
 from packlight.errors import PacklightError
 
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {
-    "profile": profile, "plan": plan, "train": train, "compress": compress, "cluster": cluster
+    "profile": profile, "plan": plan, "train": train, "search": search, "compress": compress,
+    "cluster": cluster,
 }
 
 _EPILOG = """\
@@ -28,7 +29,9 @@ FILE is a Python file with plain functions:
 and, if it likes:
   tokens_per_batch(batch) -> int      shown as tokens per second
   sample(model) -> str                printed when training ends
-  error(model, batch) -> number       what compress watches instead of the loss
+  error(model, batch) -> number       what search and compress watch instead of the loss
+  space(trial) -> dict                what search varies; the functions above get those of its
+                                      values that they have arguments for
 """
 
 

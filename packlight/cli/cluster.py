@@ -85,10 +85,10 @@ def _run_file(arguments: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from packlight.cli.example import BatchStream, build, load_example
     from packlight.cluster.chain import plan_chain
     from packlight.cluster.measured import chain_of
     from packlight.cluster.picture import drawn
+    from packlight.example import BatchStream, build, load_example
     from packlight.fitting import planned_step
     from packlight.moves.microbatch.split import num_rows
 

@@ -19,13 +19,12 @@ from packlight.units import format_bytes, format_seconds, parse_bytes
 if TYPE_CHECKING:
     from torch import nn
 
-    from packlight.cli.example import Example
     from packlight.compress.search import Outcome, Trial
+    from packlight.example import Example
 
 HELP = "make a trained model small: prune, share, code; a search for the best settings"
 
 EXIT_NOT_MET = 1
-NUM_VALIDATION_BATCHES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     report = options.check_report(arguments.report)
     output = Path(arguments.output)
     options.writable_directory(str(output.parent), "--output")
-    from packlight.cli.example import build, load_example
     from packlight.compress.search import search
+    from packlight.example import build, error_of, load_example
     from packlight.run.checkpoint import newest_checkpoint
 
     console = Console()
@@ -90,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         outcome = search(
             model, target_bytes, output,
             _trainer(arguments, example, progress, task),
-            lambda model: error_of(model, example, arguments),
+            lambda model: error_of(model, example, arguments.device, arguments.seed),
             num_values=arguments.values, key=key,
             on_trial=lambda trial: console.print(_in_words(trial, dense_bytes)),
         )  # fmt: skip
@@ -122,36 +121,11 @@ def parsed_target(text: str, dense_bytes: int) -> int:
     return int(dense_bytes / float(match.group(1)))
 
 
-def error_of(model: nn.Module, example: Example, arguments: argparse.Namespace) -> float:
-    """Return the mean error, or else loss, over validation batches."""
-    import torch
-
-    from packlight.capture.returned import loss_of
-    from packlight.cli.example import BatchStream
-
-    was_training = model.training
-    model.eval()
-    total, num_batches = 0.0, 0
-    with torch.no_grad():
-        for batch in BatchStream(example, "validation", arguments.device, arguments.seed):
-            if example.error is not None:
-                total += float(example.error(model, batch))
-            else:
-                total += float(loss_of(example.loss(model, batch)))
-            num_batches += 1
-            if num_batches == NUM_VALIDATION_BATCHES:
-                break
-    model.train(was_training)
-    if not num_batches:
-        raise OptionError(f'{arguments.file}: batches("validation") yields nothing')
-    return total / num_batches
-
-
 def _trainer(
     arguments: argparse.Namespace, example: Example, progress: Progress, task: TaskID
 ) -> Callable[[nn.Module, str, Callable[[float], None]], None]:
     from packlight.capture.returned import loss_of
-    from packlight.cli.example import BatchStream, seed_everything
+    from packlight.example import BatchStream, seed_everything
 
     def train(model: nn.Module, stage: str, on_step: Callable[[float], None]) -> None:
         seed_everything(arguments.seed)

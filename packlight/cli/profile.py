@@ -61,8 +61,8 @@ def capture(arguments: argparse.Namespace) -> tuple[StepProfile, dict[str, int]]
 def counted(arguments: argparse.Namespace) -> tuple[int, int]:
     """Return the multiply-adds of the example's forward and of its backward."""
     from packlight.capture.returned import loss_of
-    from packlight.cli.example import BatchStream, build, load_example
     from packlight.costs.energy import count_multiply_adds
+    from packlight.example import BatchStream, build, load_example
 
     example = load_example(arguments.file)
     model, _ = build(example, arguments.device, arguments.seed)
@@ -104,7 +104,7 @@ def planned(
     arguments: argparse.Namespace, budget_bytes: int | None, **how: Any
 ) -> TrainStep:
     """Return the example's step, captured and planned."""
-    from packlight.cli.example import BatchStream, PartStream, build, load_example
+    from packlight.example import BatchStream, PartStream, build, load_example
     from packlight.fitting import planned_step
 
     allow = options.allowed(arguments)

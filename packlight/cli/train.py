@@ -27,8 +27,8 @@ from packlight.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     import torch
 
-    from packlight.cli.example import Example
     from packlight.comm import LocalSteps
+    from packlight.example import Example
     from packlight.ranks.group import Ranks
 
 HELP = "train inside a budget; the same command resumes from its last checkpoint"
@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         options.writable_directory(arguments.checkpoint, "--checkpoint")
     directory = options.offload_directory(arguments)
     import packlight
-    from packlight.cli.example import (
+    from packlight.example import (
         BatchStream,
         PartStream,
         build,
@@ -322,7 +322,7 @@ class _Trainer:
     def _validation_loss(self) -> float | None:
         """Return the mean loss over the first validation batches, or None where there are none."""
         from packlight.capture.returned import loss_of
-        from packlight.cli.example import BatchStream, ExampleError
+        from packlight.example import BatchStream, ExampleError
 
         arguments = self.arguments
         try:

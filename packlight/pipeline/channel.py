@@ -36,7 +36,7 @@ class Channel:
     def __post_init__(self) -> None:
         members = dist.get_process_group_ranks(self.ranks.group)
         timeout = timedelta(seconds=self.ranks.timeout_seconds)
-        # Of its own: it is closed where a rank fails, so that nobody waits for that one.
+        # Of its own: what others send meanwhile does not get in between.
         backend = "gloo" if self.device.type == "cpu" else None
         self._group = dist.new_group(members, timeout, backend)
 
@@ -54,9 +54,9 @@ class Channel:
 
     def let_go(self, source: Instruction) -> None:
         """Wait until what an instruction sent was received."""
-        with self.ranks.naming_losses():
-            for work, _ in self._under_way.pop(source, ()):
-                work.wait()
+        sent = self._under_way.pop(source, [])
+        if sent:
+            self.ranks.wait_for_messages([work for work, _ in sent])
 
     def let_go_of_all(self) -> None:
         """Wait until everything was received."""
@@ -72,22 +72,20 @@ class Channel:
         for index, value in enumerate(values):
             flat = torch.empty(value.num_bytes, dtype=torch.uint8, device=self.device)
             if value.num_bytes:
-                works.append(dist.irecv(
-                    flat, group=self._group, group_src=place, tag=self._tag(source, index)
-                ))
+                tag = self._tag(source, index)
+                work = dist.irecv(flat, group=self._group, group_src=place, tag=tag)
+                assert work is not None, "this rank is one of the group"
+                works.append(work)
             tensor = torch.empty(0, dtype=value.dtype, device=self.device)
             received.append(tensor.set_(flat.untyped_storage(), 0, value.shape, value.stride))
-        with self.ranks.naming_losses():
-            for work in works:
-                assert work is not None
-                work.wait()
+        if works:
+            self.ranks.wait_for_messages(works)
         return received
 
     def close(self, error: BaseException) -> None:
-        """Tell the others that this rank has failed, and have nobody wait for it."""
+        """Tell the others that this rank has failed."""
         self._under_way.clear()
         self.ranks.fail(error)
-        dist.destroy_process_group(self._group)
 
     def _tag(self, source: Instruction, index: int) -> int:
         assert index < MOST_VALUES

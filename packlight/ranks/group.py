@@ -9,6 +9,7 @@ left its step.
 from __future__ import annotations
 
 import pickle
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -252,6 +253,34 @@ class Ranks:
                 looked = time.monotonic()
         with self.naming_losses():
             work.wait()
+
+    def wait_for_messages(self, works: Sequence[dist.Work]) -> None:
+        """Wait until messages from rank to rank have come, or have gone.
+
+        gloo does not say before whether they have: a thread waits for them, and this one looks
+        whether another rank has failed.
+
+        Raises:
+            RankError: another rank failed meanwhile, or is gone.
+        """
+        errors: list[BaseException] = []
+        done = threading.Event()
+
+        def wait() -> None:
+            try:
+                for work in works:
+                    work.wait()
+            except BaseException as error:
+                errors.append(error)
+            finally:
+                done.set()
+
+        threading.Thread(target=wait, name="packlight-messages", daemon=True).start()
+        while not done.wait(LOOK_SECONDS):
+            self._raise_failure()
+        with self.naming_losses():
+            if errors:
+                raise errors[0]
 
     def wait_let_go(self, tensor: torch.Tensor, references: int) -> None:
         """Wait until nobody but the caller holds the memory of a tensor that was sent.

@@ -6,6 +6,7 @@ reported with the place in the FILE, not with a traceback through Packlight.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import random
 import sys
@@ -19,7 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from packlight.capture.returned import loss_of
 from packlight.errors import OptionError, PacklightError
+
+NUM_VALIDATION_BATCHES = 20
 
 _REQUIRED = {
     "model": "model() -> nn.Module",
@@ -41,13 +45,14 @@ class Example:
     """The functions of a FILE, each reporting its failures as an `ExampleError`."""
 
     path: Path
-    model: Callable[[], torch.nn.Module]
-    loss: Callable[[torch.nn.Module, Any], torch.Tensor]
-    optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
-    batches: Callable[[str], Iterator[Any]]
+    model: Callable[..., torch.nn.Module]
+    loss: Callable[..., torch.Tensor]
+    optimizer: Callable[..., torch.optim.Optimizer]
+    batches: Callable[..., Iterator[Any]]
     tokens_per_batch: Callable[[Any], int] | None
     sample: Callable[[torch.nn.Module], str] | None
     error: Callable[[torch.nn.Module, Any], Any] | None = None
+    space: Callable[[Any], dict[str, Any]] | None = None
 
 
 def load_example(file: str) -> Example:
@@ -77,9 +82,10 @@ def load_example(file: str) -> Example:
     def named(name: str) -> Callable[..., Any]:
         function = getattr(module, name)
 
-        def call(*args: Any) -> Any:
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
             with _failures_named(path, f"{name}()"):
-                return function(*args)
+                return function(*args, **kwargs)
 
         return call
 
@@ -93,6 +99,7 @@ def load_example(file: str) -> Example:
         tokens_per_batch=named("tokens_per_batch") if hasattr(module, "tokens_per_batch") else None,
         sample=named("sample") if hasattr(module, "sample") else None,
         error=named("error") if hasattr(module, "error") else None,
+        space=named("space") if hasattr(module, "space") else None,
     )
 
 
@@ -139,6 +146,37 @@ def build(example: Example, device: str, seed: int) -> tuple[torch.nn.Module, An
             f"{example.path}: optimizer() returned {type(optimizer).__name__}, not an Optimizer"
         )
     return model, optimizer
+
+
+def error_of(
+    model: torch.nn.Module,
+    example: Example,
+    device: str,
+    seed: int,
+    most_batches: int = NUM_VALIDATION_BATCHES,
+) -> float:
+    """Return the mean error, or else loss, over validation batches.
+
+    Raises:
+        OptionError: there are none.
+        ExampleError: the functions fail.
+    """
+    was_training = model.training
+    model.eval()
+    total, num_batches = 0.0, 0
+    with torch.no_grad():
+        for batch in BatchStream(example, "validation", device, seed):
+            if example.error is not None:
+                total += float(example.error(model, batch))
+            else:
+                total += float(loss_of(example.loss(model, batch)))
+            num_batches += 1
+            if num_batches == most_batches:
+                break
+    model.train(was_training)
+    if not num_batches:
+        raise OptionError(f'{example.path}: batches("validation") yields nothing')
+    return total / num_batches
 
 
 def seed_everything(seed: int) -> None:
