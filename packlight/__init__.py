@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from packlight.fitting import Options, fit, plan, profile
     from packlight.pipeline.fit import fit_pipeline
     from packlight.pipeline.step import PipelineStep
+    from packlight.ranks.megatron import megatron
     from packlight.ranks.modelled import ModelledMesh
     from packlight.ranks.parallel import Parallel
     from packlight.ranks.tensor import localize
@@ -63,6 +64,7 @@ _HOMES = {
     "fit_pipeline": "packlight.pipeline.fit",
     "localize": "packlight.ranks.tensor",
     "measure_peak": "packlight.costs.peak",
+    "megatron": "packlight.ranks.megatron",
     "plan": "packlight.fitting",
     "profile": "packlight.fitting",
     "sparsify": "packlight.sparse.sparsify",
@@ -87,6 +89,7 @@ __all__ = [
     "fit_pipeline",
     "localize",
     "measure_peak",
+    "megatron",
     "plan",
     "profile",
     "sparsify",

@@ -239,15 +239,18 @@ class RankMismatchError(RankError):
 
     Attributes:
         what: differs, such as "parameter 'head.weight'".
-        rank: the first that differs from rank 0.
-        expected, found: what rank 0 has, and that rank.
+        rank: the first that differs from the other.
+        expected, found: what the other has, and that rank.
+        other: rank 0, or the first of those that have to have the same.
     """
 
-    def __init__(self, what: str, rank: int, expected: Any, found: Any, hint: str = "") -> None:
-        self.what, self.expected, self.found = what, expected, found
+    def __init__(
+        self, what: str, rank: int, expected: Any, found: Any, hint: str = "", other: int = 0
+    ) -> None:
+        self.what, self.expected, self.found, self.other = what, expected, found, other
         super().__init__(
-            f"rank {rank} differs from rank 0 in {what}: {found}, where rank 0 has {expected}"
-            f"{_hinted(hint)}", rank,
+            f"rank {rank} differs from rank {other} in {what}: {found}, where rank {other} has "
+            f"{expected}{_hinted(hint)}", rank,
         )
 
 

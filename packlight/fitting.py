@@ -217,7 +217,9 @@ def _request(
     mesh = options.get("mesh")
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
     parallel = options.get("parallel")
-    ranks = None if modelled else ranks_of(mesh, parallel, device)
+    groups = None if modelled else ranks_of(mesh, parallel, device)
+    ranks = None if groups is None else groups.all
+    data_ranks = None if groups is None else groups.data
     accumulates = options.get("accumulate", False)
     if accumulates and mesh is not None:
         raise OptionError(
@@ -226,16 +228,13 @@ def _request(
             "once"
         )
     names = chosen_names(options.get("moves"))
-    is_tensor_parallel = ranks is not None and parallel is not None and bool(parallel.tensor)
-    if is_tensor_parallel:
-        _refuse_together(options)
-    elif ranks is not None or modelled is not None:
+    if data_ranks is not None or modelled is not None:
         names |= {DataParallel.name}
-    spoken = () if ranks is None else spoken_groups(mesh, parallel)
+    spoken = () if groups is None else spoken_groups(mesh, parallel)
     loss_weight = options.get("loss_weight")
-    if spoken:
-        names -= {Microbatch.name}  # whose weights are seen by running a few rows, on one rank
-        if loss_weight is None and not is_tensor_parallel:
+    if spoken and data_ranks is ranks:  # samples in rows, of which few cannot be looked at alone
+        names -= {Microbatch.name}
+        if loss_weight is None:
             loss_weight = "rows"  # as many on all ranks: all losses count the same
     placements = () if parallel is None else parallel.placements
     if placements:  # each gradient's piece goes to its rank, where it is used up
@@ -256,29 +255,15 @@ def _request(
         None if directory is None else Path(directory),
         options.get("progress", True) and (ranks is None or ranks.rank == 0),
         ranks,
+        data_ranks,
+        None if groups is None else groups.tensor,
         modelled,
         placements,
-        is_tensor_parallel,
         spoken,
         accumulates,
         _beside(options.get("beside", ())),
         _checked_error(options.get("max_gradient_error"), allowed),
     )
-
-
-def _refuse_together(options: Options) -> None:
-    """Raise where all gradients are looked at together, of which each rank has parts."""
-    for name in ("clip_grad_norm", "scaler"):
-        if options.get(name) is not None:
-            raise OptionError(
-                f"{name}= looks at all gradients together, of which each rank has parts: not there "
-                "yet for tensor parallel models\nhint: clip_grad_value= looks at each alone"
-            )
-    if "fp16" in options.get("allow", ()):
-        raise OptionError(
-            "fp16 scales the loss by what all gradients say together: not there yet for tensor "
-            "parallel models\nhint: allow={'bf16'}"
-        )
 
 
 def _beside(given: Iterable[Beside] | Beside) -> tuple[Beside, ...]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from benchmarks.ranks.__main__ import Record
 from benchmarks.ranks.modes import MODES
 from benchmarks.ranks.report import report
+from benchmarks.ranks.turns import Record
 
 TOLD = {
     "cores": 2, "hardware": "a CPU", "versions": {"torch": "2.13.0"}, "load_at_start": 0.1,

@@ -155,19 +155,20 @@ def test_an_overflow_on_one_rank_skips_the_update_of_all(pool: RankPool) -> None
 
 
 @contextmanager
-def in_microbatches(count: int, sums_each: bool) -> Iterator[None]:
-    """Have batches run in so many microbatches, whatever is faster."""
+def in_microbatches(count: int, sums_each: bool | None) -> Iterator[None]:
+    """Have batches run in so many microbatches, and be accumulated so, whatever is faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Search, "_starts", lambda self: iter([(Microbatch(count),)]))
-        patch.setattr(data_parallel, "_settings", lambda *_: [(1.0, None, sums_each)])
+        if sums_each is not None:
+            patch.setattr(data_parallel, "_settings", lambda *_: [(1.0, None, sums_each)])
         yield
 
 
 def trained_in_microbatches(
-    rows: int, sums_each: bool, options: dict[str, Any]
+    rows: int, sums_each: bool | None, options: dict[str, Any], budget: int | None = None
 ) -> dict[str, Any]:
     with in_microbatches(3, sums_each):
-        return trained("gpt", rows, None, options, masked=True)
+        return trained("gpt", rows, budget, options, masked=True)
 
 
 # Accumulated whole and added up once, or in pieces and each time; parts of other sizes.
@@ -197,13 +198,12 @@ def test_a_budget_decides_how_microbatches_are_accumulated(pool: RankPool) -> No
     free = pool.run(trained, "gpt", 32, None, {**options, "moves": ()})
     accumulated = sum(p.nbytes for p in free[0]["parameters"])
     left = free[0]["predicted"] - free[0]["resident"]
-    for share in (1.0, 0.7):
-        budget = free[0]["resident"] + int(share * accumulated) + left // 6
-        results = pool.run(trained, "gpt", 32, budget, options, True)
+    for share, sums_each in ((1.0, False), (0.7, True)):  # of whole gradients
+        budget = free[0]["resident"] + int(share * accumulated) + left // (2 if share == 1 else 6)
+        results = pool.run(trained_in_microbatches, 32, None, options, budget)
         assert_ranks_are_one(results, trained_alone("gpt", 32, masked=True))
         for result in results:
-            assert result["num_microbatches"] > 1 and result["predicted"] <= budget
-    assert results[0]["sums_each"]
+            assert result["sums_each"] is sums_each and result["predicted"] <= budget
 
 
 @pytest.mark.parametrize("pieces", ["gradient", pytest.param("parameter", marks=slow)])

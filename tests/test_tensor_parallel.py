@@ -22,6 +22,8 @@ from torch.distributed.tensor.parallel import (
 
 import packlight
 from packlight.errors import NonFiniteLossError
+from packlight.moves.microbatch.move import Microbatch
+from packlight.search.search import Search
 from tests.rank_pool import Raised, RankPool
 
 PARALLEL = packlight.Parallel(tensor="tensor")
@@ -199,8 +201,6 @@ def attempted(what: str) -> Any:
     options: dict[str, Any] = {"mesh": mesh(), "parallel": PARALLEL}
     if what == "nobody":
         options = {}
-    if what == "norm":
-        options["clip_grad_norm"] = 1.0
     if what == "batch" and dist.get_rank() == 1:
         batch = (batch[0].flip(0), batch[1])
     packlight.fit(model, loss_of, optimizer, batch, **options)
@@ -211,7 +211,6 @@ def attempted(what: str) -> Any:
     [
         ("dtensor", "UnsupportedModelError", "packlight.localize"),
         ("nobody", "UnsupportedModelError", "the loss talks to other ranks"),
-        ("norm", "OptionError", "clip_grad_norm= looks at all gradients together"),
         ("batch", "RankMismatchError", "all ranks have the same batch"),
     ],
 )
@@ -244,6 +243,66 @@ def with_nan() -> tuple[bool, float]:
 def test_a_loss_that_is_nan_leaves_all_parts_as_they_are(pool: RankPool) -> None:
     one, another = pool.run(with_nan)
     assert one == another and one[0] and one[1] > 0
+
+
+def clipped(norm: float) -> tuple[list[float], list[float]]:
+    """Train with the norm of all gradients clipped; return losses, and those of microbatches."""
+    found = []
+    for starts in (((),), ((Microbatch(2),),)):
+        model = packlight.localize(split(gpt()))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Search, "_starts", lambda self, starts=starts: iter(starts))
+            step = packlight.fit(
+                model, loss_of, optimizer, batches()[0], mesh=mesh(), parallel=PARALLEL,
+                clip_grad_norm=norm, moves=("microbatch",),
+            )
+        assert step.way.num_microbatches == 1 + len(starts[0])
+        found.append([float(step(batch)) for batch in batches()])
+    return found[0], found[1]
+
+
+@pytest.mark.slow
+def test_the_norm_of_all_parts_is_clipped(pool: RankPool) -> None:
+    norm, model = 0.05, gpt()
+    optimizer, alone = torch.optim.SGD(model.parameters(), lr=0.1), []
+    for batch in batches():
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), norm)
+        optimizer.step()
+        alone.append(float(loss.detach()))
+    for whole, in_microbatches in pool.run(clipped, norm):
+        assert whole == pytest.approx(alone, rel=1e-5)
+        assert in_microbatches == pytest.approx(alone, rel=1e-5)
+
+
+def overflowing() -> dict[str, Any]:
+    """Have the gradient of one rank's part overflow: that of the last hidden unit's weights."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight[3], model[0].bias[3] = 0.0, 0.0
+        model[1].weight[:, 3] = 2e38
+    plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+    packlight.localize(parallelize_module(model, mesh(), plan))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    batch = torch.ones(4, 8)
+    step = packlight.fit(
+        model, lambda model, batch: model(batch).sum(), optimizer, batch, mesh=mesh(),
+        parallel=PARALLEL, scaler=scaler,
+    )
+    before = [p.detach().clone() for p in model.parameters()]
+    step(batch)
+    is_same = all(map(torch.equal, before, model.parameters()))
+    return {"is_untouched": is_same, "scale": scaler.get_scale()}
+
+
+def test_an_overflow_in_one_part_skips_the_update_of_all(pool: RankPool) -> None:
+    for result in pool.run(overflowing):
+        assert result == {"is_untouched": True, "scale": 4.0}
 
 
 def test_parts_of_other_sizes_and_tied_weights_are_refused(pool: RankPool) -> None:

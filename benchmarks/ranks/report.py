@@ -10,9 +10,14 @@ from benchmarks.common import mebibytes, quartiles, table
 
 
 def report(records: Sequence[Any]) -> list[str]:
-    """Return one row a mode: peak, the prediction, seconds beside DDP's of the same round, bits."""
+    """Return one row a mode: peak, the prediction, seconds beside DDP's of the same round, bits.
+
+    Seconds are left out where the machine had other work than its cores can do.
+    """
     if not records:
         return ["nothing was measured"]
+    told = records[-1].provenance
+    is_busy = told["load_at_start"] > told["cores"]
     base = {r.round: r.step_seconds for r in records if r.mode == records[0].mode}
     rows = []
     for mode in dict.fromkeys(record.mode for record in records):
@@ -25,11 +30,12 @@ def report(records: Sequence[Any]) -> list[str]:
         rows.append([
             mode, mebibytes(max(r.peak_bytes for r in mine)),
             "" if latest.predicted_bytes is None else mebibytes(latest.predicted_bytes),
-            f"{statistics.median(r.step_seconds for r in mine) * 1e3:.0f}", _ratio(ratios),
-            f"{statistics.median(predicted):.2f}" if predicted else "",
+            *(["", "", ""] if is_busy else [
+                f"{statistics.median(r.step_seconds for r in mine) * 1e3:.0f}", _ratio(ratios),
+                f"{statistics.median(predicted):.2f}" if predicted else "",
+            ]),
             f"{latest.num_equal} of {latest.num_parameters}",
         ])
-    told = records[-1].provenance
     return [
         *table(
             ["", "peak, MiB", "predicted", "ms a step", f"of {records[0].mode}'s",
@@ -39,7 +45,7 @@ def report(records: Sequence[Any]) -> list[str]:
         "",
         f"{len(base)} rounds of {told['cores']} cores ({told['hardware']}), torch "
         f"{told['versions']['torch']}, load {told['load_at_start']} at the start; "
-        f"`{told['command']}`.",
+        f"`{told['command']}`." + (" Times are left out: the machine had other work." * is_busy),
     ]
 
 

@@ -75,8 +75,7 @@ class DataParallel(Move):
         if draft.request.num_ranks is None:
             return
         assert costs.network is not None and costs.network.reduce is not None
-        whole = draft.whole or draft
-        index = whole.once("weights of ranks", lambda: _settled(whole))
+        index = draft.asked(settled_weight)
         best = min(room.found, key=lambda moves: room.found[moves].seconds, default=())
         made = next((move for move in best if isinstance(move, cls)), None)
         if made is not None:  # rewriting a graph hardly changes which setting is best
@@ -113,7 +112,7 @@ class DataParallel(Move):
         )
         if not sharding.gathered:
             lane = replace(lane, memory="", read=None)
-        ranks = draft.request.ranks
+        ranks = draft.request.data_ranks
         machine = (draft.machine or Machine()).with_lane(lane)
         reduction = Reduction(
             self.buckets, self.num_in_flight, lane, sharding, 0 if ranks is None else ranks.rank,
@@ -143,7 +142,7 @@ class DataParallel(Move):
         return alternatives(open_weight(whole))[self.weight_index]
 
 
-def _settled(whole: Draft) -> int:
+def settled_weight(whole: Draft) -> int:
     """Return which denominator holds; what the user says does.
 
     Raises:

@@ -92,6 +92,20 @@ class Draft:
         """Return a changed copy."""
         return replace(self, **fields, _known={})
 
+    def asked(self, question: Callable[[Draft], Made]) -> Made:
+        """Return what the whole batch's draft answers, asked once.
+
+        Where a model's ranks talk to one another, a question that runs it is answered by all of
+        them at once.
+
+        Args:
+            question: a function of a module, by whose name the others find it.
+        """
+        whole, together = self.whole or self, self.costs.ask_together
+        return whole.once(
+            question, lambda: question(whole) if together is None else together(question)
+        )
+
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """Return what `make` returns, made once for this draft: `space` and `apply` share it."""
         if key not in self._known:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from packlight.capture.step_capture import LossFunction
-from packlight.errors import UnsupportedModelError
 from packlight.moves.microbatch.split import LossWeight
 from packlight.ranks.group import Ranks
 from packlight.ranks.modelled import ModelledMesh
@@ -34,9 +33,10 @@ class Request:
         loss_weight: what the user says a microbatch's loss is divided by, if anything.
         offload_directory: where buffers may be offloaded to.
         progress: show what profiling does.
-        ranks: that train together, each on its part of the batch; None for one process.
+        ranks: that train together, by one plan; None for one process.
+        data_ranks: those of them that have parts of the batch each.
+        tensor_ranks: those of them that have parts of the weights each, and the same batch.
         modelled: ranks that are planned for and not there.
-        is_tensor_parallel: those ranks have parts of the weights, and one batch.
         spoken: names of torch's groups in which the model's own ranks tell one another things.
         placements: where parameters in pieces may lie, the fastest first; none for whole ones.
         accumulates: gradients of several batches are added up before an update.
@@ -57,9 +57,10 @@ class Request:
     offload_directory: Path | None
     progress: bool
     ranks: Ranks | None = None
+    data_ranks: Ranks | None = None
+    tensor_ranks: Ranks | None = None
     modelled: ModelledMesh | None = None
     placements: tuple[Placement, ...] = ()
-    is_tensor_parallel: bool = False
     spoken: tuple[str, ...] = ()
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
@@ -76,16 +77,9 @@ class Request:
         return bool(self.spoken)
 
     @property
-    def data_ranks(self) -> Ranks | None:
-        """Those that have a part of the batch each."""
-        return None if self.is_tensor_parallel else self.ranks
-
-    def refuse_parts(self, what: str) -> None:
-        """Raise where weights lie in parts with all ranks, of which something is not there yet."""
-        if self.is_tensor_parallel:
-            raise UnsupportedModelError(
-                f"{what} of weights in parts are not there yet\nhint: each rank has its own part"
-            )
+    def is_tensor_parallel(self) -> bool:
+        """Whether ranks have parts of the weights."""
+        return self.tensor_ranks is not None
 
     @property
     def num_ranks(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -22,11 +22,7 @@ from packlight.moves.counted import Kept, copied_bytes, extras_bytes, primals_am
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
 from packlight.moves.sharding import Sharding, cut, shardable
-from packlight.moves.stream.parameters import (
-    ParameterSlots,
-    parameter_slots,
-    without_results,
-)
+from packlight.moves.stream.parameters import ParameterSlots, parameter_slots, without_results
 from packlight.moves.stream.state import Slots, existing_slots, state_slots
 from packlight.moves.stream.streamed import Streaming
 from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
@@ -42,8 +38,7 @@ from packlight.updates.several import SeveralUpdates, parts_of, states_left, upd
 from packlight.updates.twin import state_tensors
 from packlight.updates.update import ParameterUpdates, UpdateCost
 
-# Loss, its weight and their sums: 0-dimensional tensors outside of the schedule.
-SCALAR_BYTES = 64
+SCALAR_BYTES = 64  # loss, its weight and their sums, outside of the schedule
 
 
 class StepCosts:
@@ -54,7 +49,8 @@ class StepCosts:
         updates: steps the optimizer one parameter at a time; None where there is no optimizer.
         trained: the parameters that it updates, by id.
         beside: what the loop keeps that the step has no use for.
-        network: the lane to the other ranks, once it is measured.
+        network, exchanges: lanes to ranks with other parts of the batch, of the weights.
+        ask_together: has all ranks answer a question at once, where they have to.
         agreed_buckets: those that ranks with another size of batch reduce, where there are such.
         are_compared: whether parameters are known to have the same values on all ranks.
     """
@@ -77,9 +73,11 @@ class StepCosts:
         for number, parameter in enumerate(self._others):
             self.name_of[id(parameter)] = f"parameter {number} of the loss"
         self.reductions = ReductionCosts(self.trained.values(), self.name_of, self.device)
-        own = parts_of(optimizer)
-        self.beside = Kept.of(o for o in request.beside if not any(o is part for part in own))
+        own = {id(part) for part in parts_of(optimizer)}
+        self.beside = Kept.of(o for o in request.beside if id(o) not in own)
         self.network: Lane | None = None
+        self.exchanges: Lane | None = None
+        self.ask_together: Callable[[Callable[[Any], Any]], Any] | None = None
         self.agreed_buckets: tuple[tuple[str, ...], ...] | None = None
         self.are_compared = False
         self._additions = Additions(self.device)

@@ -92,8 +92,9 @@ def fit_pipeline(
         GraphBreakError, UnsupportedModelError.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    ranks = ranks_of(mesh, Parallel(timeout_seconds=timeout_seconds), device)
-    assert ranks is not None, "a mesh has ranks"
+    groups = ranks_of(mesh, Parallel(timeout_seconds=timeout_seconds), device)
+    assert groups is not None, "a mesh has ranks"
+    ranks = groups.all
     if schedule not in RUN:
         raise OptionError(
             f"schedule={schedule!r} is planned for clusters, and not run\nhint: {' or '.join(RUN)}"

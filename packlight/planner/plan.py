@@ -24,7 +24,7 @@ from packlight.planner.offload import OffloadSearch
 from packlight.planner.plain import plain_schedule
 from packlight.planner.prove import Attempt, Small, is_small
 from packlight.planner.search import Found, LocalSearch
-from packlight.planner.smallest import priced, smallest_schedules
+from packlight.planner.smallest import low_schedule, priced, smallest_schedules
 from packlight.step import Limit, Machine, Plan, Schedule, StepGraph, Termination, simulate
 
 STREAMING_SHARES = (0.9, 0.6, 0.4)
@@ -62,7 +62,7 @@ class Planner:
         graph = self.graph = graph.with_reductions_in_line(machine)
         self._transfers: OffloadSearch | None = None
         self._without: Planner | None = None
-        self._is_exact = is_small(graph)
+        self._is_exact, self._is_start = is_small(graph), False
         if graph.transfers:
             names = {lane.name for lane in machine.lanes} if machine is not None else set()
             missing = {o.lane for o in graph.transfers} - names
@@ -73,8 +73,9 @@ class Planner:
                 )
             self._without = without or Planner(graph.without_transfers())
             if graph.resting and without is None:
-                # What it finds is a start for something else: it need not be the optimum.
-                self._without._is_exact = False
+                # What it finds is a start for something else: it need not be the optimum, nor the
+                # smallest that there is.
+                self._without._is_exact, self._without._is_start = False, True
             self._transfers = OffloadSearch(graph, machine, lambda: self.local.views)
         if graph.resting:
             assert self._transfers is not None
@@ -174,7 +175,9 @@ class Planner:
             Small(self.graph).attempt(attempt, self.local.fastest)
         else:
             attempt.found.extend(self.local.fastest(budget_bytes))
-        if attempt.best is None and budget_bytes >= NEAR * self.smallest().peak_bytes:
+        if self._is_start or attempt.best is not None:
+            return attempt
+        if budget_bytes >= NEAR * self.smallest().peak_bytes:
             attempt.is_proven = False
             attempt.found.extend(self._small)
             if self._transfers is None:
@@ -188,16 +191,21 @@ class Planner:
         shares = STREAMING_SHARES if self.graph.resting else (1.0,)
         seeds = []
         for share in shares:
-            found = self._without.best_within(int(share * attempt.budget_bytes))
+            found = self._without._start_within(int(share * attempt.budget_bytes))
             if not self.graph.resting:
                 attempt.found.append(found)
             if found.schedule not in seeds:
                 seeds.append(found.schedule)
         attempt.found.extend(transfers.fastest(attempt.budget_bytes, seeds))
 
-    def best_within(self, budget_bytes: int) -> Found:
-        """Return the fastest schedule found within a budget, else the one with the least peak."""
-        return self._attempt(budget_bytes).best or self.smallest()
+    def _start_within(self, budget_bytes: int) -> Found:
+        """Return the fastest schedule found within a budget, else one with a small peak."""
+        return self._attempt(budget_bytes).best or (self._low if self._is_start else self._small[0])
+
+    @cached_property
+    def _low(self) -> Found:
+        """A schedule with a small peak, soon found."""
+        return self._found(low_schedule(self.local))
 
     # -- results
 

@@ -60,6 +60,26 @@ def smallest_schedules(graph: StepGraph) -> list[Schedule]:
     return sorted(found, key=lambda schedule: simulate(graph, schedule).peak_bytes)
 
 
+def low_schedule(local: LocalSearch) -> Schedule:
+    """Return a schedule with a small peak, soon found: where another search starts, not its answer.
+
+    Args:
+        local: of the step, whose seconds count.
+    """
+    lowest: tuple[int, View, Retention] | None = None
+    for view in local.views:
+        for retention in local.small_seeds(view, with_plain=False):
+            _lower(retention, ROUNDS[0][0], 0)
+            if retention.is_feasible and (lowest is None or retention.peak_bytes < lowest[0]):
+                lowest = retention.peak_bytes, view, retention
+    if lowest is None:
+        return schedule_from_order(
+            local.graph, range(len(local.graph.computations)), local.graph.num_forward
+        )
+    _, view, retention = lowest
+    return restore_ids(in_order(view.graph, retention.order()), view.old_ids)
+
+
 def priced(graph: StepGraph) -> Iterator[StepGraph]:
     """Yield the graph with each stand-in for its seconds; a step takes one second with each."""
     size, num = Facts(graph).size, len(graph.computations)

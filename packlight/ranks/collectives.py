@@ -52,6 +52,12 @@ def members(group_name: str) -> Any:
     return _peers[group_name]
 
 
+def is_heard(text: str) -> bool:
+    """Whether a text names groups of torch's, in which models' ranks tell one another things."""
+    names = text.split()
+    return bool(names) and all(name in _members or name in _peers for name in names)
+
+
 def is_silent() -> bool:
     """Whether nothing is said for a while."""
     return _is_silent

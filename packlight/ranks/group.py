@@ -70,41 +70,84 @@ class Sent:
     is_on_host: bool
 
 
+@dataclass
+class _Fate:
+    """What ranks share that fail together.
+
+    Attributes:
+        key: under which the first failure is told.
+        rank: this one.
+        has_failed: whether one of them left the others alone.
+    """
+
+    key: str
+    rank: int
+    has_failed: bool = False
+
+
 class Ranks:
-    """The processes that train one model together, each on its part of the batch.
+    """Processes that train one model together.
 
     Args:
         members: their ranks in the default process group.
         device: of the model.
         timeout_seconds: how long a rank waits for the others at most.
+        within: all that train together, where these are some of them: they fail together.
 
     Attributes:
         size: how many there are.
         rank: which of them this process is, from 0.
+        numbers: which of all that train together they are.
         timeout_seconds: as given.
-        has_failed: whether one of them left the others alone: nothing more can be said.
     """
 
     def __init__(
-        self, members: Sequence[int], device: torch.device, timeout_seconds: float
+        self,
+        members: Sequence[int],
+        device: torch.device,
+        timeout_seconds: float,
+        within: Ranks | None = None,
     ) -> None:
-        self.size, self.rank = len(members), list(members).index(dist.get_rank())
+        self.members = tuple(members)
+        self.size, self.rank = len(members), self.members.index(dist.get_rank())
+        everybody = self.members if within is None else within.members
+        self.numbers = tuple(map(everybody.index, self.members))
         self.timeout_seconds = timeout_seconds
         timeout = timedelta(seconds=timeout_seconds)
+
+        def new_group(backend: str | None) -> dist.ProcessGroup:
+            # Others make groups of their own meanwhile: only members wait for one another.
+            is_part = self.size < dist.get_world_size()
+            group: dist.ProcessGroup = dist.new_group(
+                [*members], timeout, backend, use_local_synchronization=is_part
+            )
+            return group
+
         # Of their own: what the user sends meanwhile on theirs does not get in between.
-        self._group = dist.new_group(list(members), timeout, "gloo")
-        self._data_group = self._group
-        if device.type != "cpu":
-            self._data_group = dist.new_group(list(members), timeout)
-        self._failures = f"packlight/failed/{self._group.group_name}"
+        group = new_group("gloo")
+        self._group: dist.ProcessGroup | None = group
+        # Of the device's memory, where that is another one.
+        self._data_group = None if device.type == "cpu" else new_group(None)
+        self._fate = _Fate(f"packlight/failed/{group.group_name}", self.rank)
+        if within is not None:
+            self._fate = within._fate
         self._words = torch.zeros(self.size, dtype=torch.int64)
-        self.has_failed = False
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether one of all left the others alone: nothing more can be said."""
+        return self._fate.has_failed
+
+    @has_failed.setter
+    def has_failed(self, value: bool) -> None:
+        self._fate.has_failed = value
 
     @property
     def group(self) -> dist.ProcessGroup:
         """Through which they talk, on the host; nobody else does."""
-        group: dist.ProcessGroup = self._group
-        return group
+        if self._group is None:
+            raise RankError("this rank left the others alone: the ranks have parted")
+        return self._group
 
     # -- anything, seldom
 
@@ -128,7 +171,7 @@ class Ranks:
             if failed[0] == self.rank:
                 assert error is not None
                 raise error
-            told = everybody[failed[0]].error(failed[0])
+            told = everybody[failed[0]].error(self.numbers[failed[0]])
             # (its own error, where there is one, is of no interest: it has the same cause)
             raise told from None
         return everybody
@@ -197,8 +240,9 @@ class Ranks:
 
     def _group_for(self, tensor: torch.Tensor) -> dist.ProcessGroup:
         self.refuse_parted()
-        group: dist.ProcessGroup = self._group
-        return group if tensor.device.type == "cpu" else self._data_group
+        if tensor.device.type == "cpu" or self._data_group is None:
+            return self.group
+        return self._data_group
 
     def _sent(self, work: dist.Work | None, tensor: torch.Tensor) -> Sent:
         assert work is not None, "this rank is one of the group"
@@ -277,15 +321,26 @@ class Ranks:
             return
         self.has_failed = True
         try:
-            default_store().set(self._failures, f"{self.rank} {type(error).__name__}: {error}")
+            words = f"{self._fate.rank} {type(error).__name__}: {error}"
+            default_store().set(self._fate.key, words)
         except Exception:  # whoever holds the store is gone, and so is this training
             pass
 
+    def leave(self, error: BaseException) -> None:
+        """Leave the others in something that is waited for without a look at failures.
+
+        Connections are closed, so whoever waits for this rank ends, too. Nothing is under way.
+        """
+        self.fail(error)
+        group, self._group = self._group, None
+        if group is not None:
+            dist.destroy_process_group(group)
+
     def _raise_failure(self) -> None:
         store = default_store()
-        if store.check([self._failures]):
+        if store.check([self._fate.key]):
             self.has_failed = True
-            rank, _, text = store.get(self._failures).decode().partition(" ")
+            rank, _, text = store.get(self._fate.key).decode().partition(" ")
             raise RankError(f"rank {rank} failed in the middle of a step\n  {text}", int(rank))
 
     def naming_losses(self) -> _NamingLosses:

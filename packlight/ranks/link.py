@@ -34,28 +34,33 @@ Measured = list[float]
 _links: WeakKeyDictionary[Ranks, Lane] = WeakKeyDictionary()
 
 
-def measure_link(ranks: Ranks, device: torch.device) -> Lane:
+def measure_link(ranks: Ranks, device: torch.device, among: Ranks | None = None) -> Lane:
     """Return the lane on which these ranks reduce and gather; the same on all of them.
+
+    Args:
+        ranks: they.
+        device: of the model.
+        among: all ranks, of which groups like this one measure at once: the slowest group counts.
 
     Raises:
         RankError: another rank failed meanwhile, or is gone.
     """
     if ranks not in _links:
-        _links[ranks] = _looked_at(ranks, device)
+        _links[ranks] = _looked_at(ranks, device, among or ranks)
     return _links[ranks]
 
 
-def _looked_at(ranks: Ranks, device: torch.device) -> Lane:
+def _looked_at(ranks: Ranks, device: torch.device, among: Ranks) -> Lane:
     hosts = ranks.gather(socket.gethostname)
     cache = Cache("links", device)
     key = f"collectives, {ranks.size} ranks on {[hosts.count(h) for h in dict.fromkeys(hosts)]}"
-    known = ranks.broadcast(cache[key] if key in cache else None, 0)
+    known = among.broadcast(cache[key] if key in cache else None, 0)
     mine = _measured(ranks, device)
-    everybody = ranks.gather(lambda: mine)
+    everybody = among.gather(lambda: mine)
     found = [max(same) for same in zip(*everybody, strict=True)]
     if _is_whole(known):
         found = faster(known, found)
-    if ranks.rank == 0 and found != known:
+    if among.rank == 0 and found != known:
         cache[key] = found
         cache.save()
     reduce, pieces, gather = (

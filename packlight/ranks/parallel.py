@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,21 @@ _known: WeakKeyDictionary[dist.ProcessGroup, Ranks] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
+class RankGroups:
+    """Ranks that train one model together, and which of them share what with this one.
+
+    Attributes:
+        all: of them: they run one plan.
+        data: those that have parts of the batch each, and the same weights.
+        tensor: those that have parts of the weights each, and the same batch.
+    """
+
+    all: Ranks
+    data: Ranks | None = None
+    tensor: Ranks | None = None
+
+
+@dataclass(frozen=True)
 class Parallel:
     """How ranks share the work of a step.
 
@@ -31,13 +46,13 @@ class Parallel:
         data: name of the mesh's dimension along which each rank has its part of the batch, and all
             of them the same model. With a mesh of one dimension it can be left out.
         shard: name of the dimension along which parameters lie in pieces: each rank updates some
-            rows of them. It is the same dimension as `data`.
+            rows of them. It is the same dimension as `data`, and then need not be named twice.
         pieces: what of them is then kept by whoever has the rows: "state", the optimizer's
             (ZeRO-1); "gradient", gradients, too (ZeRO-2); "parameter", values, too, which are
             gathered around their uses (ZeRO-3); "planned", as much as the budget asks for, but
             gradients at least.
         tensor: name of the dimension along which weights lie in parts (`packlight.localize`): all
-            ranks have the same batch. It is the only dimension yet.
+            ranks along it have the same batch. Alone, or beside one of the others.
         space: name of the dimension (or names of several) along which samples are cut
             (`packlight.convolution`): each rank has its rows of each sample, and all weights. Along
             `data`, if that is given, ranks have other samples.
@@ -55,10 +70,16 @@ class Parallel:
     timeout_seconds: float = 1800.0
 
     def __post_init__(self) -> None:
-        if self.tensor is not None and (self.data or self.shard):
+        if self.tensor is not None and self.tensor in (self.data, self.shard):
             raise OptionError(
-                "tensor= beside data= or shard= is not there yet\nhint: one of them, on a mesh of "
-                "one dimension"
+                f"ranks along {self.tensor!r} have either parts of the weights or parts of the "
+                "batch\nhint: a mesh of two dimensions, with one name for each"
+            )
+        if self.shard is not None and self.data not in (None, self.shard):
+            raise OptionError(
+                f"data={self.data!r} and shard={self.shard!r} are two dimensions: ranks with the "
+                "same pieces of parameters and other parts of the batch are not there yet\n"
+                f"hint: packlight.Parallel(shard={self.shard!r})"
             )
         if self.space is not None and (self.tensor or self.shard):
             raise OptionError(
@@ -89,7 +110,7 @@ class Parallel:
 
 def ranks_of(
     mesh: DeviceMesh | None, parallel: Parallel | None, device: torch.device
-) -> Ranks | None:
+) -> RankGroups | None:
     """Return the ranks that train with this one; None where it trains alone.
 
     Args:
@@ -121,26 +142,27 @@ def ranks_of(
         )
     if mesh.device_type != device.type:
         raise OptionError(f"the mesh is of {mesh.device_type}, the model is on {device.type}")
+    timeout = parallel.timeout_seconds
     if parallel.space_dims:
         _refuse_others(mesh, parallel)
         group = mesh.get_group(parallel.space_dims[0])
-        members = mesh.mesh.flatten().tolist()
+        everybody = _ranks(group, device, timeout, members=mesh.mesh.flatten().tolist())
+        for name in spoken_groups(mesh, parallel):
+            if everybody.size == dist.get_world_size(group):  # a part of them speaks by itself
+                talk_through(name, everybody)
+        return RankGroups(everybody, everybody)
+    data, tensor = _dimensions(mesh, parallel)
+    if data is None or tensor is None:
+        place = data if tensor is None else tensor
+        assert place is not None, "a mesh has a dimension"
+        everybody = _ranks(mesh.get_group(place), device, timeout)
+        groups = RankGroups(everybody, *((everybody,) if tensor is None else (None, everybody)))
     else:
-        asked = parallel
-        if parallel.tensor is not None:
-            asked = replace(parallel, data=parallel.tensor, tensor=None)
-        group = mesh.get_group(_data_dimension(mesh, asked))
-        members = dist.get_process_group_ranks(group)
-    known = _known.get(group)
-    if (
-        known is None or known.has_failed or known.timeout_seconds != parallel.timeout_seconds
-        or known.size != len(members)
-    ):
-        known = _known[group] = Ranks(members, device, parallel.timeout_seconds)
-    for name in spoken_groups(mesh, parallel):
-        if len(members) == dist.get_world_size(group):  # a part of them speaks by itself
-            talk_through(name, known)
-    return known
+        groups = _in_two_dimensions(mesh, data, tensor, device, timeout)
+    if tensor is not None:
+        assert groups.tensor is not None
+        talk_through(mesh.get_group(tensor).group_name, groups.tensor)
+    return groups
 
 
 def spoken_groups(mesh: Any, parallel: Parallel | None) -> tuple[str, ...]:
@@ -174,32 +196,65 @@ def _refuse_others(mesh: DeviceMesh, parallel: Parallel) -> None:
         )
 
 
-def _data_dimension(mesh: DeviceMesh, parallel: Parallel) -> int:
+def _ranks(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    timeout: float,
+    members: list[int] | None = None,
+) -> Ranks:
+    """Return the ranks of a group, or its members; those known from before where they talk."""
+    members = members or dist.get_process_group_ranks(group)
+    known = _known.get(group)
+    is_other = known is None or known.timeout_seconds != timeout or known.size != len(members)
+    if known is None or known.has_failed or is_other:
+        known = _known[group] = Ranks(members, device, timeout)
+    return known
+
+
+_known_groups: WeakKeyDictionary[dist.ProcessGroup, RankGroups] = WeakKeyDictionary()
+
+
+def _in_two_dimensions(
+    mesh: DeviceMesh, data: int, tensor: int, device: torch.device, timeout: float
+) -> RankGroups:
+    group = mesh.get_group(data)
+    known = _known_groups.get(group)
+    if known is None or known.all.has_failed or known.all.timeout_seconds != timeout:
+        everybody = Ranks(sorted(mesh.mesh.flatten().tolist()), device, timeout)
+        data_ranks, tensor_ranks = (
+            Ranks(dist.get_process_group_ranks(mesh.get_group(dim)), device, timeout, everybody)
+            for dim in (data, tensor)
+        )
+        known = _known_groups[group] = RankGroups(everybody, data_ranks, tensor_ranks)
+    return known
+
+
+def _dimensions(mesh: DeviceMesh, parallel: Parallel) -> tuple[int | None, int | None]:
+    """Return which dimensions of a mesh are for data and for weights in parts."""
     names = mesh.mesh_dim_names or ("",) * mesh.ndim
-    if parallel.shard is not None and parallel.data not in (None, parallel.shard):
-        raise OptionError(
-            f"data={parallel.data!r} and shard={parallel.shard!r} are two dimensions: ranks with "
-            "the same pieces of parameters and other parts of the batch are not there yet\n"
-            f"hint: packlight.Parallel(shard={parallel.shard!r})"
-        )
-    if parallel.shard is not None:
-        parallel = replace(parallel, data=parallel.shard)
     shape = ", ".join(f"{name or '(no name)'}={mesh.size(i)}" for i, name in enumerate(names))
-    if parallel.data is None and mesh.ndim == 1:
-        return 0
-    if parallel.data not in names:
-        raise OptionError(
-            f"{parallel.data!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
-            "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
-        )
-    place = names.index(parallel.data)
-    others = [n for i, n in enumerate(names) if i != place and mesh.size(i) > 1]
+    data, tensor = parallel.data or parallel.shard, parallel.tensor
+    if data is None and tensor is None and mesh.ndim == 1:
+        return 0, None
+    for name in (data, tensor) if tensor is not None and data is not None else (data or tensor,):
+        if name not in names:
+            raise OptionError(
+                f"{name!r} is no dimension of the mesh ({shape})\nhint: give the mesh "
+                "mesh_dim_names, and parallel=packlight.Parallel(data=...) one of them"
+            )
+    others = [
+        n for i, n in enumerate(names) if n not in (data, tensor) and mesh.size(i) > 1
+    ]
     if others:
+        named = data or tensor
         raise OptionError(
             f"nothing says what the mesh's dimension {others[0]!r} is for ({shape})\nhint: pass "
-            f"mesh[{parallel.data!r}]: ranks along the others then train models of their own"
+            f"mesh[{named!r}]: ranks along the others then train models of their own"
         )
-    return place
+    return (
+        None if data is None else names.index(data),
+        None if tensor is None else names.index(tensor),
+    )
 
 
 def refuse_wrapped(model: nn.Module) -> None:

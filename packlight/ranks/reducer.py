@@ -101,7 +101,7 @@ class Reducer:
         self._refuse_failures()
         for rank, (loss, _) in enumerate(self._losses.tolist()):
             if not math.isfinite(loss):
-                raise NonFiniteLossError(self.num_steps, loss, rank=rank)
+                raise NonFiniteLossError(self.num_steps, loss, rank=self.ranks.numbers[rank])
         return math.fsum(loss for loss, _ in self._losses.tolist())
 
     def _refuse_failures(self) -> None:
@@ -109,9 +109,10 @@ class Reducer:
             if status == CAPTURED_AGAIN:
                 raise OtherModelError
             if status == FAILED:
+                number = self.ranks.numbers[rank]
                 raise RankError(
-                    f"rank {rank} failed in step {self.num_steps + 1}; parameters and optimizer "
-                    "are untouched\nhint: its own error says why", rank,
+                    f"rank {number} failed in step {self.num_steps + 1}; parameters and optimizer "
+                    "are untouched\nhint: its own error says why", number,
                 )
 
     def leave(self, error: BaseException, is_captured_again: bool = False) -> None:

@@ -11,8 +11,7 @@ on all ranks, each updates its rows of them, and then all share what they have u
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -22,6 +21,7 @@ from torch import nn
 from packlight.errors import UnsupportedModelError
 from packlight.ranks.group import Ranks, Sent
 from packlight.ranks.pieces import Pieces
+from packlight.ranks.tensor import Part, parts_of
 from packlight.torch_internals.storages import num_storage_references
 
 Sharding = Mapping[nn.Parameter, Pieces]
@@ -35,10 +35,14 @@ class Lying:
     Attributes:
         values: parameters whose values do.
         states: those whose optimizer states do.
+        rank: which pieces are this rank's.
+        parts: parameters that are themselves parts of larger ones.
     """
 
     values: Sharding = field(default_factory=dict)
     states: Sharding = field(default_factory=dict)
+    rank: int = 0
+    parts: Mapping[nn.Parameter, Part] = field(default_factory=dict)
 
 
 @dataclass
@@ -92,11 +96,6 @@ class ShardedParameters:
     def states(self) -> dict[nn.Parameter, Pieces]:
         """Those whose optimizer states are in pieces, and how."""
         return {**self._shared, **self.parameters}
-
-    @property
-    def lying(self) -> Lying:
-        """Both."""
-        return Lying(self.parameters, self.states)
 
     @property
     def own_bytes(self) -> int:
@@ -181,26 +180,6 @@ class ShardedParameters:
         whole = self._fetch(place)
         self._wait_fetched(place)
         return whole
-
-    # -- what pieces say together
-
-    def norm(self, gradients: Iterable[tuple[nn.Parameter, torch.Tensor]]) -> float:
-        """Return the norm of the gradients of all ranks, the same on all of them.
-
-        Args:
-            gradients: each parameter's: of one in pieces this rank's rows, of any other all of
-                them, which counts once.
-        """
-        squares = 0.0
-        for parameter, gradient in gradients:
-            if parameter in self or self._ranks.rank == 0:
-                norm = float(torch.linalg.vector_norm(gradient))
-                squares += norm * norm
-        return math.sqrt(sum(theirs for (theirs,) in self._ranks.exchange_numbers([squares])))
-
-    def is_on_any(self, flag: bool) -> bool:
-        """Return whether something is so on any rank."""
-        return any(self._ranks.exchange(int(flag)))
 
     # -- a step
 
@@ -321,3 +300,23 @@ class ShardedParameters:
 def key_of(parameter: torch.Tensor) -> Key:
     """Return what a parameter is called here."""
     return "shard", id(parameter)
+
+
+def lying_of(
+    model: nn.Module, sharded: ShardedParameters | None, data_ranks: Ranks | None
+) -> Lying:
+    """Return where a model's values and states are, for checkpoints.
+
+    Raises:
+        UnsupportedModelError: layers that are parts themselves know alone where those lie.
+    """
+    found = parts_of(model)
+    parts = {parameter: part for parameter, part in found.items() if part is not None}
+    if len(parts) < len(found):
+        raise UnsupportedModelError(
+            "checkpoints of convolutions whose filters or channels lie with ranks are not there "
+            "yet\nhint: save packlight.convolution.whole_state(model)"
+        )
+    if sharded is None or data_ranks is None:
+        return Lying(parts=parts)
+    return Lying(sharded.parameters, sharded.states, data_ranks.rank, parts)

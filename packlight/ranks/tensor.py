@@ -8,6 +8,8 @@ an optimizer steps parts, and a traced loss has local tensors alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,10 +24,13 @@ class AsDTensor(nn.Module):
 
     Args:
         whole: the DTensor.
+        num_blocks: how many matrices lie beside one another in it (queries, keys and values), each
+            of which is cut: the DTensor has each rank's parts of all of them together.
     """
 
-    def __init__(self, whole: Any) -> None:
+    def __init__(self, whole: Any, num_blocks: int = 1) -> None:
         super().__init__()
+        self.num_blocks = num_blocks
         self.mesh, self.placements = whole.device_mesh, whole.placements
         self.whole_shape, self.whole_stride = whole.shape, whole.stride()
 
@@ -39,9 +44,17 @@ class AsDTensor(nn.Module):
         )
 
     @property
-    def is_same_on_all(self) -> bool:
-        """Whether all ranks have all of it."""
-        return all(placement.is_replicate() for placement in self.placements)
+    def part(self) -> Part | None:
+        """Where this rank's lies; None where all ranks have all of it."""
+        (placement,) = self.placements
+        if placement.is_replicate():
+            return None
+        dim, num_blocks = placement.dim % len(self.whole_shape), self.num_blocks
+        each = self.whole_shape[dim] // num_blocks
+        size = each // self.mesh.size()
+        first = self.mesh.get_local_rank() * size
+        blocks = tuple((block * each + first, size) for block in range(num_blocks))
+        return Part(tuple(self.whole_shape), dim, blocks)
 
 
 def localize(model: nn.Module) -> nn.Module:
@@ -59,6 +72,16 @@ def localize(model: nn.Module) -> nn.Module:
     Raises:
         UnsupportedModelError: ranks have parts of different sizes, or a sum is left to be made.
     """
+    return localized(model, {})
+
+
+def localized(model: nn.Module, num_blocks: Mapping[str, int]) -> nn.Module:
+    """Do that where some parameters have several matrices beside one another.
+
+    Args:
+        model: changed in place.
+        num_blocks: how many, by the parameter's name; 1 for others.
+    """
     from torch.distributed.tensor import DTensor
 
     made: dict[int, nn.Parameter] = {}
@@ -66,10 +89,11 @@ def localize(model: nn.Module) -> nn.Module:
         for name, parameter in [*module.named_parameters(recurse=False)]:
             if not isinstance(parameter, DTensor):
                 continue
-            _refuse_uneven(f"{path}.{name}".lstrip("."), parameter)
+            full_name = f"{path}.{name}".lstrip(".")
+            _refuse_uneven(full_name, parameter)
             if id(parameter) in made:
                 raise UnsupportedModelError(
-                    f"parameter {f'{path}.{name}'!r} is another one, too: tied weights cannot be "
+                    f"parameter {full_name!r} is another one, too: tied weights cannot be "
                     "split over ranks yet\nhint: leave them whole"
                 )
             part = nn.Parameter(
@@ -77,11 +101,18 @@ def localize(model: nn.Module) -> nn.Module:
             )
             made[id(parameter)] = part
             setattr(module, name, part)
-            parametrize.register_parametrization(module, name, AsDTensor(parameter), unsafe=True)
+            whole = AsDTensor(parameter, num_blocks.get(full_name, 1))
+            parametrize.register_parametrization(module, name, whole, unsafe=True)
     return model
 
 
 def _refuse_uneven(name: str, parameter: Any) -> None:
+    if parameter.device_mesh.ndim > 1:
+        raise UnsupportedModelError(
+            f"parameter {name!r} lies on a mesh of {parameter.device_mesh.ndim} dimensions\n"
+            "hint: parallelize_module(model, mesh['tensor'], ...); what ranks along the others "
+            "share is planned by fit"
+        )
     for dim, placement in enumerate(parameter.placements):
         size = parameter.device_mesh.size(dim)
         if placement.is_partial():
@@ -93,14 +124,56 @@ def _refuse_uneven(name: str, parameter: Any) -> None:
             )
 
 
-def parts_of_ranks(model: nn.Module) -> set[int]:
-    """Return the ids of a model's parameters whose values differ between ranks."""
-    of_dtensors = {
-        id(made.original)
-        for made in model.modules()
-        if isinstance(made, parametrize.ParametrizationList)
-        and any(isinstance(step, AsDTensor) and not step.is_same_on_all for step in made)
+@dataclass(frozen=True)
+class Part:
+    """Where a rank's part of a parameter lies in the whole one.
+
+    Attributes:
+        shape: of the whole.
+        dim: along which it is cut.
+        blocks: of the whole along that dimension, in the order in which the part has them: where
+            each begins, and its size.
+    """
+
+    shape: tuple[int, ...]
+    dim: int
+    blocks: tuple[tuple[int, int], ...]
+
+
+def parts_of(model: nn.Module) -> dict[nn.Parameter, Part | None]:
+    """Return a model's parameters whose values differ between ranks, and where they lie.
+
+    Layers that are parts themselves (`packlight.convolution`) say so, and know alone where: None.
+    """
+    found: dict[nn.Parameter, Part | None] = {
+        parameter: made.part
+        for _, parameter, made in _localized(model)
+        if made.part is not None
     }
-    # Layers that are parts themselves say so (`packlight.convolution`).
-    of_layers = {id(p) for m in model.modules() for p in getattr(m, "packlight_parts", ())}
-    return of_dtensors | of_layers
+    of_layers = (p for m in model.modules() for p in getattr(m, "packlight_parts", ()))
+    return dict.fromkeys(of_layers) | found
+
+
+def plain_names(model: nn.Module) -> dict[str, str]:
+    """Return what a localized model's parameters are called in the model that was split."""
+    return {
+        f"{path}parametrizations.{name}.original": f"{path}{name}"
+        for (path, name), _, _ in _localized(model)
+    }
+
+
+def _localized(
+    model: nn.Module,
+) -> Iterator[tuple[tuple[str, str], nn.Parameter, AsDTensor]]:
+    """Yield the path of its module and the name, the parameter, and what it is a part of."""
+    for path, module in model.named_modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        assert isinstance(module.parametrizations, nn.ModuleDict)
+        for name, steps in module.parametrizations.items():
+            if isinstance(steps, parametrize.ParametrizationList) and len(steps) == 1:
+                (made,) = steps
+                if isinstance(made, AsDTensor):
+                    parameter = steps.original
+                    assert isinstance(parameter, nn.Parameter)
+                    yield (f"{path}." if path else "", name), parameter, made

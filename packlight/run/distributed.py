@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,72 +24,19 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from packlight.errors import FormatError
+from packlight.errors import FormatError, PacklightError, RankError
 from packlight.ranks.group import Ranks
 from packlight.ranks.pieces import Pieces
 from packlight.ranks.sharded import Lying
+from packlight.ranks.tensor import plain_names
 from packlight.run.checkpoint import generator_states, pack, set_generators, unpack
+from packlight.run.piece_of_tensor import PieceOfTensor
 from packlight.torch_internals.modules import uncompiled
 from packlight.updates.several import parts_of
-
-
-class PieceOfTensor(torch.Tensor):
-    """Some rows of a tensor, as torch.distributed.checkpoint asks for them.
-
-    Attributes:
-        whole_shape: of the tensor.
-        first: row.
-    """
-
-    whole_shape: tuple[int, ...]
-    first: int
-
-    @staticmethod
-    def of(value: torch.Tensor, whole_shape: tuple[int, ...], first: int) -> PieceOfTensor:
-        """Return rows that look at a tensor's memory."""
-        piece = value.detach().as_subclass(PieceOfTensor)
-        piece.whole_shape, piece.first = whole_shape, first
-        return piece
-
-    @property
-    def plain(self) -> torch.Tensor:
-        """The rows as an ordinary tensor."""
-        return self.as_subclass(torch.Tensor)
-
-    def size(self, dim: int | None = None) -> Any:
-        """Return the size of the whole tensor, with which the checkpoint's is compared."""
-        return torch.Size(self.whole_shape) if dim is None else self.whole_shape[dim]
-
-    def _chunk(self) -> ChunkStorageMetadata:
-        offsets = torch.Size((self.first, *(0,) * (len(self.whole_shape) - 1)))
-        return ChunkStorageMetadata(offsets=offsets, sizes=self.plain.shape)
-
-    def __create_write_items__(self, name: str, value: object) -> list[WriteItem]:
-        if not self.plain.numel():
-            return []
-        chunk = self._chunk()
-        data = TensorWriteData(
-            chunk=chunk, properties=TensorProperties.create_from_tensor(self.plain),
-            size=torch.Size(self.whole_shape),
-        )
-        place = MetadataIndex(name, chunk.offsets)
-        return [WriteItem(place, WriteItemType.SHARD, tensor_data=data)]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [self._chunk()] if self.plain.numel() else []
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> torch.Tensor:
-        return self.plain
 
 
 def save_distributed(
@@ -112,7 +59,7 @@ def save_distributed(
     """
     rank = 0 if ranks is None else ranks.rank
     content: dict[str, Any] = {
-        name: value for name, value in _state(model, optimizer, lying, rank).items()
+        name: value for name, value in _state(model, optimizer, lying).items()
         if rank == 0 or isinstance(value, PieceOfTensor)
     }
     generators: dict[str, torch.Tensor] = {}
@@ -127,8 +74,7 @@ def save_distributed(
         shutil.rmtree(temporary, ignore_errors=True)
         directory.parent.mkdir(parents=True, exist_ok=True)
     _wait(ranks)
-    with _quiet(ranks):
-        save(content, checkpoint_id=temporary, **_among(ranks))
+    _together(ranks, lambda: save(content, checkpoint_id=temporary, **_among(ranks)))
     _wait(ranks)
     if rank == 0:
         old = directory.with_name(f".{directory.name}.old")
@@ -171,15 +117,14 @@ def load_distributed(
         raise FormatError(f"{directory} is no checkpoint of ranks: {error}") from error
     if "extra" not in saved:
         raise FormatError(f"{directory} is no checkpoint that step.save wrote")
-    content = _targets(model, optimizer, lying, rank, saved)
+    content = _targets(model, optimizer, lying, saved)
     settings = [name for name in saved if name.startswith("optimizer.param_groups.")]
     mine = f"generators.{rank}"
     generators = [name for name in saved if name == mine or name.startswith(f"{mine}.")]
     for name in ("extra", *settings, *generators):
         content[name] = _like(saved[name])
     states = {n: v for n, v in content.items() if n.startswith("optimizer.state.")}
-    with _quiet(ranks):
-        load(content, checkpoint_id=directory, **_among(ranks))
+    _together(ranks, lambda: load(content, checkpoint_id=directory, **_among(ranks)))
     names = _names(model)
     for part in parts_of(optimizer):
         for group in part.param_groups:
@@ -207,11 +152,10 @@ def _targets(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     lying: Lying,
-    rank: int,
     saved: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what is to be read: the model's tensors, and states as they were saved."""
-    content: dict[str, Any] = _model_state(model, lying, rank)
+    content: dict[str, Any] = _model_state(model, lying)
     missing = [name for name in content if name not in saved]
     strange = [n for n in saved if n.startswith("model.") and n not in content]
     other = [
@@ -231,17 +175,17 @@ def _targets(
         for parameter in group["params"]:
             prefix = f"optimizer.state.{names[id(parameter)]}."
             pieces = lying.states.get(parameter)
-            if pieces is not None and not pieces.num_rows(rank):
+            if pieces is not None and not pieces.num_rows(lying.rank):
                 continue  # all of it is another rank's
             for name in (name for name in saved if name.startswith(prefix)):
-                content[name] = _state_like(saved[name], parameter, pieces, rank)
+                content[name] = _state_like(saved[name], parameter, lying)
     return content
 
 
 def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, lying: Lying, rank: int
+    model: nn.Module, optimizer: torch.optim.Optimizer, lying: Lying
 ) -> dict[str, Any]:
-    content: dict[str, Any] = _model_state(model, lying, rank)
+    content: dict[str, Any] = _model_state(model, lying)
     names = _names(model)
     for number, group in enumerate(_groups(optimizer)):
         for name, value in group.items():
@@ -249,32 +193,63 @@ def _state(
                 content[f"optimizer.param_groups.{number}.{name}"] = value
     for part in parts_of(optimizer):
         for parameter, state in part.state.items():
-            pieces = lying.states.get(parameter) if isinstance(parameter, nn.Parameter) else None
             for name, value in state.items():
                 key = f"optimizer.state.{names[id(parameter)]}.{name}"
-                is_cut = pieces is not None and isinstance(value, torch.Tensor) and value.ndim > 0
-                content[key] = _cut(value, pieces, rank) if is_cut and pieces else value
+                content[key] = _state_as_it_lies(value, parameter, lying)
     return content
 
 
-def _model_state(model: nn.Module, lying: Lying, rank: int) -> dict[str, Any]:
+def _model_state(model: nn.Module, lying: Lying) -> dict[str, Any]:
     content: dict[str, Any] = {}
-    for name, value in uncompiled(model).state_dict(keep_vars=True).items():
-        pieces = lying.values.get(value) if isinstance(value, nn.Parameter) else None
+    model, plain = uncompiled(model), plain_names(uncompiled(model))
+    for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
             raise FormatError(f"{name!r} of the model's state_dict is no tensor")
-        content[f"model.{name}"] = (
-            value.detach() if pieces is None
-            else PieceOfTensor.of(value, pieces.shape, pieces.rows[rank][0])
-        )
+        pieces = lying.values.get(value) if isinstance(value, nn.Parameter) else None
+        content[f"model.{plain.get(name, name)}"] = _rows(value, value, pieces, lying)
     return content
+
+
+def _rows(
+    value: torch.Tensor, parameter: torch.Tensor, pieces: Pieces | None, lying: Lying
+) -> torch.Tensor:
+    """Return what this rank has of a tensor that lies as a parameter does."""
+    part = lying.parts.get(parameter) if isinstance(parameter, nn.Parameter) else None
+    first = 0 if pieces is None else pieces.rows[lying.rank][0]
+    if part is not None:
+        return PieceOfTensor.of_part(value, part, first)
+    return value.detach() if pieces is None else PieceOfTensor.of(value, pieces.shape, first)
+
+
+def _state_as_it_lies(value: Any, parameter: torch.Tensor, lying: Lying) -> Any:
+    pieces = lying.states.get(parameter) if isinstance(parameter, nn.Parameter) else None
+    is_part = isinstance(parameter, nn.Parameter) and parameter in lying.parts
+    if not isinstance(value, torch.Tensor) or value.ndim == 0 or not (pieces or is_part):
+        return value
+    if value.shape == _own_shape(parameter, pieces, lying):
+        return _rows(value, parameter, pieces, lying)
+    if is_part:
+        raise FormatError(
+            f"an optimizer state of shape {tuple(value.shape)} of a part of a weight of shape "
+            f"{tuple(parameter.shape)} cannot be saved: where it lies in the whole one's is not "
+            "known\nhint: states of the shape of their parameters can"
+        )
+    assert pieces is not None
+    return _cut(value, pieces, lying.rank)
+
+
+def _own_shape(
+    parameter: torch.Tensor, pieces: Pieces | None, lying: Lying
+) -> tuple[int, ...]:
+    """Return the shape of what this rank updates of a parameter."""
+    if pieces is None:
+        return tuple(parameter.shape)
+    return pieces.num_rows(lying.rank), *pieces.shape[1:]
 
 
 def _cut(value: torch.Tensor, pieces: Pieces, rank: int) -> PieceOfTensor:
-    """Return a state of a piece as a part of the whole parameter's."""
+    """Return a state of another shape than its piece's as a part of the whole parameter's."""
     own = (pieces.num_rows(rank), *pieces.shape[1:])
-    if tuple(value.shape) == own:
-        return PieceOfTensor.of(value, pieces.shape, pieces.rows[rank][0])
     mine, all_of_it = pieces.num_elements(rank), sum(map(pieces.num_elements, _ranks_of(pieces)))
     if mine == all_of_it:  # the owner of all
         return PieceOfTensor.of(value, tuple(value.shape), 0)
@@ -299,16 +274,21 @@ def _elements_of_each(pieces: Pieces, rank: int, count: int) -> int:
     return each
 
 
-def _state_like(
-    saved: Any, parameter: nn.Parameter, pieces: Pieces | None, rank: int
-) -> Any:
+def _state_like(saved: Any, parameter: nn.Parameter, lying: Lying) -> Any:
     """Return what a saved state is read into."""
-    if pieces is None or not isinstance(saved, TensorStorageMetadata) or not saved.size:
+    pieces, part, rank = lying.states.get(parameter), lying.parts.get(parameter), lying.rank
+    if not (pieces or part) or not isinstance(saved, TensorStorageMetadata) or not saved.size:
         return _like(saved)
     shape, dtype = tuple(saved.size), saved.properties.dtype
-    if shape == pieces.shape:
-        own = parameter.new_empty((pieces.num_rows(rank), *shape[1:]), dtype=dtype)
-        return PieceOfTensor.of(own, shape, pieces.rows[rank][0])
+    whole = part.shape if part else pieces.shape if pieces else ()
+    if shape == whole:
+        own = parameter.new_empty(_own_shape(parameter, pieces, lying), dtype=dtype)
+        return _rows(own, parameter, pieces, lying)
+    if part is not None or pieces is None:
+        raise FormatError(
+            f"an optimizer state of shape {shape} cannot be read into a part of a weight of shape "
+            f"{whole}"
+        )
     total = sum(map(pieces.num_elements, _ranks_of(pieces)))
     if pieces.num_elements(rank) == total:
         return PieceOfTensor.of(parameter.new_empty(shape, dtype=dtype), shape, 0)
@@ -336,7 +316,8 @@ def _plain(value: Any) -> Any:
 
 
 def _names(model: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in uncompiled(model).named_parameters()}
+    model, plain = uncompiled(model), plain_names(uncompiled(model))
+    return {id(p): plain.get(name, name) for name, p in model.named_parameters()}
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
@@ -345,6 +326,28 @@ def _groups(optimizer: torch.optim.Optimizer) -> Iterable[dict[str, Any]]:
 
 def _among(ranks: Ranks | None) -> dict[str, Any]:
     return {"no_dist": True} if ranks is None else {"process_group": ranks.group}
+
+
+def _together(ranks: Ranks | None, do: Callable[[], Any]) -> None:
+    """Have torch's checkpoints do something on all ranks, and none wait for one that is gone.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    try:
+        with _quiet(ranks):
+            do()
+        return
+    except RuntimeError as error:  # of the network: all else is gathered, and on all ranks alike
+        if ranks is None or isinstance(error, PacklightError):
+            raise
+        lost = RankError(
+            "another rank is gone, or has left, while a checkpoint was written or read\n"
+            f"  {str(error).partition(chr(10))[0]}\nhint: the checkpoint before is whole"
+        )
+    # Behind the exception, whose traceback holds on to the connections.
+    ranks.leave(lost)
+    raise lost
 
 
 @contextmanager

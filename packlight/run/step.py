@@ -13,16 +13,19 @@ from torch import nn
 from packlight.capture.returned import loss_of, with_loss
 from packlight.capture.step_capture import CapturedAgainError
 from packlight.capture.whole_step import Consumption
-from packlight.errors import NonFiniteLossError, UnsupportedModelError
+from packlight.errors import NonFiniteLossError, RankError, UnsupportedModelError
 from packlight.memory.far import far_memory
 from packlight.memory.tier import SlotSpec, Tier
 from packlight.moves.microbatch.extras import Gathered
 from packlight.moves.microbatch.split import loss_weights, num_rows, split
 from packlight.moves.precision import refuse_collapsed_scale
+from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
 from packlight.moves.stream.streamed import Key, Resting, StreamedBuffers, StreamedTensors
 from packlight.ranks.reducer import OtherModelError, Reducer
 from packlight.ranks.sharded import ShardedParameters, key_of
+from packlight.ranks.tensor import parts_of
+from packlight.ranks.together import Together
 from packlight.run.planned_loss import PlannedLoss
 from packlight.run.ranks import Accumulated, RankWeights
 from packlight.search.ready import Ready, ReadyPart
@@ -69,6 +72,7 @@ class StepRunner:
             self._weights = RankWeights(request.data_ranks, ready)
             if accumulates and not sums_each:
                 self._accumulated = Accumulated(self._buckets(), self._reducer, sharded)
+        self._together = _together(request, ready)
         self._loss_weight = 1.0
         self._programs: dict[int | None, PlannedLoss] = {}
         for part in ready.parts:
@@ -165,18 +169,23 @@ class StepRunner:
             raise CapturedAgainError(next(iter(self._programs.values()))) from None
         except BaseException as error:
             self._reducer.leave(error, isinstance(error, CapturedAgainError))
+            self._fail_unless_everybodys(error)
             raise
 
     def _run_alike(self, batch: Any, num_steps: int) -> Any:
         """Run without ranks, or with those that have the same batch and so the same loss."""
         try:
             return self._run(batch, num_steps)
-        except (NonFiniteLossError, CapturedAgainError):  # on all of them
-            raise
         except BaseException as error:
-            if self._request.ranks is not None:
-                self._request.ranks.fail(error)
+            self._fail_unless_everybodys(error)
             raise
+
+    def _fail_unless_everybodys(self, error: BaseException) -> None:
+        """End ranks with other parts of the weights, which may wait in the middle of a forward."""
+        if isinstance(error, (NonFiniteLossError, CapturedAgainError, RankError)):
+            return
+        if self._request.tensor_ranks is not None:
+            self._request.tensor_ranks.fail(error)
 
     def _run(self, batch: Any, num_steps: int) -> Any:
         optimizer = self._request.optimizer
@@ -254,7 +263,7 @@ class StepRunner:
             scale = 1.0 if scaler is None else scaler.get_scale()
             update_all(
                 optimizer, trained, request.clipping, scaler, self._updates, self._in_memory,
-                self._sharded if self.ready.in_pieces else None,
+                self._together,
             )
             if scaler is not None:
                 names = self._costs.name_of
@@ -364,3 +373,18 @@ class StepRunner:
     def describe(self) -> str:
         """Return a few lines: what is in memory at the peak, the moves made, and the price."""
         return describe(self.ready, self._request)
+
+
+def _together(request: Request, ready: Ready) -> Together | None:
+    """Return what looks at the gradients of all ranks; None where each rank has all of them."""
+    if request.ranks is None or not (ready.in_pieces or request.is_tensor_parallel):
+        return None
+    parts = parts_of(request.model)
+    has_data = request.data_ranks is None or request.data_ranks.rank == 0
+    has_weights = request.tensor_ranks is None or request.tensor_ranks.rank == 0
+    pieces = ready.in_pieces
+
+    def counts(parameter: nn.Parameter) -> bool:
+        return (has_data or parameter in pieces) and (has_weights or parameter in parts)
+
+    return Together(request.ranks, counts)

@@ -26,7 +26,7 @@ from packlight.garbage import old_objects_kept
 from packlight.moves.request import Request
 from packlight.moves.stream.streamed import StreamedTensors
 from packlight.ranks.parallel import refuse_wrapped
-from packlight.ranks.sharded import Lying, ShardedParameters
+from packlight.ranks.sharded import Lying, ShardedParameters, lying_of
 from packlight.run.evaluated import evaluated
 from packlight.run.measured import MeasuredStep, measured_step
 from packlight.run.parameters import check_parameters, name_parameters_left
@@ -41,8 +41,7 @@ from packlight.search.way import Way
 from packlight.step import Plan, StepProfile
 from packlight.torch_internals.autograd import has_gradient_hooks
 
-# After so many plans it is time to tell.
-MANY_PLANS = 6
+MANY_PLANS = 6  # after so many it is time to tell
 # Of so many shapes of batches the programs are kept, those that ran last.
 MOST_SHAPES = 64
 
@@ -227,10 +226,7 @@ class TrainStep:
     @property
     def _lying(self) -> Lying:
         """Where values and states are, for checkpoints."""
-        if self._sharded is not None:
-            return self._sharded.lying
-        self.request.refuse_parts("checkpoints")
-        return Lying()
+        return lying_of(self.model, self._sharded, self.request.data_ranks)
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.

@@ -56,8 +56,8 @@ def for_other_rows(way: Way, order: Order, planner: WayPlanner, num_rows: int | 
     rank = planner.request.ranks.rank
 
     def unsuited(why: str) -> RankMismatchError:
-        what = f"the number of rows of its part of the batch (compared with rank {order.rank})"
-        return RankMismatchError(what, rank, order.num_rows, num_rows, f"{why}: {SAME_ROWS}")
+        what, hint = "the number of rows of its part of the batch", f"{why}: {SAME_ROWS}"
+        return RankMismatchError(what, rank, order.num_rows, num_rows, hint, order.rank)
 
     moves = tuple(move for move in way.moves if move.stage is not Stage.LOSS)
     sizes = Counter(planner.sizes(moves))

@@ -254,7 +254,7 @@ class WayPlanner:
     def completed(self, draft: Draft) -> WholeStep:
         """Return a draft as a whole step."""
         measure = naming_missing_kernels(
-            timing_collectives(self.profiler.measure, self.costs.network),
+            timing_collectives(self.profiler.measure, self.costs.exchanges),
             chosen_precision(self.request.allow),
         )
         joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)

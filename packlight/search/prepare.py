@@ -86,10 +86,7 @@ class Preparer:
             WayError: the way that was given is not one for this step.
         """
         ranks = self.request.ranks
-        if self.request.modelled is not None:
-            self.costs.network = self.request.modelled.lane
-        if ranks is not None and self.costs.network is None:
-            self.costs.network = measure_link(ranks, self.device)
+        self._look_at_network()
         with CallProfiler(self.request.progress) as profiler:
             base = self._base.changed(batch=batch, profiler=profiler)
             planner = WayPlanner(base, self._loss_moves, profiler, captures, changing)
@@ -99,6 +96,17 @@ class Preparer:
                 return self._found(planner, bucket)
             finally:
                 planner.forget()
+
+    def _look_at_network(self) -> None:
+        request, costs = self.request, self.costs
+        if request.modelled is not None:
+            costs.network = request.modelled.lane
+        if request.data_ranks is not None:
+            costs.network = measure_link(request.data_ranks, self.device, request.ranks)
+        if request.tensor_ranks is not None:
+            costs.exchanges = measure_link(request.tensor_ranks, self.device, request.ranks)
+        elif request.is_talkative:
+            costs.exchanges = costs.network
 
     def _found(self, planner: WayPlanner, bucket: Bucket) -> Ready:
         if self._given is not None:

@@ -26,6 +26,7 @@ from packlight.errors import FormatError
 from packlight.moves.draft import Draft
 from packlight.moves.move import Move
 from packlight.moves.registry import move_named, registered
+from packlight.ranks.collectives import is_heard
 from packlight.search.plan_way import environment
 from packlight.search.way import Way
 from packlight.step.serialize import decode, encode, read_document, write_document
@@ -134,8 +135,8 @@ def cache_key(whole: Draft) -> str | None:
         [f"{type(part)} {kinds_of_settings(part)}" for part in parts_of(request.optimizer)],
         whole.costs.optimizer_bytes,
         None if request.ranks is None else [
-            request.ranks.size, whole.costs.agreed_buckets, request.placements,
-            request.is_tensor_parallel, request.is_talkative,
+            whole.costs.agreed_buckets, request.placements, request.is_talkative,
+            *(r and r.size for r in (request.ranks, request.data_ranks, request.tensor_ranks)),
         ],
         graph_digest(whole.graph_module),
     ]
@@ -151,6 +152,8 @@ def graph_digest(module: fx.GraphModule) -> str:
             return f"%{place_of[leaf]}"
         if isinstance(leaf, torch.Tensor):
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}{leaf.device}"
+        if isinstance(leaf, str) and is_heard(leaf):  # a group's name, another in each process
+            return "ranks"
         text = repr(leaf)
         return type(leaf).__name__ if " at 0x" in text else text
 

@@ -12,6 +12,7 @@ from torch import nn
 from packlight.errors import NonFiniteLossError, UnsupportedModelError
 from packlight.ranks.reducer import Reducer
 from packlight.ranks.sharded import ShardedParameters
+from packlight.ranks.together import Together
 from packlight.torch_internals.autograd import after_accumulation, has_gradient_hooks, through_hooks
 from packlight.torch_internals.optimizers import overflows
 from packlight.updates.several import SeveralUpdates, parts_of
@@ -152,7 +153,7 @@ def update_all(
     scaler: torch.amp.GradScaler | None,
     updates: ParameterUpdates | SeveralUpdates | None,
     in_memory: Callable[[nn.Parameter], AbstractContextManager[None]] = lambda _: nullcontext(),
-    sharded: ShardedParameters | None = None,
+    together: Together | None = None,
 ) -> None:
     """Update all parameters from their collected gradients.
 
@@ -164,7 +165,7 @@ def update_all(
         updates: where given, parameters are updated one after the other, with less workspace;
             its step has begun.
         in_memory: with `updates`, the context in which a parameter and its state are there.
-        sharded: parameters in pieces with all ranks, which look at all gradients together.
+        together: looks at the gradients of all ranks, where each has parts of them.
     """
     gradients = [(p, p.grad) for p in parameters if p.grad is not None]
     if scaler is not None and not scaler.is_enabled():
@@ -173,14 +174,14 @@ def update_all(
     for part in parts_of(optimizer) if scaler is not None else ():
         assert scaler is not None
         scaler.unscale_(part)
-        if sharded is not None:
-            has_overflow |= _agreed_overflow(scaler, part, sharded)
+        if together is not None:
+            has_overflow |= _agreed_overflow(scaler, part, together)
     if clipping.value is not None:
         for _, gradient in gradients:
             gradient.clamp_(-clipping.value, clipping.value)
     if clipping.norm is not None:
-        _clip_norm(gradients, clipping.norm, sharded)
-    if scaler is not None and sharded is not None:
+        _clip_norm(gradients, clipping.norm, together)
+    if scaler is not None and together is not None and updates is not None:
         if not has_overflow:
             _update_one_by_one(gradients, updates, in_memory)
         scaler.update()
@@ -196,10 +197,9 @@ def update_all(
 
 def _update_one_by_one(
     gradients: list[tuple[nn.Parameter, torch.Tensor]],
-    updates: ParameterUpdates | SeveralUpdates | None,
+    updates: ParameterUpdates | SeveralUpdates,
     in_memory: Callable[[nn.Parameter], AbstractContextManager[None]],
 ) -> None:
-    assert updates is not None, "what is in pieces is updated one by one"
     while gradients:
         parameter, gradient = gradients.pop(0)
         parameter.grad = None
@@ -211,27 +211,27 @@ def _update_one_by_one(
 def _clip_norm(
     gradients: Sequence[tuple[nn.Parameter, torch.Tensor]],
     max_norm: float,
-    sharded: ShardedParameters | None,
+    together: Together | None,
 ) -> None:
     parameters = [p for p, _ in gradients]
-    if sharded is None:
+    if together is None:
         nn.utils.clip_grad_norm_(parameters, max_norm, foreach=False)
         return
-    norm = sharded.norm(gradients)
+    norm = together.norm(gradients)
     for parameter, gradient in gradients:  # a rank may have none
         total = gradient.new_tensor(norm)
         nn.utils.clip_grads_with_norm_([parameter], max_norm, total, foreach=False)
 
 
 def _agreed_overflow(
-    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, sharded: ShardedParameters
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, together: Together
 ) -> bool:
     """Have a scaler know of gradients that are not finite on any rank; return if there are any."""
     found = overflows(scaler, optimizer)
     if not found:  # all of this optimizer's rows are other ranks'
         device = next(p for group in optimizer.param_groups for p in group["params"]).device
         found[device] = torch.zeros(1, device=device)
-    is_any = sharded.is_on_any(any(bool(flag) for flag in found.values()))
+    is_any = together.is_on_any(any(bool(flag) for flag in found.values()))
     for flag in found.values():
         flag.fill_(float(is_any))
     return is_any

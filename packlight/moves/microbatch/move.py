@@ -51,7 +51,7 @@ class Microbatch(Move):
             rows = num_rows(draft.batch)
             count = 2
             while count < 2 * rows:
-                index, normalises = draft.once("microbatches' weights", lambda: _settled(draft))
+                index, normalises = draft.asked(settled)
                 yield cls(min(count, rows), index, normalises)
                 count *= 2
         except (MicrobatchError, BatchError) as error:
@@ -110,7 +110,7 @@ def open_weight(draft: Draft) -> LossWeight:
     return draft.once("denominator", found)
 
 
-def _settled(draft: Draft) -> tuple[int, bool]:
+def settled(draft: Draft) -> tuple[int, bool]:
     """Return which denominator holds, and whether layers normalise over microbatches then.
 
     Raises:
@@ -176,6 +176,8 @@ def observed_weight(draft: Draft, weight: LossWeight, *, cuts_extras: bool = Tru
         return alternatives(weight).index(chosen)
 
     if key is None or not isinstance(weight, (str, Denominator)):
+        return observe()
+    if draft.request.is_tensor_parallel:  # all of them look, whatever one of them remembers
         return observe()
     cache = Cache("rows", draft.costs.device)
     # A denominator that was found is read from the graph.
