@@ -25,7 +25,12 @@ from packlight.pipeline.split import StageGraph, Value
 from packlight.pipeline.stage import PlannedStage
 from packlight.ranks.group import Ranks
 from packlight.units import format_bytes
-from packlight.updates.gradients import Clipping, drop_gradients, update_all
+from packlight.updates.gradients import (
+    Clipping,
+    drop_gradients,
+    refuse_held_gradients,
+    update_all,
+)
 from packlight.updates.several import SeveralUpdates
 from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
@@ -92,6 +97,7 @@ class PipelineStep:
         self.programs: dict[int, Program] = {k: s.program() for k, s in layout.stages.items()}
         self._shared = shared
         self._trained = [p for p in layout.own_parameters if p.requires_grad]
+        self._name_of = {id(p): name for name, p in capture.model.named_parameters()}
         state = generator_state(self.device)
         self.state_value = Value("generator", tuple(state.shape), (1,), state.dtype, state.nbytes)
         self._num_steps = 0
@@ -110,11 +116,14 @@ class PipelineStep:
         Raises:
             BatchError: it has another number of rows.
             MicrobatchError: nothing in it counts; nothing has run.
+            UnsupportedModelError: parameters hold gradients already, or what was traced is another
+                step now; nothing has run.
             NonFiniteLossError: no parameter was updated.
             RankError: another rank failed, or is gone.
         """
         parts = self._parts(batch)
         weights = loss_weights(self._loss_weight, parts)
+        refuse_held_gradients(self._trained, self._name_of)
         try:
             loss = self._run(parts, weights)
         except NonFiniteLossError:
@@ -128,7 +137,6 @@ class PipelineStep:
     def _run(self, parts: Sequence[Any], weights: Sequence[float]) -> torch.Tensor:
         schedule, rank = self.layout.schedule, self.layout.ranks.rank
         run = _Run(self, parts, weights, self._seed())
-        self.optimizer.zero_grad(set_to_none=True)
         with _generator_kept(self.device), torch.no_grad(), self._shared.in_step():
             for position, instruction in enumerate(schedule.ranks[rank]):
                 for source in self._received[position]:

@@ -34,12 +34,7 @@ def exchange_rows(
     rows, rank = RowMap.decoded(table), members(group_name).rank
     sent = _stacked(x, dim, [piece for _, piece in rows.sent(rank)])
     result = sent.new_empty((rows.most_received, *sent.shape[1:]))
-    gone = [0] * len(rows.owned)
-    for other, piece in rows.sent(rank):
-        gone[other] += piece.num_sent
-    come = [0] * len(rows.owned)
-    for piece in rows.received(rank):
-        come[piece.owner] += piece.num_sent
+    gone, come = rows.exchanged(rank)
     _exchange(result, sent, come, gone, group_name)
     return result
 
@@ -105,12 +100,7 @@ def return_rows(
     rows, rank = RowMap.decoded(table), members(group_name).rank
     sent = _folded(gradient, dim, rows.received(rank))
     result = sent.new_empty((rows.most_sent, *sent.shape[1:]))
-    come = [0] * len(rows.owned)
-    for other, piece in rows.sent(rank):
-        come[other] += piece.num_sent
-    gone = [0] * len(rows.owned)
-    for piece in rows.received(rank):
-        gone[piece.owner] += piece.num_sent
+    come, gone = rows.exchanged(rank)
     _exchange(result, sent, come, gone, group_name)
     return result
 

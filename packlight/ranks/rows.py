@@ -91,6 +91,15 @@ class RowMap:
         """Return what a rank needs, each piece of one owner."""
         return _pieces(self, rank)
 
+    def exchanged(self, rank: int) -> tuple[list[int], list[int]]:
+        """Return how many rows a rank sends to each, and gets from each."""
+        gone, come = [0] * len(self.owned), [0] * len(self.owned)
+        for other, piece in self.sent(rank):
+            gone[other] += piece.num_sent
+        for piece in self.received(rank):
+            come[piece.owner] += piece.num_sent
+        return gone, come
+
     def received(self, rank: int) -> list[Piece]:
         """Return what a rank needs of others: by owner, and of one owner in order."""
         foreign = [p for p in self.pieces(rank) if p.owner not in (rank, FILL)]
