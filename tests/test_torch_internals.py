@@ -48,7 +48,8 @@ TOLERATED_MODULES = {"torch.utils._pytree", "torch.utils._python_dispatch", "tor
 TOLERATED_ATTRIBUTES = {
     *("_ops", "OpOverload", "_schema", "_opname", "_overloadname"),  # tested below
     *("_version", "_buffers", "_to_copy"),
-    "_replace",  # named tuples'
+    *("_softmax", "_log_softmax", "_unsafe_view"),  # operators' names
+    *("_replace", "_exit"),  # named tuples', a forked process's
 }
 
 

@@ -52,10 +52,10 @@ class Storage:
         journal = directory / "journal.log"
         _mend(journal)
         backend = optuna.storages.journal.JournalFileBackend(str(journal), _NoLock())
-        store = optuna.storages.JournalStorage(backend)
+        self._store = optuna.storages.JournalStorage(backend)
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.study = optuna.create_study(
-            study_name=NAME, storage=store, load_if_exists=True, pruner=_pruner(settings)
+            study_name=NAME, storage=self._store, load_if_exists=True, pruner=_pruner(settings)
         )
         self._check_same(settings, file)
         # A sampler that started from the same numbers again would ask for the same points again.
@@ -85,7 +85,7 @@ class Storage:
         import optuna
 
         running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
-        return [optuna.Trial(self.study, trial._trial_id) for trial in running]
+        return [optuna.Trial(self.study, self._place(trial.number)) for trial in running]
 
     def ask(self) -> optuna.Trial:
         """Return a new trial."""
@@ -149,8 +149,14 @@ class Storage:
             return {}
 
     def _frozen(self, trial: optuna.Trial) -> optuna.trial.FrozenTrial:
-        frozen: optuna.trial.FrozenTrial = self.study._storage.get_trial(trial._trial_id)
+        frozen: optuna.trial.FrozenTrial = self._store.get_trial(self._place(trial.number))
         return frozen
+
+    def _place(self, number: int) -> int:
+        """Return what the journal calls a trial."""
+        study = self._store.get_study_id_from_name(NAME)
+        place: int = self._store.get_trial_id_from_study_id_trial_number(study, number)
+        return place
 
 
 class _NoLock:
