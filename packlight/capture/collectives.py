@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -37,18 +37,18 @@ def merge_waits(module: fx.GraphModule) -> None:
         module.recompile()
 
 
-def refuse_unheard(module: fx.GraphModule, heard: Collection[str]) -> None:
+def refuse_unheard(module: fx.GraphModule, is_heard: Callable[[str], bool]) -> None:
     """Raise where a graph's ranks tell something to those of a group that a step knows nothing of.
 
     Args:
         module: with exchanges in one call each.
-        heard: the names of groups of a step's ranks.
+        is_heard: whether a step's ranks are those of a group, by its name.
 
     Raises:
         UnsupportedModelError: they do.
     """
     groups = {str(n.args[-1]) for n in module.graph.nodes if n.target in COLLECTIVES}
-    if not groups <= {*heard}:
+    if not all(map(is_heard, groups)):
         raise UnsupportedModelError(
             "the loss talks to other ranks, of which nothing is known here\nhint: pass the mesh "
             "that the model was split with, and parallel=packlight.Parallel(tensor=...), or "

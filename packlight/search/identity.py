@@ -16,6 +16,7 @@ from packlight.capture.batch import tensors_of
 from packlight.errors import RankMismatchError
 from packlight.moves.microbatch.split import num_rows
 from packlight.moves.request import Request
+from packlight.ranks.collectives import is_heard
 from packlight.ranks.group import Ranks
 from packlight.ranks.tensor import parts_of
 from packlight.search.plan_way import WayPlanner
@@ -168,6 +169,8 @@ def _operations(module: fx.GraphModule, request: Request) -> list[str]:
             return f"{leaf.dtype}{tuple(leaf.shape)}{tuple(leaf.stride())}"
         if request.is_tensor_parallel and type(leaf) in (int, float):
             return "a number"
+        if request.is_tensor_parallel and isinstance(leaf, str) and is_heard(leaf):
+            return "ranks with other parts of the weights"
         if isinstance(leaf, str) and leaf and {*leaf.split()} <= {*request.spoken}:
             return " ".join(f"group {request.spoken.index(name)}" for name in leaf.split())
         text = repr(leaf)

@@ -30,7 +30,7 @@ from packlight.moves.registry import of_package
 from packlight.moves.stream.move import streamable
 from packlight.moves.stream.streamed import Streaming
 from packlight.planner import least_peak_bytes, plan_whole_step
-from packlight.ranks.collectives import COLLECTIVES, silent
+from packlight.ranks.collectives import COLLECTIVES, is_heard, silent
 from packlight.search.finish import finish_seconds
 from packlight.search.heard import timing_collectives
 from packlight.search.judge import judged
@@ -157,8 +157,16 @@ class WayPlanner:
             with naming_failures():
                 self._traced[size] = blaming_precision("the loss", draft.loss_fn, traced)
             self.costs.refuse_unread(self._traced[size].loss)
-            refuse_unheard(self._traced[size].loss.joint, self.request.spoken)
+            refuse_unheard(self._traced[size].loss.joint, self._is_heard)
         return self._traced[size]
+
+    def _is_heard(self, group_name: str) -> bool:
+        """Whether a group's ranks are this step's.
+
+        Of weights in parts, torch may have traced the group of an equal mesh that was made before.
+        """
+        request = self.request
+        return group_name in request.spoken or (request.is_tensor_parallel and is_heard(group_name))
 
     def resident_bytes(self, moves: Moves) -> int:
         """Return what is in memory throughout the step."""
