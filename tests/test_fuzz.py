@@ -7,7 +7,7 @@ import pytest
 from tests.fuzz.trial import Trial, drawn, outcome_of
 
 
-@pytest.mark.parametrize("seed", [21, 22, 24, 31])
+@pytest.mark.parametrize("seed", [1003, 1007, 1009, 1012])
 def test_random_loops_are_exact_within_budgets_and_raise_nothing_raw(seed: int) -> None:
     outcome = outcome_of(drawn(seed))
     assert not outcome.problem, (outcome.problem, drawn(seed))
