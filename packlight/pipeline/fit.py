@@ -14,6 +14,7 @@ from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.step_capture import CapturedLoss, LossFunction, StepCapture, naming_failures
 from packlight.cluster.instructions import PipelineSchedule, check
 from packlight.cluster.schedules import schedule_of
+from packlight.costs.cache import Cache
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import (
     BatchError,
@@ -166,11 +167,21 @@ class _Fitting:
                     "the captured step", rank, digests[0][:12], digest[:12],
                     "the same model, batch shapes and versions everywhere",
                 )
-        cuts = self.ranks.gather(
-            lambda: choose_cuts(self.whole.graph, self.schedule.num_stages)
-            if self.ranks.rank == 0 else []
-        )
-        self.cuts = cuts[0]
+        self.cuts = self.ranks.gather(
+            lambda: self._cuts(digests[0]) if self.ranks.rank == 0 else []
+        )[0]
+
+    def _cuts(self, digest: str) -> list[int]:
+        """Return where the step is cut: where it was before, whatever operations take by now.
+
+        So a budget that was named is enough when it is asked for.
+        """
+        cache = Cache("cuts", self.whole.device)
+        question = f"{digest} {self.schedule.num_stages}"
+        if question not in cache:
+            cache[question] = choose_cuts(self.whole.graph, self.schedule.num_stages)
+            cache.save()
+        return [int(cut) for cut in cache[question]]
 
     def cut(self, profiler: CallProfiler, loss_weight: LossWeight | None) -> None:
         """Make the stages' graphs, find out how losses are weighed and what updates cost."""
