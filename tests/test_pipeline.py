@@ -49,7 +49,7 @@ def run_in_stages(planned: list[PlannedStage], primals: list[Any]) -> tuple[Any,
     return loss, gradients
 
 
-@pytest.mark.parametrize("name", ["gpt", "tied", "skips", "t5", "unet"])
+@pytest.mark.parametrize("name", ["gpt", "tied", "skips", "shared", "t5", "unet"])
 def test_a_step_cut_anywhere_has_eager_bits(name: str) -> None:
     """Where the planner would cut, and at random places."""
     model, batch, loss_of = case(name)

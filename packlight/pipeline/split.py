@@ -231,23 +231,32 @@ class _Splitter:
                 found[owner].append((primal, part))
         return found
 
-    def _parts(self, node: fx.Node) -> Iterator[tuple[int, fx.Node]]:
-        """Yield (stage, node) of the terms of a gradient."""
+    def _parts(self, node: fx.Node) -> list[tuple[int, fx.Node]]:
+        """Return (stage, node) of the terms of a gradient, whose sums nobody makes any more."""
+        parts, sums = self._terms(node)
+        for each in sums:
+            del self.stage[each]
+        return parts
+
+    def _terms(self, node: fx.Node) -> tuple[list[tuple[int, fx.Node]], list[fx.Node]]:
+        """Return the terms of a gradient, one for each stage, and the sums that they replace."""
         maker = self._maker(self._root(node))
         stage = self.num_stages - 1 if maker is None else self.stage[maker]
-        if self.num_stages == 1:
-            yield stage, node
-            return
         terms = [a for a in node.args if isinstance(a, fx.Node)]
         is_sum = node.target is torch.ops.aten.add.Tensor and len(terms) == 2 and not node.kwargs
         if is_sum and all(t.meta["val"].shape == node.meta["val"].shape for t in terms):
-            parts = [part for term in terms for part in self._parts(term)]
+            found = [self._terms(term) for term in terms]
+            parts = [part for of_term, _ in found for part in of_term]
             is_read = any(user.op != "output" and user in self.stage for user in node.users)
+            is_read = is_read and not self._is_only_added(node)
             if len({stage for stage, _ in parts}) == len(parts) and not is_read:
-                del self.stage[node]  # nobody adds them here
-                yield from parts
-                return
-        yield stage, node
+                return parts, [node, *(each for _, sums in found for each in sums)]
+        return [(stage, node)], []
+
+    @staticmethod
+    def _is_only_added(node: fx.Node) -> bool:
+        """Whether a sum goes into one other sum and nowhere else."""
+        return len(node.users) == 1 and next(iter(node.users)).target is torch.ops.aten.add.Tensor
 
     def _written(self) -> list[list[tuple[int, fx.Node]]]:
         """Return for each stage (primal, node) of the buffers that it writes."""

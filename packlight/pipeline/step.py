@@ -116,8 +116,8 @@ class PipelineStep:
         Raises:
             BatchError: it has another number of rows.
             MicrobatchError: nothing in it counts; nothing has run.
-            UnsupportedModelError: parameters hold gradients already, or what was traced is another
-                step now; nothing has run.
+            UnsupportedModelError: parameters hold gradients already, and nothing has run; or what
+                was traced is another step now, and no parameter was updated.
             NonFiniteLossError: no parameter was updated.
             RankError: another rank failed, or is gone.
         """
