@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -213,7 +214,7 @@ class _Loop:
         """Return what a forward and backward holds in eager PyTorch, with all that is there."""
         model, batch = copy.deepcopy(self.eager), self.batch(0)
         peak = packlight.measure_peak(lambda: loss_of(self.loss_fn(model, batch)).backward())
-        return peak.peak_bytes + self.resident([self.batch(0)])
+        return peak.peak_bytes + sum(self.resident([self.batch(0)]).values())
 
     def fitted_within(self, budget: int | None, seed: int) -> Any:
         """Fit within a budget that an error has named, or a larger one."""
@@ -263,12 +264,30 @@ class _Loop:
             for module, mode in modes:
                 module.training = mode
 
-    def my_step(self, step: Any, batches: list[Any]) -> list[Any]:
+    def my_step(self, step: Any, batches: list[Any]) -> tuple[list[Any], int]:
+        """Return what the calls of a step return, and the most bytes that one of them held."""
         if not self.trial.batches:
-            return [step(batches[0])]
-        results = [step.backward(batch, 1 / len(batches)) for batch in batches]
-        step.update()
-        return results
+            result, held = self.measured(lambda: step(batches[0]), batches)
+            return [result], held
+        results, most = [], 0
+        for batch in batches:
+            weight = 1 / len(batches)
+            result, held = self.measured(partial(step.backward, batch, weight), [batch])
+            results.append(result)
+            most = max(most, held)
+        return results, max(most, self.measured(step.update, [])[1])
+
+    def measured(self, call: Callable[[], Any], batches: list[Any]) -> tuple[Any, int]:
+        """Run a call; return its result and the most bytes that it held, with all that was there.
+
+        The allocator's log does not know when something goes that was there before it began: what
+        a module had on an attribute and has replaced counts as gone from the start.
+        """
+        before = self.resident(batches)
+        peak = packlight.measure_peak(call)
+        after = self.resident(batches)
+        there = sum(size for place, size in before.items() if place in after)
+        return peak.result, there + peak.peak_bytes
 
     def compare(self, step: Any, seed: int, batches: list[Any], twins: list[Any]) -> None:
         before = copy.deepcopy(self.eager.state_dict())
@@ -276,11 +295,10 @@ class _Loop:
         torch.manual_seed(seed)
         expected, error = self.eager_step(twins)
         torch.manual_seed(seed)
-        resident = self.resident(batches)
         try:
             step.prepare(batches[0])
             ready = step.ready if self.is_whole else None
-            peak = packlight.measure_peak(lambda: self.my_step(step, batches))
+            results, total = self.my_step(step, batches)
         except NonFiniteLossError:
             if error is None and all(bool(torch.isfinite(loss_of(r))) for r in expected):
                 self.outcome.problem = f"step {seed}: the loss is finite in eager PyTorch"
@@ -302,18 +320,14 @@ class _Loop:
         if error is not None:
             self.outcome.problem = f"step {seed}: eager raises {error!r}, this does not"
             return
-        # A budget knows of one batch and what became of it; that a loop keeps others is its own.
-        others = [t for batch in batches[1:] for t in tensors_of(batch)]
-        others += [t for t in leaves(peak.result[:-1]) if isinstance(t, torch.Tensor)]
-        total = resident + peak.peak_bytes - storage_bytes(others)
         # Where a guard fails, the step is planned in between, which is not what is measured.
         is_planned = ready is step.ready if self.is_whole else self.num_alike > 3
         if is_planned and step.budget_bytes is not None and total > step.budget_bytes:
             self.outcome.problem = f"step {seed}: {total} bytes, budget {step.budget_bytes}"
         self.note_bits(step)
-        self.held = [v for v in leaves(peak.result[-1]) if isinstance(v, torch.Tensor)]
-        mine = [v for v in leaves(peak.result) if isinstance(v, torch.Tensor)]
-        del peak, others
+        self.held = [v for v in leaves(results[-1]) if isinstance(v, torch.Tensor)]
+        mine = [v for v in leaves(results) if isinstance(v, torch.Tensor)]
+        del results
         self.same(seed, mine, [v for v in leaves(expected) if isinstance(v, torch.Tensor)])
         del mine
         ours, theirs = self.mine.state_dict(), self.eager.state_dict()
@@ -364,22 +378,19 @@ class _Loop:
         for optimizer, state in zip(optimizers, states, strict=True):
             optimizer.load_state_dict(state)
 
-    def resident(self, batches: list[Any]) -> int:
+    def resident(self, batches: list[Any]) -> dict[int, int]:
+        """Return where the storages of all that is there lie, and their bytes."""
         optimizers = self.my_optimizers
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
         states = [s for o in optimizers for held in o.state.values() for s in held.values()]
         attributes = [v for m in self.mine.modules() for v in vars(m).values()]
         everything = [
             *self.mine.parameters(), *self.mine.buffers(), *self.held, *states, *attributes,
+            *(parameter.grad for parameter in self.mine.parameters()),
             *(tensor for batch in batches for tensor in tensors_of(batch)),
         ]
-        return storage_bytes([t for t in everything if isinstance(t, torch.Tensor)])
-
-
-def storage_bytes(tensors: list[torch.Tensor]) -> int:
-    """Return the bytes of all storages that tensors lie in."""
-    sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(sizes.values())
+        storages = [t.untyped_storage() for t in everything if isinstance(t, torch.Tensor)]
+        return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def leaves(returned: Any) -> list[Any]:
