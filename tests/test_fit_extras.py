@@ -16,6 +16,7 @@ import packlight
 from packlight.capture.batch import plain_leaves
 from packlight.errors import InfeasibleBudgetError, MicrobatchError
 from packlight.moves.microbatch.extras import check_extras
+from packlight.moves.microbatch.independence import FewRows
 from tests.losses import asserted
 from tests.oracles.eager_loop import Training, assert_no_gradients, assert_same_bits, twins
 
@@ -195,7 +196,8 @@ def test_extras_that_are_no_rows_let_a_batch_run_as_a_whole(extra: Any, message:
         return loss, extra(model, batch, logits)
 
     with pytest.raises(MicrobatchError, match=message):
-        check_extras(net(), loss_fn, batch_of(rows=3))
+        with FewRows.looked_at(net(), loss_fn, batch_of(rows=3)) as few:
+            check_extras(few)
     mine, _ = twins(net(), loss_fn, sgd)
     with pytest.raises(InfeasibleBudgetError, match=f"without microbatch: .*{message}"):
         packlight.fit(mine.model, loss_fn, mine.optimizer, batch_of(), 1, progress=False)

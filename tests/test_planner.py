@@ -15,7 +15,7 @@ import pytest
 
 from packlight import planner
 from packlight.errors import InfeasibleBudgetError
-from packlight.planner import Planner, lower_bound_seconds, plain_schedule
+from packlight.planner import Planner, lower_bound_seconds, plain_schedule, positions, smallest
 from packlight.planner.exact import ExactSearch
 from packlight.planner.facts import Facts
 from packlight.planner.retention import Retention
@@ -27,13 +27,16 @@ from packlight.step import (
     GraphBuilder,
     Limit,
     Phase,
+    Plan,
     Reason,
     StepGraph,
     simulate,
+    with_transfers,
 )
 from tests.oracles.exhaustive import fastest_seconds
 from tests.oracles.graphs import random_dag, transformer, u_shape, uniform_chain
 from tests.oracles.liveness import recount_peak_bytes, schedule_from_order
+from tests.oracles.machines import one_lane
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -371,8 +374,9 @@ def with_seconds(graph: StepGraph, seed: int) -> StepGraph:
 
 @pytest.mark.parametrize("graph", [uniform_chain(6), long_gpt(6)], ids=["small", "large"])
 def test_the_smallest_budget_is_the_same_whatever_was_asked_for_and_measured(
-    graph: StepGraph,
+    graph: StepGraph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(smallest, "MAX_KEPT", 0)
     named = planner.smallest_plan(graph).peak_bytes
     assert named < simulate(graph, plain_schedule(graph)).peak_bytes
     for seed, share in enumerate((0.1, 0.3, 0.6)):
@@ -382,6 +386,41 @@ def test_the_smallest_budget_is_the_same_whatever_was_asked_for_and_measured(
         assert raised.value.smallest_bytes == named
         plan = planner.plan_schedule(timed, named)
         assert recount_peak_bytes(graph, plan.schedule.instructions) <= named
+
+
+def test_what_was_asked_before_is_not_searched_again_and_the_oldest_answers_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    searched, search = [], smallest._searched
+    monkeypatch.setattr(smallest, "_found", {})
+    monkeypatch.setattr(smallest, "_searched", lambda g: searched.append(g) or search(g))
+    first, second = uniform_chain(5), uniform_chain(6)
+    found = smallest.smallest_schedules(first)
+    assert smallest.smallest_schedules(with_seconds(first, 1)) == found
+    assert searched == [first]
+    monkeypatch.setattr(smallest, "MAX_KEPT", sum(len(s.instructions) for s in found))
+    smallest.smallest_schedules(second)
+    assert smallest.smallest_schedules(first) == found
+    assert searched == [first, second, first]
+
+
+def test_plans_do_not_depend_on_what_is_remembered_of_positions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine = one_lane(40.0)
+    recomputing, moving = long_gpt(6), with_transfers(long_gpt(3), machine)
+
+    def plans() -> list[Plan]:
+        budgets = [simulate(g, plain_schedule(g)).peak_bytes for g in (recomputing, long_gpt(3))]
+        return [
+            planner.plan_schedule(recomputing, budgets[0] // 2),
+            planner.plan_schedule(moving, budgets[1] * 3 // 5, machine),
+        ]
+
+    remembering = plans()
+    assert remembering[0].num_reruns and remembering[1].offloaded_bytes
+    monkeypatch.setattr(positions, "NUM_REMEMBERED", 0)
+    assert plans() == remembering
 
 
 def test_the_smallest_budget_is_feasible_where_the_search_finds_nothing(

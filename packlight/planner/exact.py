@@ -21,6 +21,9 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from packlight.planner.bound import rerun_seconds_by_position
 from packlight.step import StepGraph
 
@@ -98,6 +101,8 @@ class ExactSearch:
 
         self.reads = [mask(o.reads) for o in operations]
         self.creates = [mask(o.creates) for o in operations]
+        by_size = sorted(range(len(self.size)), key=lambda rank: -self.size[rank])
+        self.largest_first = [1 << rank for rank in by_size if self.size[rank]]
         self.takes_over = [
             [(bit[c], bit[r]) for c, r in o.overwrites if r in bit] for o in operations
         ]
@@ -244,7 +249,7 @@ class ExactSearch:
         num = len(self.ticks)
         nodes = [_Node(0, 0, 0, -1)]
         queue: list[tuple[int, int, int]] = [(0, 0, 0)]
-        largest: list[list[int]] = [[] for _ in range(num + 1)]
+        largest = [_Largest(len(self.size)) for _ in range(num + 1)]
         while queue:
             index = heapq.heappop(queue)[2]
             node = nodes[index]
@@ -252,13 +257,8 @@ class ExactSearch:
                 seconds = node.ticks / self.scale
                 return Answer(self._order(nodes, index), seconds, 0.0, False)
             for child, ahead in self._children(node, index, budget_bytes):
-                if child.runs < 0:
-                    live, known = child.live, largest[child.position]
-                    if any(other & live == live for other in known):
-                        continue
-                    if len(known) < 100:
-                        known[:] = [other for other in known if other & live != other]
-                    known.append(live)
+                if child.runs < 0 and not largest[child.position].add(child.live):
+                    continue
                 rank = ahead + child.ticks if prefer_short else ahead
                 nodes.append(child)
                 heapq.heappush(queue, (-child.position, rank, len(nodes) - 1))
@@ -323,19 +323,21 @@ class ExactSearch:
         """Return the two ways to go on making memory: drop the largest buffer left, or never."""
         candidates = node.live & ~(self.reads[node.runs] | self.pinned | node.protected)
         excess = self._during(node) - budget_bytes
-        total, largest, choice = 0, 0, 0
-        while candidates:
-            low = candidates & -candidates
-            size = self.size[low.bit_length() - 1]
-            total += size
-            if size > largest:
-                largest, choice = size, low
-            candidates ^= low
+        total = self.bytes_of(candidates)
         if total < excess:
             return []
-        found = [node._replace(live=node.live & ~choice)]
-        if total - largest >= excess:
-            found.append(node._replace(protected=node.protected | choice))
+        choice = 0
+        for choice in self.largest_first:
+            if choice & candidates:
+                break
+        protected, victim, ends_forward = node.protected, node.victim, node.ends_forward
+        t, live, ticks, parent, runs = node[:5]
+        found = [
+            _Node(t, live & ~choice, ticks, parent, runs, victim, protected, ends_forward)
+        ]
+        if total - self.bytes_of(choice) >= excess:
+            protected |= choice
+            found.append(_Node(t, live, ticks, parent, runs, victim, protected, ends_forward))
         return found
 
     def _run(self, node: _Node) -> _Node:
@@ -349,3 +351,35 @@ class ExactSearch:
             order.append(nodes[index].victim)  # of a state: the operation that led to it
             index = nodes[index].parent
         return order[::-1]
+
+
+
+class _Largest:
+    """Sets of which none is in one that came before it."""
+
+    def __init__(self, num_bits: int) -> None:
+        """Prepare for sets of so many bits; there are none so far."""
+        self._num_bytes = 8 * -(-max(1, num_bits) // 64)
+        # What is in none of them, a word of 64 bits a row.
+        self._lacks: npt.NDArray[np.uint64] = np.empty((self._num_bytes // 8, 64), dtype=np.uint64)
+        self._num, self._latest = 0, 0
+
+    def add(self, new: int) -> bool:
+        """Return whether a set is in none of them, and keep it if so."""
+        if not new & ~self._latest:  # what one set is in, the next ones often are, too
+            return False
+        words = np.frombuffer(new.to_bytes(self._num_bytes, "little"), dtype=np.uint64)
+        num, lacks = self._num, self._lacks
+        outside = lacks[0, :num] & words[0]
+        for row in range(1, len(words)):
+            outside |= lacks[row, :num] & words[row]
+        if not outside.all():
+            place = int(outside.argmin())
+            inverted = ~np.ascontiguousarray(lacks[:, place])
+            self._latest = int.from_bytes(inverted.tobytes(), "little")
+            return False
+        if num == lacks.shape[1]:
+            self._lacks = lacks = np.concatenate([lacks, np.empty_like(lacks)], axis=1)
+        lacks[:, num] = ~words
+        self._num = num + 1
+        return True

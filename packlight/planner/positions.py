@@ -19,7 +19,11 @@ from packlight.step import StepGraph
 
 # What a position runs again, what it finds in memory, what it reads in all; its peak and seconds.
 Result = tuple[tuple[int, ...], int, int, int, float]
+# Which buffers play a part; which of them are held, end, come back elsewhere, start; what becomes
+# of a position; what it lacks.
+Remembered = tuple[int, tuple[int, int, int, int], Result, list[int]]
 INFEASIBLE = 1 << 60
+NUM_REMEMBERED = 6
 
 
 class Positions:
@@ -73,6 +77,10 @@ class Positions:
         self._used, self._touched = [0] * n, [0] * n
         # What a position lacked that cannot be made again, when it was last evaluated.
         self._lacking: dict[int, list[int]] = {}
+        self._results: list[Result] = [((), 0, 0, 0, 0.0)] * n
+        # The latest answers; `_turned`: what comes back otherwise than from where it was made.
+        self._remembered: list[list[Remembered]] = [[] for _ in range(n)]
+        self._turned = 0
         self._journal: list[tuple[int, list[Interval] | None, Result | None]] = []
 
     # -- reading
@@ -113,13 +121,37 @@ class Positions:
 
     def evaluate(self, position: int) -> bool:
         """Work out what a position recomputes, costs and holds; return whether it can run."""
-        result = self._worked_out(position)
-        self._journal.append((position, None, self._result(position)))
-        self._store(position, result)
+        before, result = self._results[position], self._worked_out(position)
+        if result is not before:
+            self._journal.append((position, None, before))
+            self._store(position, result)
         return not self._lacking[position]
 
     def _worked_out(self, position: int) -> Result:
+        """Return what a position recomputes, costs and holds.
+
+        Moves are tried and taken back, so the same is asked again and again. Answers are remembered
+        with what they depend on: which of the buffers that play a part there are held, end there,
+        and come back otherwise than from where they were made; which start there.
+        """
         held, starts = self.held.at(position), self.held.starts[position]
+        ends, turned = self.held.ends[position], self._turned
+        remembered = self._remembered[position]
+        for asked, known, result, lacking in remembered:
+            if known == (held & asked, ends & asked, turned & asked, starts):
+                self.num_evaluations += 1 + len(result[0]) // 16
+                self._lacking[position] = lacking
+                return result
+        result = self._worked_out_anew(position, held, starts)
+        asked = result[2] | self._creates[position]
+        for index in result[0]:
+            asked |= self._creates[index]
+        known = held & asked, ends & asked, turned & asked, starts
+        remembered.insert(0, (asked, known, result, self._lacking[position]))
+        del remembered[NUM_REMEMBERED:]
+        return result
+
+    def _worked_out_anew(self, position: int, held: int, starts: int) -> Result:
         touched = self._reads[position]
         if starts:
             touched |= starts & ~self._creates[position]
@@ -189,15 +221,6 @@ class Positions:
         """
         return tuple(rerun[::-1])
 
-    def _result(self, position: int) -> Result:
-        return (
-            self.lists[position],
-            self._used[position],
-            self._touched[position],
-            self.local_bytes.item(position),
-            self.extra_seconds.item(position),
-        )
-
     def _store(self, position: int, result: Result) -> None:
         sequence, used, touched, local, extra = result
         before = self.lists[position]
@@ -217,6 +240,7 @@ class Positions:
             else:
                 places.discard(position)
         self._used[position], self._touched[position] = used, touched
+        self._results[position] = result
         self.local_bytes[position] = local
         self.extra_seconds[position] = extra
 

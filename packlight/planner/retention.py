@@ -137,6 +137,8 @@ class Retention(Positions):
         """Note how a buffer is made again, and whether it has to stay all the same."""
         bit, size = self._bit[buffer], self.size[buffer]
         self.maker[buffer], self.is_fixed[buffer] = maker, is_fixed
+        is_turned = maker != self.origin[buffer]
+        self._turned = self._turned | bit if is_turned else self._turned & ~bit
         self._droppable = self._droppable & ~bit if is_fixed or not size else self._droppable | bit
         self._rates[buffer] = -size / (self.seconds[maker] + 1e-9)
 

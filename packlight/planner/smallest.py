@@ -23,20 +23,43 @@ from packlight.planner.retention import Retention
 from packlight.planner.search import LocalSearch, View, in_order
 from packlight.planner.segments import restore_ids
 from packlight.step import Schedule, StepGraph, simulate
+from packlight.step.digest import structure_digest
 
 # Evaluations of each that is left, and how many of them go on.
 ROUNDS = ((500, 16), (1_500, 6), (4_000, 3), (24_000, 2))
+
+# Instructions of all schedules that are kept: about 40 MB.
+MAX_KEPT = 400_000
 
 # Peak, which seed, and the seed.
 Lowered = tuple[int, int, View, Retention]
 
 
+# What was found for steps, by what decides about bytes; the latest one is last.
+_found: dict[str, list[Schedule]] = {}
+
+
 def smallest_schedules(graph: StepGraph) -> list[Schedule]:
     """Return schedules with small peaks, the one with the smallest that was found first.
+
+    Whoever is told the smallest budget asks for it next, so answers are kept; one that is kept is
+    the one that would be found.
 
     Args:
         graph: the step, free of transfers; its seconds are not looked at.
     """
+    key = structure_digest(graph)
+    known = _found.pop(key, None)
+    _found[key] = schedules = _searched(graph) if known is None else known
+    kept = 0
+    for older in list(reversed(_found)):
+        kept += sum(len(schedule.instructions) for schedule in _found[older])
+        if kept > MAX_KEPT:
+            del _found[older]
+    return list(schedules)
+
+
+def _searched(graph: StepGraph) -> list[Schedule]:
     facts = Facts(graph)
     left: Iterable[tuple[int, View, Retention]] = (
         (number, *seed) for number, seed in enumerate(_seeds(graph))

@@ -10,49 +10,38 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
 
-from packlight.capture.batch import fresh, rebuilt, tensors_of
+from packlight.capture.batch import rebuilt, tensors_of
 from packlight.capture.returned import extras_of, loss_of, with_items
-from packlight.capture.step_capture import LossFunction
-from packlight.capture.undisturbed import undisturbed
 from packlight.errors import MicrobatchError
-from packlight.moves.microbatch.independence import TOLERANCES, StillNoise, evaluating
-from packlight.moves.microbatch.split import num_rows, take_rows
+from packlight.moves.microbatch.independence import FewRows
 from packlight.torch_internals.storages import storage_identity
 
 HINT = "return it as one number for each row, or let the batch run as a whole (moves=)"
 
 
-def check_extras(model: nn.Module, loss_fn: LossFunction, few_rows: Any) -> None:
+def check_extras(few: FewRows) -> None:
     """Compare what a few rows give beside the loss with what their parts give, row by row.
 
     Args:
-        model: any; its state is as before afterwards.
-        loss_fn: `loss_fn(model, batch)`.
-        few_rows: a batch of a few rows.
+        few: those rows.
 
     Raises:
         MicrobatchError: something has no rows, or other ones.
     """
-    rows = num_rows(few_rows)
-    with undisturbed(model, loss_fn), evaluating(model), StillNoise() as noise, torch.no_grad():
-        whole = extras_of(loss_fn(model, fresh(few_rows)))
-        if not whole:
-            return
-        _refuse_without_rows(whole, few_rows, rows)
-        for cut in dict.fromkeys([(rows + 1) // 2, 1]):
-            parts = []
-            for piece in (slice(0, cut), slice(cut, rows)):
-                noise.rewind()
-                parts.append(extras_of(loss_fn(model, take_rows(few_rows, piece))))
-            for (path, value), *of_parts in zip(whole, *parts, strict=True):
-                if not _is_made_of(value, [part for _, part in of_parts], noise.precision):
-                    raise MicrobatchError(
-                        f"what loss_fn returns at {path} beside the loss is another for the same "
-                        "rows in other company",
-                        hint=HINT,
-                    )
+    _, whole = few.whole()
+    if not whole:
+        return
+    _refuse_without_rows(whole, few.batch, few.num_rows)
+    for cut in few.cuts:
+        parts = [few.of(part, name)[1] for part, name in few.parts(cut)]
+        for (path, value), *of_parts in zip(whole, *parts, strict=True):
+            if not _is_made_of(value, [part for _, part in of_parts], few.tolerance):
+                raise MicrobatchError(
+                    f"what loss_fn returns at {path} beside the loss is another for the same "
+                    "rows in other company",
+                    hint=HINT,
+                )
 
 
 def _refuse_without_rows(extras: list[tuple[str, Any]], batch: Any, rows: int) -> None:
@@ -73,7 +62,7 @@ def _refuse_without_rows(extras: list[tuple[str, Any]], batch: Any, rows: int) -
             )
 
 
-def _is_made_of(value: Any, parts: list[Any], precision: torch.dtype) -> bool:
+def _is_made_of(value: Any, parts: list[Any], tolerance: float) -> bool:
     if not isinstance(value, torch.Tensor):
         return all(type(part) is type(value) and bool(part == value) for part in parts)
     joined = torch.cat(parts) if all(p.shape[1:] == value.shape[1:] for p in parts) else None
@@ -81,7 +70,6 @@ def _is_made_of(value: Any, parts: list[Any], precision: torch.dtype) -> bool:
         return False
     if not value.is_floating_point():
         return torch.equal(joined, value)
-    tolerance = TOLERANCES.get(precision, 3e-2)
     scale = float(value.abs().nan_to_num().max()) if value.numel() else 0.0
     return torch.allclose(joined, value, rtol=0, atol=tolerance * scale, equal_nan=True)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packlight.capture.batch import fresh
-from packlight.capture.returned import loss_of
+from packlight.capture.returned import extras_of, loss_of
 from packlight.capture.step_capture import LossFunction
 from packlight.capture.undisturbed import PythonState, undisturbed
 from packlight.errors import BatchError, MicrobatchError
@@ -36,6 +36,8 @@ from packlight.moves.microbatch.split import (
     tensor_leaves,
 )
 
+# What is returned beside a loss, by path.
+Extras = list[tuple[str, Any]]
 WeightsFunction = Callable[[Sequence[Any]], Sequence[float]]
 
 # Of the largest number compared, by the lowest precision in which anything was computed.
@@ -70,59 +72,89 @@ def check_rows_independent(
     Cost: forward passes over three times the rows; to look back, forward and backward passes over
     twice of them besides.
     """
-    rows = num_rows(batch_of_few_rows)
-    if rows < 2:
-        raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
-    cuts = dict.fromkeys([(rows + 1) // 2, 1])  # halves, then the first row and the rest
-    with undisturbed(model, loss_fn), evaluating(model), StillNoise() as noise:
-        few = _FewRows(model, loss_fn, batch_of_few_rows, rows, weights_fn, noise)
-        with torch.no_grad():
-            whole = few.loss(batch_of_few_rows, f"all {rows} rows")
-            state = PythonState(model, loss_fn)  # as it is after the first call
-            for cut in cuts:
-                few.compare_losses(whole, cut)
-            if not state.is_same:
-                raise MicrobatchError(
-                    "each call of the loss changes attributes, lists or variables in Python (a "
-                    "counter, perhaps), which every microbatch would do anew",
-                    hint="do that outside of the loss",
-                )
-        if looks_back:
-            with torch.enable_grad():
-                few.compare_gradients()
+    with FewRows.looked_at(model, loss_fn, batch_of_few_rows) as few:
+        few.compare(weights_fn, looks_back=looks_back)
 
 
-@dataclass(frozen=True)
-class _FewRows:
-    """The rows that are looked at, and what is compared."""
+@dataclass
+class FewRows:
+    """The rows that are looked at, and what a model makes of them and of their parts.
+
+    Attributes:
+        batch: of those rows.
+        num_rows: how many.
+    """
 
     model: nn.Module
     loss_fn: LossFunction
     batch: Any
     num_rows: int
-    weights_fn: WeightsFunction
     noise: StillNoise
+    _seen: dict[str, tuple[float, Extras]] = field(default_factory=dict)
+    _after_first: PythonState | None = None
 
-    def loss(self, batch: Any, name: str) -> torch.Tensor:
-        """Return the loss of some of the rows, with the same noise every time."""
-        self.noise.rewind()
-        return _loss(self.model, self.loss_fn, batch, name)
+    @classmethod
+    @contextmanager
+    def looked_at(cls, model: nn.Module, loss_fn: LossFunction, batch: Any) -> Iterator[FewRows]:
+        """Look at a batch of two or more rows; all that its losses change is put back at the end.
 
-    def parts(self, *cuts: int) -> list[tuple[Any, float, str]]:
-        """Return the parts of the rows between cuts, their weights, and what they are called."""
-        bounds = list(pairwise((0, *cuts, self.num_rows)))
-        parts = [take_rows(self.batch, slice(*bound)) for bound in bounds]
-        names = [_rows_name(*bound) for bound in bounds]
-        return list(zip(parts, self.weights_fn(parts), names, strict=True))
+        Each part runs once, whatever is compared.
+        """
+        if num_rows(batch) < 2:
+            raise BatchError("batch", None, "has 1 row; 2 are needed to compare", "")
+        with undisturbed(model, loss_fn), evaluating(model), StillNoise() as noise:
+            yield cls(model, loss_fn, batch, num_rows(batch), noise)
 
-    def compare_losses(self, whole: torch.Tensor, cut: int) -> None:
-        """Raise if the weighted losses of the parts do not add up to the whole's."""
-        expected, terms = float(whole), []
-        for part, weight, name in self.parts(cut):
-            terms.append((weight, float(self.loss(part, name)) if weight else 0.0))
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Where parts are cut: in halves, then between the first row and the rest."""
+        return tuple(dict.fromkeys([(self.num_rows + 1) // 2, 1]))
+
+    @property
+    def tolerance(self) -> float:
+        """Of the largest number compared."""
+        return TOLERANCES.get(self.noise.precision, 3e-2)
+
+    def whole(self) -> tuple[float, Extras]:
+        """Return the loss of all of them, and what comes with it."""
+        return self.of(self.batch, f"all {self.num_rows} rows")
+
+    def of(self, batch: Any, name: str) -> tuple[float, Extras]:
+        """Return the loss of some of the rows, and what is returned beside it."""
+        if name not in self._seen:
+            self.noise.rewind()
+            with torch.no_grad():
+                returned = _returned(self.model, self.loss_fn, batch, name)
+            self._after_first = self._after_first or PythonState(self.model, self.loss_fn)
+            self._seen[name] = float(loss_of(returned).detach()), extras_of(returned)
+        return self._seen[name]
+
+    def parts(self, *cuts: int) -> list[tuple[Any, str]]:
+        """Return the parts of the rows between cuts, and what they are called."""
+        bounds = pairwise((0, *cuts, self.num_rows))
+        return [(take_rows(self.batch, slice(*bound)), _rows_name(*bound)) for bound in bounds]
+
+    def compare(self, weights_fn: WeightsFunction, *, looks_back: bool) -> None:
+        """Raise if weighted losses, or gradients, of parts do not add up to the whole's."""
+        for cut in self.cuts:
+            self._compare_losses(weights_fn, cut)
+        if self._after_first is not None and not self._after_first.is_same:
+            raise MicrobatchError(
+                "each call of the loss changes attributes, lists or variables in Python (a "
+                "counter, perhaps), which every microbatch would do anew",
+                hint="do that outside of the loss",
+            )
+        if looks_back:
+            with torch.enable_grad():
+                self._compare_gradients(weights_fn)
+
+    def _compare_losses(self, weights_fn: WeightsFunction, cut: int) -> None:
+        (expected, _), parts, terms = self.whole(), self.parts(cut), []
+        for (part, name), weight in zip(parts, weights_fn([p for p, _ in parts]), strict=True):
+            terms.append((weight, self.of(part, name)[0] if weight else 0.0))
         total = sum(weight * loss for weight, loss in terms)
         scale = max(abs(expected), *(abs(weight * loss) for weight, loss in terms))
-        difference, tolerance = abs(expected - total), self._tolerance
+        difference, tolerance = abs(expected - total), self.tolerance
         if not difference <= tolerance * scale:
             described = " + ".join(f"{weight:.6g} * {loss:.7g}" for weight, loss in terms)
             raise MicrobatchError(
@@ -133,15 +165,18 @@ class _FewRows:
                 "run as a whole; if not, pass loss_weight=, " + MicrobatchError.WEIGHTS,
             )
 
-    def compare_gradients(self) -> None:
-        """Raise if the gradients of the rows' weighted losses do not add up to the whole's."""
-        whole = (self.batch, 1.0, f"all {self.num_rows} rows")
-        found = [
-            folded_gradients(self.model, self.loss(part, name), weight)
-            for part, weight, name in (whole, *self.parts(*range(1, self.num_rows)))
-            if weight
-        ]
-        tolerance = math.sqrt(self._tolerance)  # ties may fall otherwise
+    def _compare_gradients(self, weights_fn: WeightsFunction) -> None:
+        singles = self.parts(*range(1, self.num_rows))
+        weights = [1.0, *weights_fn([part for part, _ in singles])]
+        found = []
+        for weight, (part, name) in zip(
+            weights, [(self.batch, f"all {self.num_rows} rows"), *singles], strict=True
+        ):
+            if weight:
+                self.noise.rewind()
+                loss = loss_of(_returned(self.model, self.loss_fn, part, name))
+                found.append(folded_gradients(self.model, loss, weight))
+        tolerance = math.sqrt(self.tolerance)  # ties may fall otherwise
         worst = largest_difference(found[0], found[1:], tolerance)
         if worst is not None:
             raise MicrobatchError(
@@ -151,10 +186,6 @@ class _FewRows:
                 hint="where a hook or a backward of one's own looks at the batch, or gradients of "
                 "an embedding are divided by how often an index occurs, it has to run as a whole",
             )
-
-    @property
-    def _tolerance(self) -> float:
-        return TOLERANCES.get(self.noise.precision, 3e-2)
 
 
 def alternatives(loss_weight: LossWeight) -> list[LossWeight]:
@@ -171,22 +202,24 @@ def settle(
     loss_weight: LossWeight,
     *,
     looks_back: bool = True,
+    check_first: Callable[[FewRows], None] | None = None,
 ) -> LossWeight:
     """Return the loss weight, or the alternative of a denominator, that holds for a few rows.
 
-    Args and errors: as `check_rows_independent`.
+    Args and errors: as `check_rows_independent`; `check_first` is called with the rows before their
+    losses are compared.
     """
     holding: list[LossWeight] = []
     errors: list[MicrobatchError] = []
-    for candidate in alternatives(loss_weight):
-        weights_fn = partial(loss_weights, candidate)
-        try:
-            check_rows_independent(
-                model, loss_fn, batch_of_few_rows, weights_fn, looks_back=looks_back
-            )
-            holding.append(candidate)
-        except MicrobatchError as error:
-            errors.append(error)
+    with FewRows.looked_at(model, loss_fn, batch_of_few_rows) as few:
+        if check_first is not None:
+            check_first(few)
+        for candidate in alternatives(loss_weight):
+            try:
+                few.compare(partial(loss_weights, candidate), looks_back=looks_back)
+                holding.append(candidate)
+            except MicrobatchError as error:
+                errors.append(error)
     if not holding:
         raise errors[0]
     if len(holding) > 1:
@@ -234,16 +267,16 @@ def _rows_name(start: int, stop: int) -> str:
     return f"row {start}" if stop == start + 1 else f"rows {start} to {stop - 1}"
 
 
-def _loss(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> torch.Tensor:
+def _returned(model: nn.Module, loss_fn: LossFunction, batch: Any, name: str) -> Any:
     try:
-        loss = loss_of(loss_fn(model, fresh(batch)))
+        returned = loss_fn(model, fresh(batch))
     except Exception as error:
         raise MicrobatchError(
             f"loss_fn fails on {name} alone: {type(error).__name__}: {error}", hint=""
         ) from error
-    if not abs(value := float(loss.detach())) < math.inf:
+    if not abs(value := float(loss_of(returned).detach())) < math.inf:
         raise MicrobatchError(f"the loss of {name} is {value}: nothing can be compared")
-    return loss
+    return returned
 
 
 @contextmanager

@@ -167,11 +167,13 @@ def observed_weight(draft: Draft, weight: LossWeight, *, cuts_extras: bool = Tru
     def observe() -> int:
         # Few rows: these forwards and backwards are eager PyTorch's and in nobody's plan.
         rows_looked_at = few_rows(draft.batch, weight, max_rows=max(2, min(4, rows // 2)))
-        if cuts_extras:
-            check_extras(draft.request.model, draft.loss_fn, rows_looked_at)
-        looks_back = key is None or not draft.loss.is_derivative
         chosen = settle(
-            draft.request.model, draft.loss_fn, rows_looked_at, weight, looks_back=looks_back
+            draft.request.model,
+            draft.loss_fn,
+            rows_looked_at,
+            weight,
+            looks_back=key is None or not draft.loss.is_derivative,
+            check_first=check_extras if cuts_extras else None,
         )
         return alternatives(weight).index(chosen)
 
