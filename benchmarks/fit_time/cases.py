@@ -68,7 +68,8 @@ CASES = {
     ),
     "largest": Case(
         "251 blocks of 768 in bf16, batch 4 x 256, 8-bit optimizer",
-        partial(_blocks, torch.bfloat16, "bf16-stochastic"), 251, 4, 7_097 * MEBIBYTE, 150 * MEBIBYTE,
+        partial(_blocks, torch.bfloat16, "bf16-stochastic"), 251, 4,
+        7_097 * MEBIBYTE, 150 * MEBIBYTE,
     ),
     # For processors whose products in bf16 are those of a loop.
     "largest-fp32": Case(

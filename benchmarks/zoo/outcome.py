@@ -19,6 +19,7 @@ import packlight
 from benchmarks.common import same_bits
 from packlight.backend import PacklightBackend
 from packlight.capture.dropout import use_eager_dropout
+from packlight.torch_internals.recurrent import whole_recurrent_layers
 
 Result = TypeVar("Result")
 
@@ -141,9 +142,14 @@ def traced(loss_fn: LossFn) -> LossFn:
         use_eager_dropout(joint)
         return default_partition(joint, *args, **kwargs)
 
-    backend = aot_autograd(
+    compiler = aot_autograd(
         fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partitioned
     )
+
+    def backend(graph: fx.GraphModule, inputs: Any) -> Any:
+        with whole_recurrent_layers():
+            return compiler(graph, inputs)
+
     compiled: LossFn = torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False)
     return compiled
 

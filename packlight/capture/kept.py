@@ -32,7 +32,7 @@ from packlight.torch_internals.aot import description_class
 from packlight.torch_internals.dispatch import FakeTensorMode, is_fake
 from packlight.torch_internals.storages import storage_identity
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The oldest files go when there are more.
 MOST_FILES = 64
 # A constant in a graph is kept if it has no more elements.

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from packlight.torch_internals.recurrent import whole_recurrent_layers
+
 Compiled = Callable[..., Any]
 Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -36,7 +38,7 @@ def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
     )
 
     def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
-        with contiguous_tangents():
+        with contiguous_tangents(), whole_recurrent_layers():
             return compiler(graph, inputs)
 
     return compiled

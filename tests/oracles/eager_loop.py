@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,3 +90,14 @@ def assert_no_gradients(model: nn.Module) -> None:
 def assert_equal_losses(ours: Iterable[torch.Tensor], theirs: Iterable[torch.Tensor]) -> None:
     """Losses agree in every bit."""
     assert [x.item() for x in ours] == [x.item() for x in theirs]
+
+
+@contextmanager
+def without_one_dnn() -> Iterator[None]:
+    """Have eager PyTorch run the time steps of `nn.LSTM` one by one, as they are traced.
+
+    oneDNN's fused kernel, which it takes else, adds up in another order.
+    """
+    with warnings.catch_warnings(action="ignore"):  # the switch warns of its own doing
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
