@@ -39,7 +39,7 @@ from packlight.memory.pool import TierPool
 from packlight.moves.registry import checked_techniques
 from packlight.planner import plan_schedule
 from packlight.run.piece_loop import PieceLoop
-from packlight.search.forms import KNOWN_MOVES, fastest_form, replanned
+from packlight.search.forms import KNOWN_MOVES, fastest_form, fused_form, replanned
 from packlight.search.rehearse import (
     fits,
     in_known_terms,
@@ -138,9 +138,10 @@ class PacklightBackend:
         if self.loop.is_broken or is_resumed() or graph_break() is not None:
             if self._needs_whole_graphs:
                 refuse_graph_break()
+            shape = fused_form(self.moves)
             with CallProfiler(self.progress) as profiler:
                 return self.loop.counting(
-                    compile_piece(module, example_inputs, self.loop, profiler)
+                    compile_piece(module, example_inputs, self.loop, profiler, shape=shape)
                 )
         refuse_values(module)
         self._example_inputs, num_before = example_inputs, len(self.compilations)
@@ -162,7 +163,7 @@ class PacklightBackend:
     @property
     def _needs_whole_graphs(self) -> bool:
         is_asked = self.choose_budget is not None or self.is_dry_run
-        return is_asked or bool(self.offload_directory or self.moves)
+        return is_asked or bool(self.offload_directory)
 
     def _planned(
         self, step: JointStep, read: Read, profiler: CallProfiler

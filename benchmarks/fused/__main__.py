@@ -49,6 +49,7 @@ CASES = {
     case.name: case
     for case in (
         Case("gpt", "GPT (3 x 192, sequence 128, batch 4), AdamW", "reference_gpt", adamw, _GPT),
+        Case("vit", "ViT (3 x 64, 65 tokens, batch 4), AdamW", "vit", adamw),
         Case("wrn", "WRN-28-2 (32 x 32, batch 8), SGD", "wrn", momentum_sgd, {"batch_size": 8}),
         Case("unet", "U-Net, SGD with momentum", "unet", momentum_sgd),
     )
@@ -57,7 +58,8 @@ MOVES = tuple(name for name in packlight.MOVES if name != "offload")
 EXACT = tuple(name for name in packlight.EXACT_MOVES if name != "offload")
 OURS = {
     "Packlight": MOVES,
-    "Packlight, fuse": (*MOVES, "channels-last", "fuse"),
+    "Packlight, groups": (*MOVES, "group-updates"),
+    "Packlight, fuse": (*MOVES, "channels-last", "fuse", "group-updates"),
     "Packlight, exact": EXACT,
     "Packlight, exact, fuse-exactly": (*EXACT, "fuse-exactly"),
 }

@@ -123,12 +123,18 @@ class Alone:
     compile: Callable[[fx.GraphModule, Any], Callable[..., Any]]
 
 
+# Given a piece's step, how a rewritten joint graph of it is read, and what observes calls: returns
+# the step that runs.
+Shape = Callable[[JointStep, Read, CallProfiler], JointStep]
+
+
 def compile_piece(
     module: fx.GraphModule,
     inputs: Sequence[Any],
     host: Host,
     profiler: CallProfiler,
     alone: Alone | None = None,
+    shape: Shape | None = None,
 ) -> Callable[..., Any]:
     """Return what dynamo calls in the place of a graph: the host's forward and backward.
 
@@ -138,6 +144,7 @@ def compile_piece(
         host: runs the piece.
         profiler: observes calls.
         alone: if it is no piece of anything larger.
+        shape: else rewrites it.
     """
     specialize(inputs)
     guard_what_dynamo_trusts(module)
@@ -147,7 +154,8 @@ def compile_piece(
             host.observing()
         return profiler.measure(target, args, kwargs)
 
-    compiler = _PieceCompiler(host, measure, graph_break(), alone)
+    shaped = None if shape is None else lambda step, read: shape(step, read, profiler)
+    compiler = _PieceCompiler(host, measure, graph_break(), alone, shaped)
     with native_upsampling():
         compiled: Callable[..., Any] = aot_compiler(compiler.compile, compiler.partition)(
             module, inputs
@@ -159,9 +167,15 @@ class _PieceCompiler:
     """AOTAutograd's compiler for one graph."""
 
     def __init__(
-        self, host: Host, measure: Measure, found: tuple[str, Any] | None, alone: Alone | None
+        self,
+        host: Host,
+        measure: Measure,
+        found: tuple[str, Any] | None,
+        alone: Alone | None,
+        shaped: Callable[[JointStep, Read], JointStep] | None,
     ) -> None:
         self.host, self.measure, self.found, self.alone = host, measure, found, alone
+        self.shaped = shaped
         self.piece: Piece | None = None
 
     def partition(
@@ -185,6 +199,8 @@ class _PieceCompiler:
                 return first, second
             assert isinstance(second, Plan)
             step, plan = first, second
+        elif self.shaped is not None:
+            step = self.shaped(step, read)
         self._take(step, has_backward=True, plan=plan)
         described = descriptions(joint.graph.output_node())
         mode = next(v.fake_mode for n in step.primals if hasattr(v := n.meta["val"], "fake_mode"))
@@ -269,9 +285,16 @@ class PiecewiseCall:
         function: the user's.
         host: runs pieces, and is told what is left to eager PyTorch.
         progress: show what profiling does.
+        shape: rewrites pieces.
     """
 
-    def __init__(self, function: Callable[..., Any], host: Any, progress: bool) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        host: Any,
+        progress: bool,
+        shape: Shape | None = None,
+    ) -> None:
         # Dynamo remembers every backend for good; what hangs on this one must not live as long.
         known = weakref.ref(host)
 
@@ -279,7 +302,7 @@ class PiecewiseCall:
             host = known()
             assert host is not None, "the compiled function belongs to its host"
             with CallProfiler(progress) as profiler:
-                return compile_piece(module, inputs, _Weakly(known), profiler)
+                return compile_piece(module, inputs, _Weakly(known), profiler, shape=shape)
 
         prepare_dynamo()
         break_anywhere(backend, lambda _: known())

@@ -17,7 +17,7 @@ Results (the loss, new batch statistics) move to a storage of their own as soon 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -84,6 +84,7 @@ class WholeStep:
     Attributes:
         joint: the captured step; its graph has the added operations.
         consumed_by: operation -> primals whose gradients it consumes.
+        grouped: those operations that update several parameters with one call, in the backward.
         kept_by: operation -> indices of the forward results, all the same, that it keeps.
         state_buffer_of: primal -> the buffer that stands for its optimizer state.
         parameter_buffer_of: primal -> its buffer, for those that are streamed themselves.
@@ -102,6 +103,7 @@ class WholeStep:
     pieces_of: Mapping[int, Pieces] = field(default_factory=dict)
     rank: int = 0
     shared_by: Mapping[int, int] = field(default_factory=dict)
+    grouped: frozenset[int] = frozenset()
 
     @cached_property
     def bucket_of(self) -> dict[int, int]:
@@ -114,6 +116,7 @@ def whole_step(
     consumers: Mapping[int, Consumer],
     how: Consumption,
     together: Consumer | None = None,
+    groups: Mapping[tuple[int, ...], Consumer] | None = None,
 ) -> WholeStep:
     """Return a step whose gradients are consumed.
 
@@ -123,8 +126,24 @@ def whole_step(
             dropped.
         how: what happens to gradients.
         together: for `Consumption.TOGETHER`, what the one update costs.
+        groups: for `Consumption.UPDATE`, primals that are updated by one call -> what that costs.
     """
-    return _Builder(joint, consumers, how, together).build()
+    return _Builder(joint, consumers, how, together, groups or {}).build()
+
+
+def updatable_after(joint: JointStep) -> dict[int, int]:
+    """Return primal -> the last operation that makes or reads its gradient, or reads its value."""
+    graph = joint.graph
+    last: dict[int, int] = {}
+    for operation in graph.operations:
+        last.update(dict.fromkeys((*operation.reads, *operation.creates), operation.id))
+    end = len(graph.operations) - 1
+    found = {}
+    for primal, node in enumerate(joint.backward_results):
+        if isinstance(node, fx.Node):
+            value = joint.buffer_of_node[joint.primals[primal]]
+            found[primal] = max(last.get(joint.buffer_of_node[node], end), last.get(value, -1))
+    return found
 
 
 class _Builder:
@@ -134,8 +153,10 @@ class _Builder:
         consumers: Mapping[int, Consumer],
         how: Consumption,
         together: Consumer | None,
+        groups: Mapping[tuple[int, ...], Consumer],
     ) -> None:
         self.joint, self.consumers, self.how, self.together = joint, consumers, how, together
+        self.groups = groups
         self.old = joint.graph
         tangents = {
             b for o in self.old.operations
@@ -194,7 +215,11 @@ class _Builder:
             rng_state_of={new_id[o]: b for o, b in self.joint.rng_state_of.items()},
             facts=facts,
         )
-        return WholeStep(joint, self.consumed_by, self.kept_by, self.state_buffer_of)
+        grouped = [o for o, primals in self.consumed_by.items() if primals in self.groups]
+        return WholeStep(
+            joint, self.consumed_by, self.kept_by, self.state_buffer_of,
+            grouped=frozenset(grouped),
+        )
 
     def _new_buffer(self, num_bytes: int, kind: BufferKind, name: str) -> int:
         self.buffers.append(Buffer(len(self.buffers), num_bytes, kind, name))
@@ -243,6 +268,8 @@ class _Builder:
         all_mutated: list[int] = []
         first_node: fx.Node | None = None
         all_primals: list[int] = []
+        group_of = {primal: primals for primals in self.groups for primal in primals}
+        grouped: dict[tuple[int, ...], dict[int, tuple[int, Operation, fx.Node]]] = {}
         for primal, consumer in self.consumers.items():
             node = self.joint.backward_results[primal]
             if not isinstance(node, fx.Node):
@@ -275,7 +302,12 @@ class _Builder:
                 Phase.UPDATE, can_recompute=False, layer=consumer.name, mutates=mutates,
                 kind=OperationKind.UPDATE,
             )
-            self._add(after, operation, node, (primal,))
+            if primal in group_of:
+                grouped.setdefault(group_of[primal], {})[primal] = after, operation, node
+            else:
+                self._add(after, operation, node, (primal,))
+        for primals, members in grouped.items():
+            self._add_group(primals, [members[primal] for primal in primals])
         if first_node is not None:
             assert self.together is not None
             operation = Operation(
@@ -284,3 +316,17 @@ class _Builder:
                 layer=self.together.name, mutates=tuple(all_mutated), kind=OperationKind.UPDATE,
             )
             self._add(end, operation, first_node, tuple(all_primals))
+
+    def _add_group(
+        self, primals: tuple[int, ...], members: Sequence[tuple[int, Operation, fx.Node]]
+    ) -> None:
+        """Add one operation in the place of several updates, when the last of them can be made."""
+        cost = self.groups[primals]
+        operations = [operation for _, operation, _ in members]
+        operation = replace(
+            operations[0],
+            reads=tuple(dict.fromkeys(b for o in operations for b in o.reads)),
+            mutates=tuple(b for o in operations for b in o.mutates),
+            seconds=cost.seconds, workspace_bytes=cost.workspace_bytes, layer=cost.name,
+        )
+        self._add(max(after for after, _, _ in members), operation, members[0][2], primals)

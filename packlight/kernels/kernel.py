@@ -3,8 +3,8 @@
 The operator is named by a digest of what it computes, so equal regions of a step, of another step
 and of another process are one operator, whose costs are observed and remembered like those of any
 other. Its results are allocated here, with the strides that the graph says, and the compiled code
-writes into them: given one of its inputs as `out=`, it writes there. Whether that keeps the result
-is observed, too (`costs/measure.py`).
+writes into them: given one of its inputs as `out=`, it writes there, whatever shape that has.
+Whether that keeps the result is observed, too (`costs/measure.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from packlight.costs.measure import FUSED_NAMESPACE
 from packlight.torch_internals.dispatch import FakeTensorMode
 from packlight.torch_internals.inductor import compiled_source, compiler_problem, loaded
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The oldest files go when there are more.
 MOST_FILES = 4096
 
@@ -219,7 +219,7 @@ def _registered(
             torch.empty_strided(tuple(t.shape), t.stride(), dtype=t.dtype, device=t.device)
             for t in region.outputs[out is not None :]
         ]
-        made = made if out is None else [out, *made]
+        made = made if out is None else [out.view(region.outputs[0].shape), *made]
         return tuple(made) if len(made) > 1 else made[0]
 
     for overload in ("", ".out"):
@@ -236,16 +236,20 @@ def _allocating(
     layouts = [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in outputs]
     (shape, stride, dtype, device), *others = layouts
 
+    def first_of(out: torch.Tensor | None) -> torch.Tensor:
+        if out is None:
+            return empty(shape, stride, dtype=dtype, device=device)
+        return out if out.shape == shape else out.view(shape)
+
     def call_single(*inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        result = empty(shape, stride, dtype=dtype, device=device) if out is None else out
+        result = first_of(out)
         compiled([*inputs, result])
         return result
 
     def call_several(
         *inputs: torch.Tensor, out: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        first = empty(shape, stride, dtype=dtype, device=device) if out is None else out
-        results = (first, *(empty(s, t, dtype=d, device=v) for s, t, d, v in others))
+        results = (first_of(out), *(empty(s, t, dtype=d, device=v) for s, t, d, v in others))
         compiled([*inputs, *results])
         return results
 

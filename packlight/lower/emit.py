@@ -278,12 +278,17 @@ class _Emitter:
             return
         nodes = [self.step.backward_results[primal] for primal in primals]
         buffers = [self.step.buffer_of_node[node] for node in nodes]
+        given: list[tuple[Any, ...]] = []
         for place, (primal, node) in enumerate(zip(primals, nodes, strict=True)):
             self.transfers.wait_written(buffers[place])
             is_last_read = (index, buffers[place]) in self.facts.last_reads
             is_last_use = is_last_read and buffers[place] not in buffers[place + 1 :]
-            arguments = (self.helpers["events"], primal, self.values.of(node), is_last_use)
-            self.graph.call_method("gradient", arguments)
+            given.append((primal, self.values.of(node), is_last_use))
+        if index in self.whole.grouped:
+            self.graph.call_method("gradients", (self.helpers["events"], given))
+            return
+        for arguments in given:
+            self.graph.call_method("gradient", (self.helpers["events"], *arguments))
 
     def _bucket(self, instruction: Instruction) -> None:
         self.reductions.pack(instruction)

@@ -38,6 +38,9 @@ class StepEvents(Protocol):
         overwrite it.
         """
 
+    def gradients(self, complete: Sequence[tuple[int, torch.Tensor, bool]]) -> None:
+        """Gradients are complete that are to be used up together: what `gradient` takes of each."""
+
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
         """The gradient of a primal, added up over all ranks, is complete; it is the receiver's."""
 
@@ -52,6 +55,9 @@ class IgnoredEvents:
         """Do nothing."""
 
     def gradient(self, primal: int, gradient: torch.Tensor, is_last_use: bool) -> None:
+        """Do nothing."""
+
+    def gradients(self, complete: Sequence[tuple[int, torch.Tensor, bool]]) -> None:
         """Do nothing."""
 
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:

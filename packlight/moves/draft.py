@@ -47,6 +47,7 @@ class Draft:
         offered: the machine whose lanes transfers may take, if there is one.
         num_repeats: how often a (micro)batch runs for one update.
         gradients: what becomes of them.
+        group_bytes: of so many gradients, at most, parameters are updated together.
         traced: the (micro)batch's loss; None until it is traced.
         module: its joint graph, rewritten so far.
         machine: whose lanes the step uses; None where nothing is transferred.
@@ -63,6 +64,7 @@ class Draft:
     offered: Machine | None = None
     num_repeats: int = 1
     gradients: Consumption = Consumption.TOGETHER
+    group_bytes: int = 0
     traced: Traced | None = None
     module: fx.GraphModule | None = None
     machine: Machine | None = None
@@ -77,6 +79,12 @@ class Draft:
         """The traced loss."""
         assert self.traced is not None, "moves of Stage.LOSS come before tracing"
         return self.traced.loss
+
+    @property
+    def groups_updates(self) -> bool:
+        """Whether small parameters are updated several at once."""
+        is_alone = not self.streaming and self.reduction is None
+        return self.group_bytes > 0 and self.gradients is Consumption.UPDATE and is_alone
 
     @property
     def graph_module(self) -> fx.GraphModule:

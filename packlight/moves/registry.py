@@ -21,7 +21,7 @@ from packlight.moves.channels_last import ChannelsLast
 from packlight.moves.chunk.move import Chunk
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.fuse.move import Fuse, FuseExactly
-from packlight.moves.in_backward import UpdateInBackward
+from packlight.moves.in_backward import GroupUpdates, UpdateInBackward
 from packlight.moves.lossy.move import Lossy
 from packlight.moves.microbatch.move import Microbatch
 from packlight.moves.move import Effect, Move, Stage
@@ -32,7 +32,7 @@ from packlight.moves.stream.move import Offload
 GROUP = "packlight.moves"
 BUILT_IN: tuple[type[Move], ...] = (
     Autocast, UpdateInBackward, Microbatch, ChannelsLast, Pack, Chunk, Lossy, Fuse, FuseExactly,
-    DataParallel, Offload,
+    GroupUpdates, DataParallel, Offload,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,13 +19,14 @@ from packlight.costs.profiler import CallProfiler
 from packlight.errors import UnsupportedModelError
 from packlight.moves.additions import Additions
 from packlight.moves.counted import Kept, copied_bytes, extras_bytes, primals_among
+from packlight.moves.grouped import grouped_updates
 from packlight.moves.reduction import Reduction, ReductionCosts
 from packlight.moves.request import Request
 from packlight.moves.sharding import Sharding, cut, shardable
 from packlight.moves.stream.parameters import ParameterSlots, parameter_slots, without_results
 from packlight.moves.stream.state import Slots, existing_slots, state_slots
 from packlight.moves.stream.streamed import Streaming
-from packlight.step import BufferKind, Lane, Machine, StepMemory, with_transfers
+from packlight.step import BufferKind, Lane, StepMemory, with_transfers
 from packlight.updates.accounting import (
     OptimizerMemory,
     batch_bytes,
@@ -37,6 +38,9 @@ from packlight.updates.accounting import (
 from packlight.updates.several import SeveralUpdates, parts_of, states_left, updates_of
 from packlight.updates.twin import state_tensors
 from packlight.updates.update import ParameterUpdates, UpdateCost
+
+if TYPE_CHECKING:
+    from packlight.moves.draft import Draft
 
 SCALAR_BYTES = 64  # loss, its weight and their sums, outside of the schedule
 
@@ -177,27 +181,16 @@ class StepCosts:
             return slots
         return {tensor: spec for tensor, spec in slots.items() if id(tensor) not in self.trained}
 
-    def completed(
-        self,
-        joint: JointStep,
-        loss: CapturedLoss,
-        how: Consumption,
-        streaming: Streaming,
-        machine: Machine | None,
-        profiler: CallProfiler,
-        reduction: Reduction | None = None,
-    ) -> WholeStep:
+    def completed(self, joint: JointStep, draft: Draft, profiler: CallProfiler) -> WholeStep:
         """Return a captured step in which every gradient is consumed, at its measured costs.
 
         Args:
-            joint: the captured step.
-            loss: with the real inputs that it was captured with.
-            how: what happens to gradients.
-            streaming: what lies on the disk between uses.
-            machine: whose lanes buffers may leave memory on, if there is one.
+            joint: the draft's graph, as it was read.
+            draft: says what happens to gradients, and what lies elsewhere.
             profiler: remembers seconds.
-            reduction: how gradients are added up over ranks first, where there are several.
         """
+        loss, how, streaming = draft.loss, draft.gradients, draft.streaming
+        machine, reduction = draft.machine, draft.reduction
         consumers: dict[int, Consumer] = {}
         trained = self.parameters(loss.arguments)
         reductions = None
@@ -225,7 +218,11 @@ class StepCosts:
             update_bytes = one_by_one or self.update_workspace_bytes
             workspace = max(update_bytes, norms_bytes) + sum(copies.values())
             together = Consumer("all parameters", seconds, workspace)
-        step = whole_step(joint, consumers, how, together)
+        groups: dict[tuple[int, ...], Consumer] = {}
+        if draft.groups_updates and self.updates is not None:
+            alone = {primal: p for primal, p in trained.items() if primal not in copies}
+            groups = grouped_updates(joint, alone, self.updates, draft.group_bytes, profiler)
+        step = whole_step(joint, consumers, how, together, groups)
         if reductions is not None:
             step = with_reductions(step, reductions)
         if machine is None:

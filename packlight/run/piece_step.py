@@ -23,7 +23,9 @@ from packlight.moves.in_backward import UpdateInBackward
 from packlight.moves.precision import refuse_collapsed_scale
 from packlight.moves.step_costs import SCALAR_BYTES, StepCosts
 from packlight.run.pieces import Pieces, PlannedPath
+from packlight.search.forms import KNOWN_MOVES, fused_form
 from packlight.step import Plan, StepMemory
+from packlight.torch_internals.inductor import compiler_problem
 from packlight.units import format_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
 from packlight.updates.gradients import drop_gradients, refuse_held_gradients, update_all
@@ -65,7 +67,10 @@ class PieceStepRunner:
         )
         self._returned_bytes = self._held_bytes = 0
         self._pieces = Pieces(costs.device, self._left_bytes, self._update_bytes)
-        self._call = PiecewiseCall(_called_loss, self._pieces, request.progress)
+        self._fused = next((name for name in KNOWN_MOVES if name in request.moves), None)
+        self._why_unfused = compiler_problem(costs.device) if self._fused else None
+        shape = fused_form([self._fused]) if self._fused and not self._why_unfused else None
+        self._call = PiecewiseCall(_called_loss, self._pieces, request.progress, shape)
 
     def _left_bytes(self) -> int | None:
         """Return what is left of the budget for pieces and the Python between them."""
@@ -287,12 +292,17 @@ class PieceStepRunner:
     def how_it_runs(self) -> list[tuple[str, str]]:
         """Return (name, text): where the loss breaks, and what is not done to such a step."""
         first, reason = self._first_break, "the loss is no one graph"
-        moves = [UpdateInBackward.name] if self._in_backward else []
-        others = sorted(self._request.moves - {UpdateInBackward.name})
+        made = {UpdateInBackward.name} if self._in_backward else set()
+        why_not = dict.fromkeys(self._request.moves - {UpdateInBackward.name}, reason)
+        if self._fused and self._why_unfused:
+            why_not[self._fused] = f"nothing can be compiled here: {self._why_unfused}"
+        elif self._fused:
+            made.add(self._fused)
+            del why_not[self._fused]
         return [
             ("pieces", f"the loss breaks at {first.file}:{first.line}: {first.cause}"),
-            ("moves", ", ".join(moves) or "none"),
-            *((f"without {name}", reason) for name in others),
+            ("moves", ", ".join(sorted(made, reverse=True)) or "none"),
+            *((f"without {name}", why) for name, why in sorted(why_not.items())),
         ]
 
     def describe(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from packlight.capture.joint import JointStep
+from packlight.capture.pieces import Shape
 from packlight.capture.read_joint import Read
 from packlight.costs.profiler import CallProfiler
 from packlight.errors import InfeasibleBudgetError
@@ -59,6 +60,23 @@ def fastest_form(
         raise min(errors, key=lambda error: error.smallest_bytes)
     _, step, plan = min(found, key=lambda one: one[0])
     return step, plan
+
+
+def fused_form(names: Iterable[str]) -> Shape | None:
+    """Return what rewrites pieces of a step that breaks, None where nothing is asked for.
+
+    How a piece is planned depends on the others, so each has one form: in those kernels that are no
+    slower than their calls.
+
+    Args:
+        names: of moves, keys of `KNOWN_MOVES`; the first one is made.
+    """
+    moves = [KNOWN_MOVES[name] for name in names]
+
+    def form(step: JointStep, read: Read, profiler: CallProfiler) -> JointStep:
+        return with_estimated_seconds(moves[0].fused_step(step, read, profiler), profiler)
+
+    return form if moves else None
 
 
 def replanned(

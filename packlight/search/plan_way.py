@@ -266,10 +266,7 @@ class WayPlanner:
             chosen_precision(self.request.allow),
         )
         joint = read_joint_graph(draft.graph_module, draft.loss.num_forward_outputs, measure)
-        return self.costs.completed(
-            joint, draft.loss, draft.gradients, draft.streaming, draft.machine, self.profiler,
-            draft.reduction,
-        )
+        return self.costs.completed(joint, draft, self.profiler)
 
     def part(self, draft: Draft, step: WholeStep, plan: Plan) -> ReadyPart:
         """Return a planned size of microbatch."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from packlight.updates.accounting import TwoSteps, measure_two_steps
 from packlight.updates.observe import state_form
 from packlight.updates.slices import like_eager, step_in_slices
-from packlight.updates.twin import Group, stand_in, step_alone
+from packlight.updates.twin import Group, stand_in, step_alone, step_several
 
 # Parameters, gradients and states in measurements: any number that takes no special path.
 _FILLER = 0.01
@@ -80,6 +81,48 @@ def measure_copy(
 
     seen = measure_two_steps(step, twin.state, parameter.device)
     return Copy(seen, state_form(twin.state.get(copy, {}), copy.shape), step)
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """Copies of several parameters that were stepped together twice.
+
+    Attributes:
+        bytes: what that allocated.
+        step: steps them once more.
+    """
+
+    bytes: TwoSteps
+    step: Callable[[], None]
+
+
+def measure_copies(
+    optimizer: torch.optim.Optimizer,
+    indices: Sequence[int],
+    parameters: Sequence[tuple[torch.Tensor, tuple[int, ...]]],
+) -> Copies:
+    """Return what two steps of copies of some parameters show.
+
+    Args:
+        optimizer: whose `param_groups` they are of.
+        indices: which of those, each parameter's.
+        parameters: with the strides of their gradients.
+    """
+    held: dict[int, list[torch.Tensor]] = {}
+    gradients: dict[int, list[torch.Tensor]] = {}
+    for index, (parameter, stride) in zip(indices, parameters, strict=True):
+        copy = torch.nn.Parameter(_filled(parameter, parameter.stride()))
+        held.setdefault(index, []).append(copy)
+        gradients.setdefault(index, []).append(_filled(parameter, stride))
+    twin = stand_in(optimizer, [optimizer.param_groups[i] for i in held], [*held.values()])
+    groups = [(group, group["params"]) for group in twin.param_groups]
+    pairs = [*zip(chain(*held.values()), chain(*gradients.values()), strict=True)]
+
+    def step() -> None:
+        step_several(twin, groups, [like_eager(g, copy) for copy, g in pairs], twin.state)
+
+    device = pairs[0][0].device
+    return Copies(measure_two_steps(step, twin.state, device), step)
 
 
 def _filled(like: torch.Tensor, stride: tuple[int, ...]) -> torch.Tensor:

@@ -88,6 +88,19 @@ class GradientFate:
         # Clipping and the optimizer may overwrite it, as eager's, which nobody else looks at.
         self._consume(parameter, gradient, is_last_use and fills_storage(gradient))
 
+    def gradients(self, complete: Sequence[tuple[int, torch.Tensor, bool]]) -> None:
+        """Update several parameters with one step of the optimizer."""
+        assert self.updates is not None, "what is collected is updated later"
+        given: list[tuple[nn.Parameter, torch.Tensor]] = []
+        for primal, gradient, is_last_use in complete:
+            parameter = self.parameter_of[primal]
+            if has_gradient_hooks(parameter):  # since the step was planned
+                self._hooked(parameter, gradient)
+            else:
+                is_own = is_last_use and fills_storage(gradient)
+                given.append((parameter, self._clipped(gradient if is_own else gradient.clone())))
+        self.updates.apply_together(given)
+
     def reduced_gradient(self, primal: int, gradient: torch.Tensor) -> None:
         """Do the same with the gradient of all ranks, which nobody else looks at."""
         parameter = self.parameter_of[primal]
@@ -119,11 +132,7 @@ class GradientFate:
             is_copied = in_layout is not gradient
             parameter.grad = in_layout if is_own or is_copied else gradient.clone()
             return
-        if not is_own:
-            gradient = gradient.clone()
-        if self.clipping.value is not None:
-            gradient.clamp_(-self.clipping.value, self.clipping.value)
-        self.updates.apply(parameter, gradient)
+        self.updates.apply(parameter, self._clipped(gradient if is_own else gradient.clone()))
 
     def _hooked(self, parameter: nn.Parameter, gradient: torch.Tensor) -> None:
         """Do what autograd does with the whole gradient of a parameter that has hooks."""
@@ -136,9 +145,13 @@ class GradientFate:
         gradient_left, parameter.grad = parameter.grad, None
         if gradient_left is None:  # a hook has made something of it
             return
+        self.updates.apply(parameter, self._clipped(gradient_left))
+
+    def _clipped(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Return a gradient that nobody else looks at with each of its elements clipped."""
         if self.clipping.value is not None:
-            gradient_left.clamp_(-self.clipping.value, self.clipping.value)
-        self.updates.apply(parameter, gradient_left)
+            gradient.clamp_(-self.clipping.value, self.clipping.value)
+        return gradient
 
 
 def fills_storage(tensor: torch.Tensor) -> bool:

@@ -138,6 +138,25 @@ class SeveralUpdates:
         """Return what updating a parameter costs."""
         return self._of(parameter).cost(parameter, gradient_stride, num_rows)
 
+    def cost_together(
+        self, parameters: Sequence[torch.Tensor], strides: Sequence[tuple[int, ...]]
+    ) -> UpdateCost:
+        """Return what updating several parameters costs, with one step of each optimizer."""
+        given = [*zip(parameters, strides, strict=True)]
+        held = [[one for one in given if part.holds(one[0])] for part in self.parts]
+        costs = [
+            part.cost_together(*map(list, zip(*mine, strict=True)))
+            for part, mine in zip(self.parts, held, strict=True) if mine
+        ]
+        return UpdateCost(
+            sum(cost.state_bytes for cost in costs), max(cost.workspace_bytes for cost in costs),
+            sum(cost.seconds for cost in costs), 1,
+        )
+
+    def is_sliced(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is updated slice by slice."""
+        return self._of(parameter).is_sliced(parameter)
+
     def piece_unit(self, parameter: torch.Tensor) -> int | None:
         """Return where a parameter can be cut into pieces that are updated with the same bits."""
         return self._of(parameter).piece_unit(parameter)
@@ -157,6 +176,13 @@ class SeveralUpdates:
     def apply(self, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
         """Update a parameter."""
         self._of(parameter).apply(parameter, gradient)
+
+    def apply_together(self, given: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Update several parameters, those of each optimizer with one step."""
+        for part in self.parts:
+            mine = [(p, gradient) for p, gradient in given if part.holds(p)]
+            if mine:
+                part.apply_together(mine)
 
     def end_step(self) -> None:
         """Say that all parameters were updated."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -91,12 +91,34 @@ def step_alone(
         gradient: of the parameter's shape and dtype; the optimizer may overwrite it.
         state: mapping of parameters to state dicts, read and written.
     """
-    twin = twin_of(optimizer, [{**group, "params": [parameter]}], state)
-    previous, parameter.grad = parameter.grad, gradient
+    step_several(optimizer, [(group, [parameter])], [gradient], state)
+
+
+def step_several(
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[tuple[Group, Sequence[torch.Tensor]]],
+    gradients: Sequence[torch.Tensor],
+    state: Any,
+) -> None:
+    """Step some parameters as `optimizer.step()` would if no others had a gradient.
+
+    Args:
+        optimizer: whose class and attributes to use; it is not changed.
+        groups: entries of its `param_groups`, each with those of its parameters to update; what
+            they have as `grad` is left as it was.
+        gradients: theirs, in that order; the optimizer may overwrite them.
+        state: mapping of parameters to state dicts, read and written.
+    """
+    twin = twin_of(optimizer, [{**group, "params": [*held]} for group, held in groups], state)
+    parameters = [parameter for _, held in groups for parameter in held]
+    previous = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
     try:
         plain_step(type(optimizer))(twin)
     finally:
-        parameter.grad = previous
+        for parameter, gradient_before in zip(parameters, previous, strict=True):
+            parameter.grad = gradient_before
 
 
 def needs_closure(optimizer: torch.optim.Optimizer) -> bool:

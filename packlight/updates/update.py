@@ -7,6 +7,7 @@ seen to give the same bits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from math import ceil
 from typing import Any
@@ -18,7 +19,7 @@ from packlight.costs.measure import median_seconds, real_tensors
 from packlight.errors import UnsupportedModelError
 from packlight.torch_internals.optimizers import mark_stepped
 from packlight.updates.accounting import TwoSteps, tensors_bytes
-from packlight.updates.copies import Slices, measure_copy, step_one
+from packlight.updates.copies import Slices, measure_copies, measure_copy, step_one
 from packlight.updates.observe import (
     Kind,
     SliceFacts,
@@ -27,11 +28,12 @@ from packlight.updates.observe import (
     why_not_alone,
 )
 from packlight.updates.remembered import RememberedSteps
-from packlight.updates.slices import rows_of_slices
+from packlight.updates.slices import like_eager, rows_of_slices
 from packlight.updates.twin import (
     interception,
     kinds_of_settings,
     state_tensors,
+    step_several,
     trainable,
 )
 
@@ -125,6 +127,35 @@ class ParameterUpdates:
             return UpdateCost(tensors_bytes(existing), steps.later_bytes, seconds, num_slices)
         return UpdateCost(steps.state_bytes, steps.workspace_bytes, seconds, num_slices)
 
+    def cost_together(
+        self, parameters: Sequence[torch.Tensor], strides: Sequence[tuple[int, ...]]
+    ) -> UpdateCost:
+        """Return what updating several parameters with one step costs, as `cost` does.
+
+        Args:
+            parameters: none of them sliced.
+            strides: of the gradients to come.
+        """
+        indices = [self._group_index[p] for p in parameters]
+        keys = [(_key(i, p), s) for i, p, s in zip(indices, parameters, strides, strict=True)]
+
+        def measure() -> list[Any]:
+            with real_tensors():
+                copies = measure_copies(
+                    self.optimizer, indices, [*zip(parameters, strides, strict=True)]
+                )
+                return [*astuple(copies.bytes), median_seconds(copies.step, parameters[0].device)]
+
+        *seen, seconds = self._remembered.seen(("together", keys), measure)
+        steps = TwoSteps(*seen)
+        has_state = [bool(state_tensors(self.optimizer.state.get(p))) for p in parameters]
+        workspace_bytes = steps.later_bytes if all(has_state) else steps.workspace_bytes
+        return UpdateCost(steps.state_bytes, workspace_bytes, seconds, 1)
+
+    def is_sliced(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is updated slice by slice."""
+        return self._slices_of(self._group_index[parameter], parameter) is not None
+
     def piece_unit(self, parameter: torch.Tensor) -> int | None:
         """Return where a parameter can be cut into pieces that are stepped with the whole's bits.
 
@@ -199,6 +230,27 @@ class ParameterUpdates:
         group = self.optimizer.param_groups[group_index]
         slices = self._slices_of(group_index, parameter)
         step_one(self.optimizer, group, parameter, gradient, self.optimizer.state, slices)
+
+    def apply_together(self, given: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Update several parameters, those that are not sliced with one step of the optimizer.
+
+        Args:
+            given: parameters with their complete gradients (see `apply`).
+        """
+        self._has_applied = True
+        whole: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        for parameter, gradient in given:
+            index = self._group_index[parameter]
+            if self._slices_of(index, parameter) is None:
+                pair = parameter, like_eager(gradient, parameter)
+                whole.setdefault(index, []).append(pair)
+            else:
+                self.apply(parameter, gradient)
+        param_groups = self.optimizer.param_groups
+        groups = [(param_groups[i], [p for p, _ in pairs]) for i, pairs in whole.items()]
+        gradients = [gradient for pairs in whole.values() for _, gradient in pairs]
+        if gradients:
+            step_several(self.optimizer, groups, gradients, self.optimizer.state)
 
     def end_step(self) -> None:
         """Say that all parameters were updated.

@@ -31,12 +31,12 @@ _REDUCING = {
     "aten.native_group_norm.default", "aten.native_group_norm_backward.default",
     "aten._native_batch_norm_legit_functional.default", "aten.native_batch_norm.default",
     "aten.native_batch_norm_backward.default", "aten._softmax.default",
-    "aten._softmax_backward_data.default", "aten._log_softmax.default",
-    "aten._log_softmax_backward_data.default", "aten.nll_loss_forward.default",
-    "aten.nll_loss_backward.default", "aten.nll_loss2d_forward.default",
-    "aten.nll_loss2d_backward.default", "aten.sum.dim_IntList", "aten.sum.default",
-    "aten.mean.dim", "aten.mean.default", "aten.var_mean.correction", "aten.amax.default",
-    "aten.mse_loss.default", "aten.mse_loss_backward.default",
+    "aten._safe_softmax.default", "aten._softmax_backward_data.default",
+    "aten._log_softmax.default", "aten._log_softmax_backward_data.default",
+    "aten.nll_loss_forward.default", "aten.nll_loss_backward.default",
+    "aten.nll_loss2d_forward.default", "aten.nll_loss2d_backward.default", "aten.sum.dim_IntList",
+    "aten.sum.default", "aten.mean.dim", "aten.mean.default", "aten.var_mean.correction",
+    "aten.amax.default", "aten.mse_loss.default", "aten.mse_loss_backward.default",
 }
 
 

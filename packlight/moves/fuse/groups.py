@@ -123,10 +123,19 @@ class Groups:
         return lambda node, kind: kind is Kind.POINTWISE and literals(node) in kept
 
     @classmethod
-    def worth_it(cls, module: fx.GraphModule, read: Read, *, is_exact: bool) -> Self:
-        """Return the groups whose kernels are worth it."""
+    def worth_it(
+        cls, module: fx.GraphModule, read: Read, *, is_exact: bool, may_be_slow: bool = False
+    ) -> Self:
+        """Return the groups whose kernels are worth it.
+
+        Args:
+            module: the joint graph.
+            read: reads it, and what is made of it.
+            is_exact: see the class.
+            may_be_slow: for the bytes that they save, also those slower than their calls.
+        """
         groups = cls(module, read, is_exact=is_exact)
-        while lost := groups.not_worth_it():  # without them, groups may be others
+        while lost := groups.not_worth_it(may_be_slow):  # without them, groups may be others
             groups = cls(module, read, is_exact=is_exact, left_out=groups.left_out | lost)
         return groups
 
@@ -148,8 +157,8 @@ class Groups:
             return f"{count} groups of calls: {reason}"
         return "no calls that a kernel could contain read one another's results"
 
-    def not_worth_it(self) -> set[str]:
-        """Return the names of kernels that are slower than their calls, or change bits."""
+    def not_worth_it(self, may_be_slow: bool = False) -> set[str]:
+        """Return the names of kernels that change bits, or are slower than their calls."""
         found: set[str] = set()
         if self.is_exact:
             one_of = {graph.name: (graph, kernel) for graph, kernel in self.kernels.items()}
@@ -157,7 +166,7 @@ class Groups:
                 name for name, (graph, kernel) in one_of.items()
                 if not all(equal_results(kernel, graph.region))
             }
-        for family in self._families():
+        for family in () if may_be_slow else self._families():
             if sum(self._shares(family)) > MOST_SECONDS:
                 found |= {graph.name for graph in family}
         self._verdicts.save()

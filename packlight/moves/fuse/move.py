@@ -17,6 +17,9 @@ from packlight.moves.move import Effect, Move, Refusal, Room
 from packlight.torch_internals.inductor import compiler_problem
 from packlight.units import format_bytes, format_seconds
 
+# Whoever recomputes more than this looks for what saves bytes at other costs.
+ENOUGH_SLOWDOWN = 1.05
+
 
 @dataclass(frozen=True)
 class Fuse(Move):
@@ -36,20 +39,35 @@ class Fuse(Move):
 
     @classmethod
     def space(cls, draft: Draft, room: Room) -> Iterator[Self | Refusal]:
-        """Yield the setting in which every kernel is used that is worth it."""
+        """Yield the setting in which every kernel is used that is worth its time, or its bytes.
+
+        A kernel that is slower than its calls, since those are in the cache, still makes less: such
+        ones are used, too, where a step without them has to recompute, or does not fit.
+        """
         problem = compiler_problem(draft.costs.device)
         if problem is not None:
             yield Refusal(f"nothing can be compiled here: {problem}")
             return
         assert draft.profiler is not None, "calls are observed while a draft is shaped"
         read, is_exact = cls._read(draft), cls.is_exact
-        groups = Groups.worth_it(draft.graph_module, read, is_exact=is_exact)
-        draft.once((cls, groups.left_out), lambda: groups)
-        if not groups.kernels:
-            yield Refusal(groups.why_none())
-            return
-        groups.tell_expected(draft.profiler)
-        yield cls(tuple(sorted(groups.left_out)))
+        seen: set[frozenset[str]] = set()
+        for may_be_slow in (False, True):
+            num_found = len(room.found)
+            groups = Groups.worth_it(
+                draft.graph_module, read, is_exact=is_exact, may_be_slow=may_be_slow
+            )
+            if groups.left_out in seen:
+                return
+            seen.add(groups.left_out)
+            draft.once((cls, groups.left_out), lambda found=groups: found)  # type: ignore[misc]
+            if groups.kernels:
+                groups.tell_expected(draft.profiler)
+                yield cls(tuple(sorted(groups.left_out)))
+            elif may_be_slow or room.left_bytes is None:
+                yield Refusal(groups.why_none())
+            fits = len(room.found) > num_found
+            if room.left_bytes is None or fits and (room.least_slowdown or 1) <= ENOUGH_SLOWDOWN:
+                return
 
     def apply(self, draft: Draft) -> Draft:
         """Return the draft with its graph rewritten.

@@ -8,6 +8,10 @@ backward nothing is chosen any more, and every buffer less is a gain. Nor does a
 read again what a sum over all of it was taken of: that takes a second pass anyhow, and apart from
 the sum that pass is cheaper to run again.
 
+A call that is made of several (a softmax that minds rows without any score, a batch norm's
+backward) allocates what those hand to one another, and some have no overload that writes over what
+they read: each of those is a kernel by itself, if need be.
+
 What was taken apart (`split.py`) has calls on few elements, too: those go with what they read.
 """
 
@@ -17,9 +21,11 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from packlight.capture.joint import JointStep
+from packlight.costs.measure import in_place_call
 from packlight.moves.fuse.fusable import Kind, domain, kind_of, sums_over_rows
 from packlight.step import Operation, OperationKind, Phase
 
@@ -68,7 +74,7 @@ def domain_of(step: JointStep, operation: Operation, may_join: MayJoin) -> int |
 
 
 def groups_of(step: JointStep, may_join: MayJoin) -> list[Group]:
-    """Return the groups of a step, of two calls or more.
+    """Return the groups of a step: two calls or more, or one that takes more room than a kernel.
 
     Args:
         step: as it was read.
@@ -99,7 +105,33 @@ class _Partition:
         while any([self._grow(consumer) for consumer in self.domain]):
             pass
         found = (sorted(self.members[o]) for o in self.domain if self.leader[o] == o)
-        return [self._group(members) for members in found if len(members) > 1]
+        return [
+            self._group(members) for members in found
+            if len(members) > 1 or self._is_wasteful(members[0])
+        ]
+
+    def _is_wasteful(self, operation: int) -> bool:
+        """Whether a call allocates what a kernel has in registers, or could write over."""
+        node, size = self.step.node_of_operation[operation], self.domain[operation]
+        if self.graph.operations[operation].workspace_bytes >= LARGE * size > 0:
+            return True
+        target, num_tensors = node.target, len(node.all_input_nodes)
+        assert isinstance(target, torch._ops.OpOverload)
+        return kind_of(node) is Kind.POINTWISE and self._could_write_over(operation) and not any(
+            in_place_call(target, index, len(node.args)) for index in range(num_tensors)
+        )
+
+    def _could_write_over(self, operation: int) -> bool:
+        """Whether an operation reads something as large as its only result, in the same dtype."""
+        one, buffers = self.graph.operations[operation], self.graph.buffers
+        node = self.step.node_of_operation[operation]
+        dtype = node.meta["val"].dtype
+        return len(one.creates) == 1 and any(
+            i.meta["val"].dtype is dtype and i in self.step.buffer_of_node
+            and buffers[b := self.step.buffer_of_node[i]].bytes == buffers[one.creates[0]].bytes
+            and not buffers[b].kind.is_resident
+            for i in node.all_input_nodes
+        )
 
     def _grow(self, consumer: int) -> bool:
         """Join a call with those that made what it reads."""
