@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
@@ -12,7 +12,13 @@ import torch
 from packlight.capture.read_joint import read_joint_graph
 from packlight.capture.step_capture import StepCapture
 from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
-from packlight.cluster.schedules import gpipe, interleaved, one_f_one_b
+from packlight.cluster.schedules import (
+    gpipe,
+    interleaved,
+    one_f_one_b,
+    zero_bubble_h1,
+    zero_bubble_h2,
+)
 from packlight.costs.profiler import CallProfiler
 from packlight.lower.frame import Frame
 from packlight.pipeline.cuts import balanced, choose_cuts
@@ -33,7 +39,15 @@ def case(name: str) -> Any:
 
 def run_in_stages(planned: list[PlannedStage], primals: list[Any]) -> tuple[Any, dict[int, Any]]:
     """Return the loss and the gradients of one microbatch through all stages."""
-    frames, given, gradients = [], [], {}
+    frames: list[Frame] = []
+    given: list[Any] = []
+    gradients: dict[int, Any] = {}
+
+    def add(primals: Sequence[int], results: Sequence[Any]) -> None:
+        for primal, gradient in zip(primals, results, strict=True):
+            before = gradients.get(primal)
+            gradients[primal] = gradient if before is None else gradient + before
+
     for stage in planned:
         frame = Frame(stage.program(), {})
         results = list(frame.run([*(primals[p] for p in stage.graph.primals), *given]))
@@ -43,14 +57,17 @@ def run_in_stages(planned: list[PlannedStage], primals: list[Any]) -> tuple[Any,
     for stage, frame in reversed(list(zip(planned, frames, strict=True))):
         results = list(frame.run(given))
         given, rest = results[: len(stage.graph.handing)], results[len(stage.graph.handing) :]
-        for primal, gradient in zip(stage.graph.gradients, rest, strict=True):
-            before = gradients.get(primal)
-            gradients[primal] = gradient if before is None else gradient + before
+        is_halved = len(stage.cuts) > 1
+        add(stage.graph.gradients[: stage.graph.num_early if is_halved else None], rest)
+    for stage, frame in zip(planned, frames, strict=True):
+        if len(stage.cuts) > 1:  # nobody waits for the second halves
+            add(stage.graph.gradients[stage.graph.num_early :], frame.run([]))
     return loss, gradients
 
 
+@pytest.mark.parametrize("is_halved", [False, True], ids=["whole", "halves"])
 @pytest.mark.parametrize("name", ["gpt", "tied", "skips", "shared", "t5", "unet"])
-def test_a_step_cut_anywhere_has_eager_bits(name: str) -> None:
+def test_a_step_cut_anywhere_has_eager_bits(name: str, is_halved: bool) -> None:
     """Where the planner would cut, and at random places."""
     model, batch, loss_of = case(name)
     expected = loss_of(model, batch)
@@ -64,9 +81,8 @@ def test_a_step_cut_anywhere_has_eager_bits(name: str) -> None:
         random = Random(name)
         for cuts in (choose_cuts(whole.graph, 3), sorted(random.sample(range(1, num), 4))):
             graphs = split_step(loss, whole, cuts)
-            steps = [read_stage(graph, profiler.measure) for graph in graphs]
-            plans = [plan_schedule(step.graph, None) for step in steps]
-            planned = [PlannedStage(*each) for each in zip(graphs, steps, plans, strict=True)]
+            read = [read_stage(graph, profiler.measure, is_halved) for graph in graphs]
+            planned = [PlannedStage(g, s, plan_schedule(s.graph, None)) for g, s in read]
             with torch.no_grad():
                 value, gradients = run_in_stages(planned, loss.arguments)
             assert torch.equal(value, expected)
@@ -98,10 +114,11 @@ def test_no_other_contiguous_parts_have_a_smaller_largest_sum() -> None:
 
 SCHEDULES: list[Callable[[], PipelineSchedule]] = [
     lambda: gpipe(3, 4), lambda: one_f_one_b(4, 6), lambda: interleaved(2, 4, 2),
+    lambda: zero_bubble_h1(3, 6), lambda: zero_bubble_h2(3, 6),
 ]
 
 
-@pytest.mark.parametrize("make_schedule", SCHEDULES, ids=["gpipe", "1f1b", "interleaved"])
+@pytest.mark.parametrize("make_schedule", SCHEDULES, ids=["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"])
 def test_no_pace_of_the_ranks_holds_more_than_the_bound_and_one_holds_all_of_it(
     make_schedule: Callable[[], PipelineSchedule],
 ) -> None:
@@ -109,7 +126,7 @@ def test_no_pace_of_the_ranks_holds_more_than_the_bound_and_one_holds_all_of_it(
     schedule = make_schedule()
     random = Random(0)
     stages = {
-        s: StageBytes(*(random.randint(1, 50) for _ in range(5)))
+        s: StageBytes(*(random.randint(1, 50) for _ in range(8)))
         for s in range(schedule.num_stages)
     }
     bounds = [most_bytes(schedule, r, stages, 7)[0] for r in range(schedule.num_ranks)]
@@ -144,10 +161,18 @@ def at_a_random_pace(
             assert source not in under_way, "the bound lets go of what is still under way"
         if (source := schedule.needs(instruction)) in under_way:
             held[schedule.rank_of_stage[source.stage]] -= under_way.pop(source)
-        frame = costs.frame + costs.arriving
-        held[rank] -= frame * (instruction.work is not Work.FORWARD)
-        most[rank] = max(most[rank], held[rank] + costs.running + costs.arriving)
-        held[rank] += frame * (instruction.work is Work.FORWARD)
+        was_held, is_held, running = {
+            Work.FORWARD: (0, costs.frame, costs.forward),
+            Work.BACKWARD: (costs.frame, 0, costs.backward),
+            Work.INPUT: (costs.frame, costs.held, costs.backward),
+            Work.WEIGHT: (costs.held, 0, costs.weight),
+        }[instruction.work]
+        if instruction.work is Work.FORWARD:
+            held[rank] += costs.arriving
+        most[rank] = max(most[rank], held[rank] - was_held + running)
+        if instruction.work in (Work.BACKWARD, Work.WEIGHT):
+            held[rank] -= costs.arriving
+        held[rank] += is_held - was_held
         if instruction in sent:
             size = costs.leaving if instruction.work is Work.FORWARD else costs.handing
             under_way[instruction] = size

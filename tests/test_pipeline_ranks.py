@@ -94,6 +94,23 @@ class Shared(Gpt):
         self.blocks = nn.ModuleList([self.blocks[0]] * 4)
 
 
+class Added(Gpt):
+    """Gradients that lie where others do: of what is added to activations, and of a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.ParameterList(
+            nn.Parameter(torch.randn(ROWS // NUM_MICROBATCHES, LENGTH, WIDTH)) for _ in range(4)
+        )
+        self.left, self.right = (nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block, place in zip(self.blocks, self.places, strict=True):
+            x = block(x + place)
+        return self.head(x @ (self.left + self.right))
+
+
 def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
     tokens, labels = batch
     return F.cross_entropy(model(tokens).flatten(0, 1), labels.flatten())
@@ -113,6 +130,7 @@ MODELS = {
     "tied": lambda: Gpt(is_tied=True),
     "skips": Skips,
     "shared": Shared,
+    "added": Added,
 }
 
 
@@ -183,7 +201,8 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, batch: An
 
 CASES = [
     ("gpt", False, "1f1b", 1), ("gpt", True, "gpipe", 1), ("dropout", False, "1f1b", 1),
-    ("tied", False, "1f1b", 1), ("skips", False, "1f1b", 2),
+    ("tied", False, "1f1b", 1), ("skips", False, "1f1b", 2), ("added", False, "1f1b", 1),
+    ("gpt", False, "zb-h1", 1), ("dropout", True, "zb-h2", 1),
 ]
 
 
@@ -240,7 +259,7 @@ def refused(
     ("options", "kind", "words"),
     [
         ({"num_microbatches": 3}, "BatchError", "equal parts"),
-        ({"schedule": "zb-h1"}, "OptionError", "is planned for clusters"),
+        ({"schedule": "varuna"}, "OptionError", "is planned for clusters"),
         ({"stages_per_rank": 500}, "OptionError", "places"),
     ],
 )

@@ -42,8 +42,8 @@ from packlight.updates.several import SeveralUpdates, updates_of
 from packlight.updates.update import ParameterUpdates
 
 SCALAR_BYTES = 64
-# Those whose instructions are forwards and backwards alone.
-RUN = ("gpipe", "1f1b")
+# Those whose instructions are forwards and backwards alone, or their halves.
+RUN = ("gpipe", "1f1b", "zb-h1", "zb-h2")
 
 
 def fit_pipeline(
@@ -77,7 +77,9 @@ def fit_pipeline(
         budget: bytes of each rank, or a string such as "1GiB", as for `fit`. None for no limit.
         mesh: of one dimension, the ranks of the pipeline.
         num_microbatches: into which each batch is cut, of equal sizes.
-        schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021) or "gpipe" (Huang et al. 2019).
+        schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021), "gpipe" (Huang et al. 2019), or
+            with backwards in halves "zb-h1" and "zb-h2" (Qi et al. 2024): less of a bubble, the
+            latter for up to twice the microbatches in flight.
         stages_per_rank: with "1f1b", interleaved (Narayanan et al. 2021, 2.2): a smaller bubble.
         loss_weight: as for `fit`: what the loss divides by, where its graph does not say.
         progress: show what profiling does.
@@ -203,7 +205,7 @@ class _Fitting:
         updates = updates_of(self.optimizer)
         self.updates = updates if updates.refusal is None else None
         self.own = {
-            index: (graph, read_stage(graph, profiler.measure))
+            index: read_stage(graph, profiler.measure, index in self.schedule.split_stages)
             for index, graph in enumerate(self.graphs)
             if self.schedule.rank_of_stage[index] == self.ranks.rank
         }
@@ -277,7 +279,7 @@ class _Fitting:
     def step(self, budget_bytes: int | None) -> PipelineStep:
         """Let go of other ranks' parameters and return what trains."""
         layout = Layout(
-            self.ranks, self.schedule, self.graphs, self.planned, self.parameters, self.draws
+            self.ranks, self.schedule, self.planned, self.parameters, self.draws
         )
         self.loss.arguments.clear()
         self.shared.release()

@@ -21,17 +21,33 @@ class StageBytes:
 
     Attributes:
         frame: of each microbatch between its forward and its backward.
-        arriving: with the forward, of each such microbatch.
-        running: the most while one of its parts runs, with its own frame.
+        arriving: with the forward, of each microbatch until its backward is over.
+        forward: the most while its forward runs, with its own frame.
+        backward: the most while its backward runs, or the first half of it.
         leaving: with the forward, until it was received.
         handing: with the backward, until it was received.
+        held: of each microbatch between the halves of its backward.
+        weight: the most while the second half runs.
     """
 
     frame: int
     arriving: int
-    running: int
+    forward: int
+    backward: int
     leaving: int
     handing: int
+    held: int = 0
+    weight: int = 0
+
+    def changes(self, work: Work) -> tuple[int, int, int]:
+        """Return what is held of a microbatch before, while and after something is done with it."""
+        arrived = self.arriving
+        return {
+            Work.FORWARD: (0, self.forward + arrived, self.frame + arrived),
+            Work.BACKWARD: (self.frame + arrived, self.backward + arrived, 0),
+            Work.INPUT: (self.frame + arrived, self.backward + arrived, self.held + arrived),
+            Work.WEIGHT: (self.held + arrived, self.weight + arrived, 0),
+        }[work]
 
 
 @dataclass(frozen=True)
@@ -95,7 +111,7 @@ def most_bytes(
     """Return the most that a rank can hold, and at which of its instructions.
 
     Args:
-        schedule: of forwards and backwards.
+        schedule: of forwards and backwards, or their halves.
         rank: whose.
         stages: what its stages hold.
         static_bytes: what it holds throughout.
@@ -104,15 +120,12 @@ def most_bytes(
     sent, received = messages(schedule), received_before(schedule)[rank]
     most, where = held, schedule.ranks[rank][0]
     for position, instruction in enumerate(schedule.ranks[rank]):
-        costs = stages[instruction.stage]
         for source in received[position]:
             held -= _sent_bytes(stages, source)
-        if instruction.work is not Work.FORWARD:  # its frame is part of what runs
-            held -= costs.frame + costs.arriving
-        if held + costs.running + costs.arriving > most:
-            most, where = held + costs.running + costs.arriving, instruction
-        if instruction.work is Work.FORWARD:
-            held += costs.frame + costs.arriving
+        before, running, after = stages[instruction.stage].changes(instruction.work)
+        if held - before + running > most:
+            most, where = held - before + running, instruction
+        held += after - before
         if instruction in sent:
             held += _sent_bytes(stages, instruction)
     return most, where

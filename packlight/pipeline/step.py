@@ -12,17 +12,17 @@ import torch
 from torch import nn
 
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
-from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
+from packlight.cluster.instructions import PipelineSchedule
 from packlight.errors import BatchError, NonFiniteLossError, UnsupportedModelError
-from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.lower.rng import generator_state, set_generator_state
 from packlight.moves.microbatch.split import LossWeight, loss_weights, num_rows, split
-from packlight.pipeline.channel import Channel, as_sent
+from packlight.pipeline.channel import Channel
 from packlight.pipeline.memory import messages, received_before
 from packlight.pipeline.shared import SharedParameters
-from packlight.pipeline.split import StageGraph, Value
+from packlight.pipeline.split import Value
 from packlight.pipeline.stage import PlannedStage
+from packlight.pipeline.under_way import UnderWay
 from packlight.ranks.group import Ranks
 from packlight.units import format_bytes
 from packlight.updates.gradients import (
@@ -32,7 +32,6 @@ from packlight.updates.gradients import (
     update_all,
 )
 from packlight.updates.several import SeveralUpdates
-from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
 
 MOST_SEED = 2**62
@@ -45,7 +44,6 @@ class Layout:
     Attributes:
         ranks: of the pipeline.
         schedule: what each does, in which order.
-        graphs: of all stages.
         stages: those of this rank, planned.
         parameters: primal -> the parameter that it is.
         draws: whether the step draws random numbers.
@@ -53,7 +51,6 @@ class Layout:
 
     ranks: Ranks
     schedule: PipelineSchedule
-    graphs: Sequence[StageGraph]
     stages: Mapping[int, PlannedStage]
     parameters: Mapping[int, nn.Parameter]
     draws: bool
@@ -61,7 +58,7 @@ class Layout:
     @property
     def own_parameters(self) -> list[nn.Parameter]:
         """Those that this rank's stages read, in the order of the step's primals."""
-        taken = {p for stage in self.stages for p in self.graphs[stage].primals}
+        taken = {p for stage in self.stages.values() for p in stage.graph.primals}
         return [parameter for p, parameter in self.parameters.items() if p in taken]
 
 
@@ -136,17 +133,14 @@ class PipelineStep:
 
     def _run(self, parts: Sequence[Any], weights: Sequence[float]) -> torch.Tensor:
         schedule, rank = self.layout.schedule, self.layout.ranks.rank
-        run = _Run(self, parts, weights, self._seed())
+        run = UnderWay(self, parts, weights, self._seed())
         with _generator_kept(self.device), torch.no_grad(), self._shared.in_step():
             for position, instruction in enumerate(schedule.ranks[rank]):
                 for source in self._received[position]:
                     self.channel.let_go(source)
                 if weights[instruction.microbatch] == 0:  # nothing in it counts
                     continue
-                if instruction.work is Work.FORWARD:
-                    run.forward(instruction)
-                else:
-                    run.backward(instruction)
+                run.do(instruction)
             self.channel.let_go_of_all()
         loss = self._agreed(run.losses, weights)
         if not math.isfinite(loss.item()):
@@ -241,92 +235,6 @@ class PipelineStep:
                 f"{format_bytes(costs.handing)} back"
             )
         return "\n".join(lines)
-
-
-class _Run:
-    """The microbatches under way in one step."""
-
-    def __init__(
-        self, step: PipelineStep, parts: Sequence[Any], weights: Sequence[float], seed: int
-    ) -> None:
-        self.step, self.parts, self.weights, self.seed = step, parts, weights, seed
-        self.frames: dict[tuple[int, int], tuple[Frame, list[torch.Tensor]]] = {}
-        # What a stage made for another one of the same rank.
-        self.at_hand: dict[Instruction, list[torch.Tensor]] = {}
-        self.losses: dict[int, torch.Tensor] = {}
-
-    def forward(self, instruction: Instruction) -> None:
-        """Run a stage's forward on one microbatch."""
-        step, stage, microbatch = self.step, instruction.stage, instruction.microbatch
-        graph = step.layout.graphs[stage]
-        primals = step.primals(self.parts[microbatch])
-        given = self._needed(instruction)
-        if step.layout.draws:
-            state = given.pop().cpu() if given else step.seeded(self.seed + microbatch)
-            set_generator_state(state, step.device)
-        frame = Frame(step.programs[stage], {})
-        results = list(frame.run([*(primals[p] for p in graph.primals), *given]))
-        # What arrived is counted until the backward is over.
-        self.frames[stage, microbatch] = frame, given
-        leaving, results = results[: len(graph.leaving)], results[len(graph.leaving):]
-        for primal, value in zip(graph.written, results, strict=False):
-            primals[primal].copy_(value)
-        if graph.has_loss:
-            self.losses[microbatch] = results[-1].detach()
-        leaving = [as_sent(t, v) for t, v in zip(leaving, graph.leaving, strict=True)]
-        if step.layout.draws:
-            leaving.append(generator_state(step.device))
-        self._hand_on(instruction, leaving)
-
-    def backward(self, instruction: Instruction) -> None:
-        """Run a stage's backward on one microbatch and add its gradients up."""
-        step, stage, microbatch = self.step, instruction.stage, instruction.microbatch
-        graph = step.layout.graphs[stage]
-        tangents = self._needed(instruction)
-        if graph.has_loss:
-            tangents.insert(0, torch.full_like(self.losses[microbatch], self.weights[microbatch]))
-        frame, arrived = self.frames.pop((stage, microbatch))
-        results = list(frame.run(tangents))
-        del frame, arrived
-        handing, gradients = results[: len(graph.handing)], results[len(graph.handing):]
-        del results
-        handing = [as_sent(t, v) for t, v in zip(handing, graph.handing, strict=True)]
-        self._hand_on(instruction, handing)
-        del handing
-        for primal in graph.gradients:
-            parameter, gradient = step.layout.parameters[primal], gradients.pop(0)
-            if parameter.grad is None:
-                parameter.grad = like_eager(gradient, parameter)
-            else:
-                parameter.grad.add_(gradient)
-            del gradient
-
-    def _needed(self, instruction: Instruction) -> list[torch.Tensor]:
-        layout = self.step.layout
-        source = layout.schedule.needs(instruction)
-        if source is None:
-            return []
-        if source in self.at_hand:
-            return self.at_hand.pop(source)
-        graph = layout.graphs[instruction.stage]
-        is_forward = instruction.work is Work.FORWARD
-        values = [*(graph.arriving if is_forward else graph.returning)]
-        if is_forward and layout.draws:
-            values.append(self.step.state_value)
-        place = layout.schedule.rank_of_stage[source.stage]
-        return self.step.channel.receive(source, values, place)
-
-    def _hand_on(self, instruction: Instruction, tensors: list[torch.Tensor]) -> None:
-        layout, stage = self.step.layout, instruction.stage
-        if instruction in self.step.sent:
-            target = self.step.sent[instruction].target.stage
-            self.step.channel.send(instruction, tensors, layout.schedule.rank_of_stage[target])
-            return
-        is_end = layout.schedule.is_last(stage) if instruction.work is Work.FORWARD else (
-            layout.schedule.is_first(stage)
-        )
-        if not is_end:
-            self.at_hand[instruction] = tensors
 
 
 @contextmanager
