@@ -95,19 +95,16 @@ class Shared(Gpt):
 
 
 class Added(Gpt):
-    """Gradients that lie where others do: of what is added to activations, and of a sum."""
+    """Two gradients lie in one place: those of what is added up before it is used."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.places = nn.ParameterList(
-            nn.Parameter(torch.randn(ROWS // NUM_MICROBATCHES, LENGTH, WIDTH)) for _ in range(4)
-        )
         self.left, self.right = (nn.Parameter(torch.randn(WIDTH, WIDTH)) for _ in range(2))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.embed(tokens)
-        for block, place in zip(self.blocks, self.places, strict=True):
-            x = block(x + place)
+        for block in self.blocks:
+            x = block(x)
         return self.head(x @ (self.left + self.right))
 
 
@@ -201,7 +198,7 @@ def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, batch: An
 
 CASES = [
     ("gpt", False, "1f1b", 1), ("gpt", True, "gpipe", 1), ("dropout", False, "1f1b", 1),
-    ("tied", False, "1f1b", 1), ("skips", False, "1f1b", 2), ("added", False, "1f1b", 1),
+    ("tied", False, "1f1b", 1), ("skips", False, "1f1b", 2), ("added", False, "varuna", 1),
     ("gpt", False, "zb-h1", 1), ("dropout", True, "zb-h2", 1),
 ]
 
@@ -210,10 +207,12 @@ CASES = [
 def test_stages_on_two_ranks_have_one_devices_bits_within_their_bytes(
     pool: RankPool, kind: str, is_masked: bool, schedule: str, stages: int
 ) -> None:
-    """Without a budget, and in little more than the smallest that an error names."""
+    """Without a budget and in a smaller one; once in little more than the smallest there is."""
     plain = pool.run(in_stages, kind, 1, is_masked, None, schedule, stages)
-    (least,) = {smallest_of(o) for o in pool.outcomes(refused, 1000, kind, schedule, stages)}
-    budget = least + int(0.2 * (max(planned for _, _, planned, *_ in plain) - least))
+    budget = int(0.85 * max(planned for _, _, planned, *_ in plain))
+    if (kind, schedule) == ("gpt", "1f1b"):
+        (least,) = {smallest_of(o) for o in pool.outcomes(refused, 1000, kind, schedule, stages)}
+        budget = int(1.05 * least)
     small = pool.run(in_stages, kind, 3, is_masked, budget, schedule, stages)
     for results, num_steps in ((plain, 1), (small, 3)):
         expected, state = on_one_device(kind, num_steps, is_masked)
@@ -259,7 +258,7 @@ def refused(
     ("options", "kind", "words"),
     [
         ({"num_microbatches": 3}, "BatchError", "equal parts"),
-        ({"schedule": "varuna"}, "OptionError", "is planned for clusters"),
+        ({"schedule": "pipedream"}, "OptionError", "is planned for clusters"),
         ({"stages_per_rank": 500}, "OptionError", "places"),
     ],
 )

@@ -63,8 +63,16 @@ def _bounds(
     ends = places[1:]
     last = len(ends) - 1
     forward = next(k for k, end in enumerate(ends) if end >= schedule.num_forward)
-    backward = next((k for k, end in enumerate(ends) if end > schedule.num_forward), last)
     joint = step.joint if isinstance(step, WholeStep) else step
+    arrival = next(
+        (
+            position for position, i in enumerate(schedule.instructions)
+            if i.action is Action.RUN
+            and joint.graph.operations[i.target].kind is OperationKind.TANGENT
+        ),
+        schedule.num_forward,
+    )
+    backward = next((k for k, end in enumerate(ends) if end > arrival), last)
     results: list[list[Any]] = [[] for _ in ends]
     if isinstance(step, WholeStep):
         results[last] += joint.forward_results

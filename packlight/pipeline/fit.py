@@ -29,9 +29,10 @@ from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.pipeline.cuts import choose_cuts
 from packlight.pipeline.memory import StageBytes, most_bytes
+from packlight.pipeline.plans import plan_stages
 from packlight.pipeline.shared import SharedParameters
 from packlight.pipeline.split import split_step
-from packlight.pipeline.stage import PlannedStage, plan_stages, read_stage
+from packlight.pipeline.stage import PlannedStage, read_stage
 from packlight.pipeline.step import Layout, PipelineStep
 from packlight.ranks.group import Ranks
 from packlight.ranks.parallel import Parallel, ranks_of, refuse_wrapped
@@ -42,8 +43,7 @@ from packlight.updates.several import SeveralUpdates, updates_of
 from packlight.updates.update import ParameterUpdates
 
 SCALAR_BYTES = 64
-# Those whose instructions are forwards and backwards alone, or their halves.
-RUN = ("gpipe", "1f1b", "zb-h1", "zb-h2")
+RUN = ("gpipe", "1f1b", "varuna", "zb-h1", "zb-h2")
 
 
 def fit_pipeline(
@@ -79,7 +79,8 @@ def fit_pipeline(
         num_microbatches: into which each batch is cut, of equal sizes.
         schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021), "gpipe" (Huang et al. 2019), or
             with backwards in halves "zb-h1" and "zb-h2" (Qi et al. 2024): less of a bubble, the
-            latter for up to twice the microbatches in flight.
+            latter for up to twice the microbatches in flight; "varuna" (Athlur et al. 2022) is
+            1F1B that recomputes before the gradient arrives.
         stages_per_rank: with "1f1b", interleaved (Narayanan et al. 2021, 2.2): a smaller bubble.
         loss_weight: as for `fit`: what the loss divides by, where its graph does not say.
         progress: show what profiling does.
@@ -260,7 +261,9 @@ class _Fitting:
             peak, _ = most_bytes(self.schedule, self.ranks.rank, stages, static_bytes + copied)
             return max(peak, static_bytes + update)
 
-        self.planned: dict[int, PlannedStage] = plan_stages(self.own, budget_bytes, most, static)
+        self.planned: dict[int, PlannedStage] = plan_stages(
+            self.own, budget_bytes, most, static, self.schedule.ahead_stages
+        )
         self.peak_bytes = most({k: stage.bytes for k, stage in self.planned.items()})
 
     @property

@@ -111,7 +111,8 @@ def _with_border(
         given: buffers that belong to others from the border on.
     """
     graph = step.graph
-    forward, backward = graph.computations[: graph.num_forward], graph.computations[graph.num_forward:]
+    num_forward = graph.num_forward
+    forward, backward = graph.computations[:num_forward], graph.computations[num_forward:]
     halves = [o for o in backward if o.id in first], [o for o in backward if o.id not in first]
     token = Buffer(len(graph.buffers), 0, BufferKind.GRADIENT, "handed on")
     border = Operation(

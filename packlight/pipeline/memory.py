@@ -9,7 +9,7 @@ alone (vector clocks: Fidge 1988, Mattern 1989), and bounds what can still be un
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
 from packlight.cluster.timeline import run_order
@@ -20,34 +20,35 @@ class StageBytes:
     """What a stage holds, in bytes.
 
     Attributes:
-        frame: of each microbatch between its forward and its backward.
+        works: what is done with a microbatch in it, in order.
+        running: the most while each of these runs, of that microbatch.
+        kept: of a microbatch between each and the next.
         arriving: with the forward, of each microbatch until its backward is over.
-        forward: the most while its forward runs, with its own frame.
-        backward: the most while its backward runs, or the first half of it.
         leaving: with the forward, until it was received.
         handing: with the backward, until it was received.
-        held: of each microbatch between the halves of its backward.
-        weight: the most while the second half runs.
     """
 
-    frame: int
+    works: tuple[Work, ...]
+    running: tuple[int, ...]
+    kept: tuple[int, ...]
     arriving: int
-    forward: int
-    backward: int
     leaving: int
     handing: int
-    held: int = 0
-    weight: int = 0
 
     def changes(self, work: Work) -> tuple[int, int, int]:
         """Return what is held of a microbatch before, while and after something is done with it."""
-        arrived = self.arriving
-        return {
-            Work.FORWARD: (0, self.forward + arrived, self.frame + arrived),
-            Work.BACKWARD: (self.frame + arrived, self.backward + arrived, 0),
-            Work.INPUT: (self.frame + arrived, self.backward + arrived, self.held + arrived),
-            Work.WEIGHT: (self.held + arrived, self.weight + arrived, 0),
-        }[work]
+        index = self.works.index(work)
+        is_last = index == len(self.works) - 1
+        return (
+            self.kept[index - 1] + self.arriving if index else 0,
+            self.running[index] + self.arriving,
+            0 if is_last else self.kept[index] + self.arriving,
+        )
+
+    def keeping(self, part: float) -> StageBytes:
+        """Return a part of what is kept, without what runs."""
+        kept = tuple(int(part * size) for size in self.kept)
+        return replace(self, kept=kept, running=(0,) * len(self.running))
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def most_bytes(
     """Return the most that a rank can hold, and at which of its instructions.
 
     Args:
-        schedule: of forwards and backwards, or their halves.
+        schedule: of forwards, recomputations and backwards, or their halves.
         rank: whose.
         stages: what its stages hold.
         static_bytes: what it holds throughout.

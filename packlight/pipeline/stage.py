@@ -3,66 +3,80 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 
 from packlight.capture.joint import JointStep
 from packlight.capture.read_joint import Measure, read_joint_graph
-from packlight.errors import InfeasibleBudgetError
+from packlight.cluster.instructions import Work
 from packlight.lower.emit import emit
 from packlight.lower.program import Program
 from packlight.pipeline.halves import hand_on_position, in_halves
 from packlight.pipeline.memory import StageBytes
 from packlight.pipeline.split import StageGraph, Value
-from packlight.planner import Planner
-from packlight.step import Action, OperationKind, Plan, Schedule, StepGraph, simulate
-
-STEPS = 16  # between a stage's smallest plan and its plain one
+from packlight.step import Action, OperationKind, Schedule, StepGraph, simulate
 
 
 @dataclass(frozen=True)
 class PlannedStage:
-    """A stage with its plan.
+    """A stage and how it runs.
 
     Attributes:
         graph: what crosses, and which primals it takes.
         step: the captured stage.
-        plan: of one microbatch.
+        schedule: of one microbatch.
+        ahead: where its backward begins, if what it brings back ahead of that is a section.
     """
 
     graph: StageGraph
     step: JointStep
-    plan: Plan
+    schedule: Schedule
+    ahead: int | None = None
+
+    @property
+    def num_reruns(self) -> int:
+        """How many operations run again."""
+        return sum(self.step.graph.reruns(self.schedule).values())
+
+    @cached_property
+    def seconds(self) -> tuple[float, ...]:
+        """Of each of its sections."""
+        done = (0.0, *simulate(self.step.graph, self.schedule).done_seconds)
+        ends = [done[cut] for cut in (0, *self.cuts, len(self.schedule.instructions))]
+        return tuple(b - a for a, b in pairwise(ends))
+
+    @cached_property
+    def works(self) -> tuple[Work, ...]:
+        """What its sections are."""
+        is_halved = hand_on_position(self.step, self.schedule) is not None
+        backward = (Work.INPUT, Work.WEIGHT) if is_halved else (Work.BACKWARD,)
+        return (Work.FORWARD, *((Work.RECOMPUTE,) if self.ahead is not None else ()), *backward)
 
     @cached_property
     def cuts(self) -> tuple[int, ...]:
-        """Where its sections end: the forward, and the first half of a backward in halves."""
-        border = hand_on_position(self.step, self.plan.schedule)
-        forward = self.plan.schedule.num_forward
-        return (forward,) if border is None else (forward, border)
+        """Where its sections end, but for the last one."""
+        ends = self.schedule.num_forward, self.ahead, hand_on_position(self.step, self.schedule)
+        return tuple(end for end in ends if end is not None)
 
     def program(self) -> Program:
         """Return its sections."""
-        graph, is_halved = self.graph, len(self.cuts) > 1
+        graph, is_halved = self.graph, Work.WEIGHT in self.works
         num_handed_on = len(graph.handing) + graph.num_early if is_halved else 0
-        return emit(self.step, self.plan.schedule, self.cuts, num_handed_on)
+        return emit(self.step, self.schedule, self.cuts, num_handed_on)
 
     @cached_property
     def bytes(self) -> StageBytes:
         """What it holds."""
-        graph, schedule = self.graph, self.plan.schedule
-        peaks = section_peaks(self.step.graph, schedule, self.cuts)
-        held = [live_at(self.step.graph, schedule, cut) for cut in self.cuts]
+        graph, own = self.graph, self.step.graph
         return StageBytes(
-            frame=held[0],
+            works=self.works,
+            running=tuple(section_peaks(own, self.schedule, self.cuts)),
+            kept=tuple(live_at(own, self.schedule, cut) for cut in self.cuts),
             arriving=total_bytes(graph.arriving),
-            forward=peaks[0],
-            backward=peaks[1],
             leaving=total_bytes(graph.leaving),
             handing=total_bytes(graph.handing),
-            held=held[1] if len(held) > 1 else 0,
-            weight=peaks[2] if len(peaks) > 2 else 0,
         )
 
     @cached_property
@@ -134,62 +148,3 @@ def read_stage(
     outputs = tuple(b for b in step.graph.outputs if b in results or b not in arrived)
     step = replace(step, graph=replace(step.graph, outputs=outputs))
     return in_halves(graph, step) if is_halved else (graph, step)
-
-
-def plan_stages(
-    own: Mapping[int, tuple[StageGraph, JointStep]],
-    budget_bytes: int | None,
-    most: Callable[[Mapping[int, StageBytes]], int],
-    static: Sequence[tuple[str, int]],
-) -> dict[int, PlannedStage]:
-    """Return the fastest plans of a rank's stages that fit together.
-
-    All of them get the same share of what lies between their smallest and their plain peaks: the
-    largest that fits, to a sixteenth.
-
-    Args:
-        own: the rank's stages.
-        budget_bytes: of the rank, None for no limit.
-        most: what the rank holds at most with stages that hold so much.
-        static: (name, bytes) of what it holds throughout, for the error.
-
-    Raises:
-        InfeasibleBudgetError: even the smallest plans hold more; in terms of the rank.
-    """
-    planners = {k: Planner(step.graph) for k, (_, step) in own.items()}
-
-    def planned(share: float) -> tuple[dict[int, PlannedStage], int]:
-        stages = {
-            k: PlannedStage(graph, step, _at_share(planners[k], share))
-            for k, (graph, step) in own.items()
-        }
-        return stages, most({k: stage.bytes for k, stage in stages.items()})
-
-    best, peak = planned(1.0)
-    if budget_bytes is None or peak <= budget_bytes:
-        return best
-    best, peak = planned(0.0)
-    if peak > budget_bytes:
-        parts = [*static, ("microbatches under way", peak - sum(size for _, size in static))]
-        raise InfeasibleBudgetError(
-            budget_bytes, peak, "the fullest moment of a rank",
-            sorted(parts, key=lambda part: -part[1]),
-            "more ranks, or more and smaller microbatches, take less each",
-        )
-    low, high = 0, STEPS
-    while high - low > 1:
-        middle = (low + high) // 2
-        tried, peak = planned(middle / STEPS)
-        if peak <= budget_bytes:
-            low, best = middle, tried
-        else:
-            high = middle
-    return best
-
-
-def _at_share(planner: Planner, share: float) -> Plan:
-    if share >= 1:
-        return planner.plan(None)
-    smallest = planner.smallest_plan()
-    between = planner.plain_peak_bytes - smallest.peak_bytes
-    return planner.plan(smallest.peak_bytes + int(share * between)) if share else smallest

@@ -230,8 +230,8 @@ class PipelineStep:
             lines.append(
                 f"  stage {index} of {layout.schedule.num_stages}: "
                 f"{len(stage.step.graph.operations)} operations, "
-                f"{stage.plan.num_reruns} run again; a microbatch keeps "
-                f"{format_bytes(costs.frame)}, sends {format_bytes(costs.leaving)} on and "
+                f"{stage.num_reruns} run again; a microbatch keeps "
+                f"{format_bytes(costs.kept[0])}, sends {format_bytes(costs.leaving)} on and "
                 f"{format_bytes(costs.handing)} back"
             )
         return "\n".join(lines)

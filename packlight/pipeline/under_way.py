@@ -43,6 +43,9 @@ class UnderWay:
         work = instruction.work
         if work is Work.FORWARD:
             self._forward(instruction)
+        elif work is Work.RECOMPUTE:
+            frame, _ = self.frames[instruction.stage, instruction.microbatch]
+            frame.run([])
         elif work is Work.WEIGHT:
             self._weight(instruction)
         else:
