@@ -25,7 +25,7 @@ from packlight.step import OperationKind, Schedule, StepGraph
 # What a microbatch may keep, in parts of what the plain step does.
 KEPT = (0.75, 0.5, 0.25, 0.05)
 # Where the least is looked for: what it keeps, and peaks in parts of the plain one.
-LEAST_KEPT, LEAST_PEAKS = (1.0, 0.25, 0.05), (0.6, 0.36, 0.2)
+LEAST_KEPT, LEAST_PEAKS = (1.0, 0.25, 0.05), (0.8, 0.5, 0.3)
 
 Most = Callable[[Mapping[int, StageBytes]], int]
 
@@ -104,7 +104,8 @@ class _Plans:
         ahead: Collection[int],
     ) -> None:
         self._own, self._most, self._ahead = own, most, ahead
-        self.plain = self._together({k: plain_schedule(step.graph) for k, (_, step) in own.items()})
+        self._bare = {k: plain_schedule(step.graph) for k, (_, step) in own.items()}
+        self.plain = self._together(self._bare)
 
     def keeping_less(self, budget_bytes: int) -> Iterator[_Together]:
         """Yield plans that keep parts of what the plain ones do, as fast as the budget then lets.
@@ -114,7 +115,8 @@ class _Plans:
         for part in KEPT:
             held = {k: stage.bytes.keeping(part) for k, stage in self.plain.stages.items()}
             room = budget_bytes - self._most(held)
-            found = self._within(room, held, lambda graph: graph) if room > 0 else None
+            rooms = dict.fromkeys(held, room)
+            found = self._within(rooms, held, lambda graph: graph) if room > 0 else None
             if found is not None:
                 yield found
 
@@ -124,12 +126,13 @@ class _Plans:
         The same in every process: a budget that was named is enough when it is asked for.
         """
         least = [self.plain]
-        plain = [max(stage.bytes.running) for stage in self.plain.stages.values()]
+        plain = {k: max(stage.bytes.running) for k, stage in self.plain.stages.items()}
         for part in LEAST_KEPT:
             before = min(found.peak_bytes for found in least)
             held = {k: stage.bytes.keeping(part) for k, stage in self.plain.stages.items()}
             for of_peak in LEAST_PEAKS:
-                found = self._within(int(of_peak * max(plain)), held, _priced)
+                rooms = {k: int(of_peak * peak) for k, peak in plain.items()}
+                found = self._within(rooms, held, _priced)
                 if found is None:
                     break
                 least.append(found)
@@ -139,20 +142,21 @@ class _Plans:
 
     def _within(
         self,
-        room: int,
+        rooms: Mapping[int, int],
         held: Mapping[int, StageBytes],
         with_prices: Callable[[StepGraph], StepGraph],
     ) -> _Together | None:
-        """Return the fastest plans found with peaks within a room that keep at most so much."""
+        """Return the fastest plans found with peaks within rooms that keep at most so much.
+
+        Stages for which there is none stay plain; None where that is all of them.
+        """
         schedules = {}
         for k, (_, step) in self._own.items():
-            kept = held[k].kept
+            room, kept = rooms[k], held[k].kept
             bounded = _taking(step.graph, room - kept[0], room - kept[-1])
-            found = LocalSearch(with_prices(bounded)).fastest(room)
-            if not found:
-                return None
-            schedules[k] = found[-1].schedule
-        return self._together(schedules)
+            if found := LocalSearch(with_prices(bounded)).fastest(room):
+                schedules[k] = found[-1].schedule
+        return self._together({**self._bare, **schedules}) if schedules else None
 
     def _together(self, schedules: Mapping[int, Schedule]) -> _Together:
         stages = {k: self._planned(k, schedule) for k, schedule in schedules.items()}
