@@ -25,7 +25,7 @@ from packlight.step import OperationKind, Schedule, StepGraph
 # What a microbatch may keep, in parts of what the plain step does.
 KEPT = (0.75, 0.5, 0.25, 0.05)
 # Where the least is looked for: what it keeps, and peaks in parts of the plain one.
-LEAST_KEPT, LEAST_PEAKS = (1.0, 0.25, 0.05), (0.8, 0.5, 0.3)
+LEAST_KEPT, LEAST_PEAKS = (1.0, 0.25, 0.05), (1.0, 0.8, 0.5, 0.3)
 
 Most = Callable[[Mapping[int, StageBytes]], int]
 
