@@ -125,20 +125,22 @@ def train(mode: Mode, num_timed: int, smaller: dict[str, int]) -> Trained:
         num_timed: steps.
         smaller: what Packlight's pipelines hold at most without a budget, by name; added to.
     """
-    levels = LevelRecorder(torch.device("cpu"))
-    torch.manual_seed(0)
     ours = isinstance(mode.schedule, str)
-    step, told = _ours(mode, smaller) if ours else _torchs(mode)
-    before, (measured,), timed = (
-        (all_of := batches(STEPS_BEFORE + 1 + num_timed))[:STEPS_BEFORE],
-        all_of[STEPS_BEFORE : STEPS_BEFORE + 1], all_of[STEPS_BEFORE + 1 :],
-    )
-    for batch in before:
+    levels = None if ours else LevelRecorder(torch.device("cpu"))
+    torch.manual_seed(0)
+    step, told, resident = _ours(mode, smaller) if ours else _torchs(mode)
+    everything = batches(STEPS_BEFORE + 1 + num_timed)
+    measured, timed = everything[STEPS_BEFORE], everything[STEPS_BEFORE + 1 :]
+    for batch in everything[:STEPS_BEFORE]:
         step(batch)
-    levels.mark()
-    step(measured)
-    levels.mark()
-    peak = levels.stop()[-1].peak_bytes
+    if levels is None:
+        peak = resident(measured) + packlight.measure_peak(lambda: step(measured)).peak_bytes
+    else:
+        del everything
+        levels.mark()
+        step(measured)
+        levels.mark()
+        peak = levels.stop()[-1].peak_bytes
     seconds, loss = [], 0.0
     for batch in timed:
         dist.barrier()
@@ -149,7 +151,9 @@ def train(mode: Mode, num_timed: int, smaller: dict[str, int]) -> Trained:
     return Trained(peak, *told, seconds, loss)
 
 
-def _ours(mode: Mode, smaller: dict[str, int]) -> tuple[Callable[[Batch], float], Any]:
+def _ours(
+    mode: Mode, smaller: dict[str, int]
+) -> tuple[Callable[[Batch], float], Any, Callable[[Batch], int]]:
     model = ReferenceGPT(LAYERS, WIDTH, HEADS, LENGTH, VOCABULARY)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("stage",))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -166,10 +170,19 @@ def _ours(mode: Mode, smaller: dict[str, int]) -> tuple[Callable[[Batch], float]
         dist.all_gather_object(everybody, step.peak_bytes)
         smaller[key] = max(everybody)
     told = step.peak_bytes, step.predicted_seconds, step.timeline.bubble
-    return lambda batch: float(step(batch)), told
+
+    def resident(batch: Batch) -> int:
+        states = [v for state in optimizer.state.values() for v in state.values()]
+        held = [*model.parameters(), *filter(torch.is_tensor, states), *batch]
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+                    for t in held}.values())
+
+    return lambda batch: float(step(batch)), told, resident
 
 
-def _torchs(mode: Mode) -> tuple[Callable[[Batch], float], Any]:
+def _torchs(
+    mode: Mode
+) -> tuple[Callable[[Batch], float], Any, Callable[[Batch], int]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     num_stages, device = size * mode.chunks, torch.device("cpu")
     parts = [Part(stage, num_stages) for stage in range(rank, num_stages, size)]
@@ -196,6 +209,6 @@ def _torchs(mode: Mode) -> tuple[Callable[[Batch], float], Any]:
         )
         optimizer.step()
         optimizer.zero_grad()
-        return float(sum(losses)) / MICROBATCHES if losses else 0.0
+        return float(sum(x.detach() for x in losses)) / MICROBATCHES if losses else 0.0
 
-    return step, (None, None, None)
+    return step, (None, None, None), lambda batch: 0
