@@ -28,6 +28,7 @@ from packlight.cluster.schedules import (
     schedule_of,
     varuna,
     zero_bubble_h1,
+    zero_bubble_h2,
 )
 from packlight.cluster.timeline import simulate_pipeline
 from packlight.errors import OptionError, PipelineError
@@ -61,6 +62,11 @@ def test_bubbles_are_those_of_the_papers(p: int, m: int) -> None:
     assert bubble(gpipe(p, m)) == pytest.approx(3 * (p - 1))
     assert bubble(one_f_one_b(p, m)) == pytest.approx(3 * (p - 1))
     assert bubble(zero_bubble_h1(p, m)) == pytest.approx(p - 1)  # F + I - W for each rank
+    if m >= 2 * p - 1:  # F + I - 2W, but F at least: the last rank starts so much later
+        assert bubble(zero_bubble_h2(p, m)) == pytest.approx(p - 1)
+        again = StageCosts(1, 2, 1)  # the first half recomputes
+        assert bubble(zero_bubble_h1(p, m), again) - m == pytest.approx(2 * (p - 1))
+        assert bubble(zero_bubble_h2(p, m), again) - m == pytest.approx(p - 1)
     if m % p == 0:
         for v in (2, 3):
             chunk = StageCosts(1 / v, 1 / v, 1 / v)
@@ -75,6 +81,7 @@ def test_frames_in_flight_are_those_of_the_papers(p: int, m: int) -> None:
     assert frames(gpipe(p, m)) == [m] * p
     assert frames(one_f_one_b(p, m)) == [p - r for r in range(p)]
     assert frames(zero_bubble_h1(p, m)) == [p] * p
+    assert frames(zero_bubble_h2(p, m)) == [2 * p - 1] * p
     assert frames(interleaved(p, m, 2)) == [min(2 * m, 2 * (p - r - 1) + p + 1) for r in range(p)]
 
 

@@ -108,6 +108,11 @@ class PipelineSchedule:
         """The stages whose backward runs in halves."""
         return frozenset(i.stage for _, _, i in self.positions() if i.work is Work.INPUT)
 
+    @cached_property
+    def ahead_stages(self) -> frozenset[int]:
+        """The stages that recompute before their backward begins."""
+        return frozenset(i.stage for _, _, i in self.positions() if i.work is Work.RECOMPUTE)
+
     def positions(self) -> Iterator[tuple[int, int, Instruction]]:
         """Yield (rank, position, instruction) of all instructions."""
         for rank, instructions in enumerate(self.ranks):

@@ -96,21 +96,38 @@ def zero_bubble_h1(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     rank has more than `num_ranks` microbatches in flight, as the first has under 1F1B. With equal
     times of the three parts the bubble is a third of 1F1B's.
     """
+    return _zero_bubble("zb-h1", num_ranks, num_microbatches, 1)
+
+
+def zero_bubble_h2(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
+    """Return the same with twice the lag, and `2 * num_ranks - 1` in flight (ZB-H2, ibid.).
+
+    With equal times of the three parts and many microbatches no rank waits between its first
+    instruction and its last one.
+    """
+    return _zero_bubble("zb-h2", num_ranks, num_microbatches, 2)
+
+
+def _zero_bubble(
+    name: str, num_ranks: int, num_microbatches: int, lag: int
+) -> PipelineSchedule:
+    """Return 1F1B in halves, on rank r the second ones `lag * r` microbatches behind."""
     _check_sizes(num_ranks, num_microbatches)
     ranks = []
     for rank in range(num_ranks):
-        ahead = min(num_ranks - rank, num_microbatches)
+        ahead = min(lag * (num_ranks - rank) - lag + 1, num_microbatches)
+        behind = lag * rank
         instructions = [Instruction(_F, rank, m) for m in range(ahead)]
         for m in range(num_microbatches):
             instructions.append(Instruction(_I, rank, m))
-            if m >= rank:
-                instructions.append(Instruction(_W, rank, m - rank))
+            if m >= behind:
+                instructions.append(Instruction(_W, rank, m - behind))
             if m + ahead < num_microbatches:
                 instructions.append(Instruction(_F, rank, m + ahead))
-        left = range(max(0, num_microbatches - rank), num_microbatches)
+        left = range(max(0, num_microbatches - behind), num_microbatches)
         instructions += [Instruction(_W, rank, m) for m in left]
         ranks.append(instructions)
-    return _on_own_ranks("zb-h1", num_microbatches, ranks)
+    return _on_own_ranks(name, num_microbatches, ranks)
 
 
 def bidirectional(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
@@ -206,7 +223,10 @@ def schedule_of(name: str, num_ranks: int, num_microbatches: int, chunks: int) -
     """
     if name == "1f1b" and chunks > 1:
         return interleaved(num_ranks, num_microbatches, chunks)
-    known = {"gpipe": gpipe, "1f1b": one_f_one_b, "varuna": varuna, "zb-h1": zero_bubble_h1}
+    known = {
+        "gpipe": gpipe, "1f1b": one_f_one_b, "varuna": varuna, "zb-h1": zero_bubble_h1,
+        "zb-h2": zero_bubble_h2,
+    }
     if name not in known:
         raise OptionError(f"no schedule is called {name!r}\nhint: one of {', '.join(known)}")
     if chunks > 1:

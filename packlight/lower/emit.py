@@ -31,7 +31,12 @@ from packlight.torch_internals.calling import box_arguments
 GENERATOR_STATE_BYTES = {"cpu": CPU_GENERATOR_BYTES, "cuda": 16}
 
 
-def emit(step: JointStep | WholeStep, schedule: Schedule, cuts: Sequence[int] = ()) -> Program:
+def emit(
+    step: JointStep | WholeStep,
+    schedule: Schedule,
+    cuts: Sequence[int] = (),
+    num_handed_on: int = 0,
+) -> Program:
     """Return a program that runs a schedule.
 
     A whole step's results are returned by the last section; primals that are results are returned
@@ -42,29 +47,39 @@ def emit(step: JointStep | WholeStep, schedule: Schedule, cuts: Sequence[int] = 
         step: the captured step.
         schedule: a schedule of its graph that `simulate` accepts.
         cuts: where sections end, as positions among the instructions; none for a single section.
+        num_handed_on: how many of the backward's results the last section but one returns.
     """
     whole = step if isinstance(step, WholeStep) else WholeStep(step, {}, {}, {})
     facts = Facts(whole, schedule)
-    bounds = _bounds(step, schedule, cuts)
+    bounds = _bounds(step, schedule, cuts, num_handed_on)
     return _Emitter(facts).program(bounds)
 
 
 def _bounds(
-    step: JointStep | WholeStep, schedule: Schedule, cuts: Sequence[int]
+    step: JointStep | WholeStep, schedule: Schedule, cuts: Sequence[int], num_handed_on: int
 ) -> list[Bounds]:
     places = [0, *cuts, len(schedule.instructions)]
     assert places == sorted(places), f"cuts {cuts} among {places[-1]} instructions"
     ends = places[1:]
     last = len(ends) - 1
     forward = next(k for k, end in enumerate(ends) if end >= schedule.num_forward)
-    backward = next((k for k, end in enumerate(ends) if end > schedule.num_forward), last)
     joint = step.joint if isinstance(step, WholeStep) else step
+    arrival = next(
+        (
+            position for position, i in enumerate(schedule.instructions)
+            if i.action is Action.RUN
+            and joint.graph.operations[i.target].kind is OperationKind.TANGENT
+        ),
+        schedule.num_forward,
+    )
+    backward = next((k for k, end in enumerate(ends) if end > arrival), last)
     results: list[list[Any]] = [[] for _ in ends]
     if isinstance(step, WholeStep):
         results[last] += joint.forward_results
     else:
         results[forward] += joint.forward_results
-        results[last] += joint.backward_results
+        results[last - 1 if num_handed_on else last] += joint.backward_results[:num_handed_on]
+        results[last] += joint.backward_results[num_handed_on:]
     return [
         Bounds(places[k], end, k == 0, k == backward, tuple(results[k]))
         for k, end in enumerate(ends)
@@ -230,6 +245,9 @@ class _Emitter:
     def _take_tangent(self, instruction: Instruction) -> None:
         """It has come in as an argument."""
 
+    def _hand_on(self, instruction: Instruction) -> None:
+        """The section ends here."""
+
     def _take_generator_state(self, instruction: Instruction) -> None:
         (buffer,) = self.step.graph.operations[instruction.target].creates
         if buffer in self.facts.unused_states:
@@ -322,6 +340,7 @@ class _Emitter:
         OperationKind.REDUCE: _reduce,
         OperationKind.OWN: _own,
         OperationKind.SHARE: _share,
+        OperationKind.HAND_ON: _hand_on,
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,8 +14,10 @@ import torch.distributed as dist
 from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
 from packlight.pipeline.split import Value
 from packlight.ranks.group import Ranks
+from packlight.step import Speed
 
 MOST_VALUES = 1024  # of one message
+PROBE_BYTES, NUM_PROBES = 2**20, 5
 
 
 @dataclass
@@ -38,7 +42,34 @@ class Channel:
         timeout = timedelta(seconds=self.ranks.timeout_seconds)
         # Of its own: what others send meanwhile does not get in between.
         backend = "gloo" if self.device.type == "cpu" else None
-        self._group = dist.new_group(members, timeout, backend)
+        self._group = dist.new_group(
+            members, timeout, backend,
+            use_local_synchronization=self.ranks.size < dist.get_world_size(),
+        )
+
+    def measured(self) -> Speed:
+        """Return how fast messages go, all ranks sending at once: the slowest rank's."""
+        size, rank = self.ranks.size, self.ranks.rank
+        seconds = []
+        for num_bytes in (1, PROBE_BYTES) if size > 1 else ():
+            sent, come = (
+                torch.zeros(num_bytes, dtype=torch.uint8, device=self.device) for _ in range(2)
+            )
+            took = []
+            for _ in range(NUM_PROBES):
+                self.ranks.exchange(0)
+                begin = time.perf_counter()
+                work = [
+                    dist.isend(sent, group=self._group, group_dst=(rank + 1) % size),
+                    dist.irecv(come, group=self._group, group_src=(rank - 1) % size),
+                ]
+                self.ranks.wait_for_messages([each for each in work if each is not None])
+                took.append(time.perf_counter() - begin)
+            seconds.append(max(t for (t,) in self.ranks.exchange_numbers([min(took)])))
+        if not seconds:
+            return Speed(math.inf, 0.0)
+        latency, whole = seconds
+        return Speed(PROBE_BYTES / max(whole - latency, 1e-9), latency)
 
     def send(self, source: Instruction, tensors: Sequence[torch.Tensor], to: int) -> None:
         """Start sending what an instruction made; it stays in memory until it was received."""

@@ -29,21 +29,21 @@ from packlight.moves.microbatch.loss_weight import find_denominator
 from packlight.moves.microbatch.split import LossWeight, leaves_of_primals, num_rows, split
 from packlight.pipeline.cuts import choose_cuts
 from packlight.pipeline.memory import StageBytes, most_bytes
+from packlight.pipeline.plans import plan_stages
 from packlight.pipeline.shared import SharedParameters
 from packlight.pipeline.split import split_step
-from packlight.pipeline.stage import PlannedStage, plan_stages, read_stage
+from packlight.pipeline.stage import PlannedStage, read_stage
 from packlight.pipeline.step import Layout, PipelineStep
-from packlight.ranks.group import Ranks
-from packlight.ranks.parallel import Parallel, ranks_of, refuse_wrapped
+from packlight.ranks.parallel import Parallel, RankGroups, ranks_of, refuse_wrapped
 from packlight.step.digest import structure_digest
 from packlight.units import parse_bytes
 from packlight.updates.accounting import batch_bytes, tensors_bytes
+from packlight.updates.gradients import Clipping
 from packlight.updates.several import SeveralUpdates, updates_of
-from packlight.updates.update import ParameterUpdates
+from packlight.updates.update import ParameterUpdates, UpdateCost
 
 SCALAR_BYTES = 64
-# Those whose instructions are forwards and backwards alone.
-RUN = ("gpipe", "1f1b")
+RUN = ("gpipe", "1f1b", "varuna", "zb-h1", "zb-h2")
 
 
 def fit_pipeline(
@@ -57,7 +57,11 @@ def fit_pipeline(
     num_microbatches: int,
     schedule: str = "1f1b",
     stages_per_rank: int = 1,
+    data: str | None = None,
     loss_weight: LossWeight | None = None,
+    clip_grad_norm: float | None = None,
+    clip_grad_value: float | None = None,
+    scaler: torch.amp.GradScaler | None = None,
     progress: bool = True,
     timeout_seconds: float = 1800.0,
 ) -> PipelineStep:
@@ -75,11 +79,19 @@ def fit_pipeline(
         optimizer: over parameters of the model.
         batch: an example; its rows are the microbatches'.
         budget: bytes of each rank, or a string such as "1GiB", as for `fit`. None for no limit.
-        mesh: of one dimension, the ranks of the pipeline.
+        mesh: of one dimension, the ranks of the pipeline; or of two, one of them `data`.
         num_microbatches: into which each batch is cut, of equal sizes.
-        schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021) or "gpipe" (Huang et al. 2019).
+        schedule: "1f1b" (PipeDream-flush, Narayanan et al. 2021), "gpipe" (Huang et al. 2019), or
+            with backwards in halves "zb-h1" and "zb-h2" (Qi et al. 2024): less of a bubble, the
+            latter for up to twice the microbatches in flight; "varuna" (Athlur et al. 2022) is
+            1F1B that recomputes before the gradient arrives.
         stages_per_rank: with "1f1b", interleaved (Narayanan et al. 2021, 2.2): a smaller bubble.
+        data: name of the mesh's dimension along which ranks have the same stages, and other parts
+            of the batch, of the same size; their gradients are added up once a step.
         loss_weight: as for `fit`: what the loss divides by, where its graph does not say.
+        clip_grad_norm: clip the norm of all ranks' gradients together.
+        clip_grad_value: clip each element of gradients.
+        scaler: scales the loss; a gradient that overflows on one rank skips the update on all.
         progress: show what profiling does.
         timeout_seconds: how long a rank waits for another one.
 
@@ -93,9 +105,8 @@ def fit_pipeline(
         GraphBreakError, UnsupportedModelError.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    groups = ranks_of(mesh, Parallel(timeout_seconds=timeout_seconds), device)
-    assert groups is not None, "a mesh has ranks"
-    ranks = groups.all
+    groups = _groups(mesh, data, device, timeout_seconds)
+    everybody, ranks = groups.all, groups.tensor or groups.all
     if schedule not in RUN:
         raise OptionError(
             f"schedule={schedule!r} is planned for clusters, and not run\nhint: {' or '.join(RUN)}"
@@ -109,14 +120,34 @@ def fit_pipeline(
             f"{rows - rows % num_microbatches or num_microbatches} rows can",
         )
     budget_bytes = None if budget is None else parse_bytes(budget)
-    fitting = _Fitting(model, loss_fn, optimizer, batch, order, ranks)
+    fitting = _Fitting(model, loss_fn, optimizer, batch, order, groups)
     with CallProfiler(progress) as profiler:
-        ranks.gather(lambda: fitting.capture(profiler))
+        everybody.gather(lambda: fitting.capture(profiler))
         fitting.agree()
-        ranks.gather(lambda: fitting.cut(profiler, loss_weight))
+        everybody.gather(lambda: fitting.cut(profiler, loss_weight))
     fitting.share()
     fitting.plan_together(budget_bytes)
-    return fitting.step(budget_bytes)
+    return fitting.step(budget_bytes, Clipping(clip_grad_norm, clip_grad_value), scaler)
+
+
+def _groups(
+    mesh: DeviceMesh, data: str | None, device: torch.device, timeout_seconds: float
+) -> RankGroups:
+    """Return all ranks, those with the same stages, and (as `tensor`) those of one pipeline."""
+    stages = None
+    if data is not None and isinstance(mesh, DeviceMesh):
+        others = [name for name in mesh.mesh_dim_names or () if name != data]
+        if mesh.ndim != 2 or len(others) != 1:
+            raise OptionError(
+                f"data={data!r} is no dimension of two of the mesh ({mesh.mesh_dim_names})\nhint: "
+                "a mesh with mesh_dim_names=('data', 'stage') and data='data'; pipelines beside "
+                "tensor parallel ranks are not there yet"
+            )
+        (stages,) = others
+    parallel = Parallel(data=data, tensor=stages, timeout_seconds=timeout_seconds)
+    groups = ranks_of(mesh, parallel, device)
+    assert groups is not None, "a mesh has ranks"
+    return groups
 
 
 class _Fitting:
@@ -129,10 +160,11 @@ class _Fitting:
         optimizer: torch.optim.Optimizer,
         batch: Any,
         schedule: PipelineSchedule,
-        ranks: Ranks,
+        groups: RankGroups,
     ) -> None:
         self.model, self.loss_fn, self.optimizer = model, loss_fn, optimizer
-        self.batch, self.schedule, self.ranks = batch, schedule, ranks
+        self.batch, self.schedule, self.groups = batch, schedule, groups
+        self.all, self.ranks = groups.all, groups.tensor or groups.all
         self.parts = split(batch, schedule.num_microbatches)
         self.updates: ParameterUpdates | SeveralUpdates | None = None
         self.traced = StepCapture(loss_fn, model)
@@ -160,15 +192,15 @@ class _Fitting:
     def agree(self) -> None:
         """Have all ranks cut the first rank's way, if they have captured the same step."""
         mine = structure_digest(self.whole.graph)
-        digests = self.ranks.gather(lambda: mine)
+        digests = self.all.gather(lambda: mine)
         for rank, digest in enumerate(digests):
             if digest != digests[0]:
                 raise RankMismatchError(
                     "the captured step", rank, digests[0][:12], digest[:12],
                     "the same model, batch shapes and versions everywhere",
                 )
-        self.cuts = self.ranks.gather(
-            lambda: self._cuts(digests[0]) if self.ranks.rank == 0 else []
+        self.cuts = self.all.gather(
+            lambda: self._cuts(digests[0]) if self.all.rank == 0 else []
         )[0]
 
     def _cuts(self, digest: str) -> list[int]:
@@ -203,7 +235,7 @@ class _Fitting:
         updates = updates_of(self.optimizer)
         self.updates = updates if updates.refusal is None else None
         self.own = {
-            index: (graph, read_stage(graph, profiler.measure))
+            index: read_stage(graph, profiler.measure, index in self.schedule.split_stages)
             for index, graph in enumerate(self.graphs)
             if self.schedule.rank_of_stage[index] == self.ranks.rank
         }
@@ -226,7 +258,7 @@ class _Fitting:
                 return error.smallest_bytes, error.peak_operation, error.peak_buffers, error.hint
             return None
 
-        needs = [(*told, rank) for rank, told in enumerate(self.ranks.gather(plan)) if told]
+        needs = [(*told, rank) for rank, told in enumerate(self.all.gather(plan)) if told]
         if needs:
             smallest, where, buffers, hint, rank = max(needs, key=lambda told: told[0])
             assert budget_bytes is not None, "no limit is never too small"
@@ -241,16 +273,17 @@ class _Fitting:
         taken = {id(self.parameters[p]) for p in self._own_primals if p in self.parameters}
         trained = [p for p in mine if p.requires_grad and id(p) in taken]
         costs = [self._update_cost(p) for p in trained]
+        self.update_seconds = sum(cost.seconds for cost in costs)
         resting = tensors_bytes([*mine, *self.model.buffers()])
         static = [
             ("parameters and buffers", resting),
             ("gradients", sum(p.nbytes for p in trained)),
-            ("optimizer state", sum(state for state, _ in costs)),
+            ("optimizer state", sum(cost.state_bytes for cost in costs)),
             ("batch", batch_bytes(self.batch) + SCALAR_BYTES * self.schedule.num_microbatches),
         ]
         # An update's workspace comes when no microbatch is under way; a gradient that has another
         # layout than its parameter is copied beside what runs.
-        update = max((workspace for _, workspace in costs), default=0)
+        update = max((cost.workspace_bytes for cost in costs), default=0)
         copied = max((p.nbytes for p in trained), default=0)
         static_bytes = sum(size for _, size in static)
 
@@ -258,30 +291,33 @@ class _Fitting:
             peak, _ = most_bytes(self.schedule, self.ranks.rank, stages, static_bytes + copied)
             return max(peak, static_bytes + update)
 
-        self.planned: dict[int, PlannedStage] = plan_stages(self.own, budget_bytes, most, static)
+        self.planned: dict[int, PlannedStage] = plan_stages(
+            self.own, budget_bytes, most, static, self.schedule.ahead_stages
+        )
         self.peak_bytes = most({k: stage.bytes for k, stage in self.planned.items()})
 
     @property
     def _own_primals(self) -> set[int]:
         return {p for graph, _ in self.own.values() for p in graph.primals}
 
-    def _update_cost(self, parameter: nn.Parameter) -> tuple[int, int]:
+    def _update_cost(self, parameter: nn.Parameter) -> UpdateCost:
         if self.updates is None:
             raise UnsupportedModelError(
                 f"{type(self.optimizer).__name__} cannot update parameters one at a time: "
                 f"{updates_of(self.optimizer).refusal}\nhint: most optimizers of torch.optim can"
             )
-        cost = self.updates.cost(parameter)
-        return cost.state_bytes, cost.workspace_bytes
+        return self.updates.cost(parameter)
 
-    def step(self, budget_bytes: int | None) -> PipelineStep:
+    def step(
+        self, budget_bytes: int | None, clipping: Clipping, scaler: torch.amp.GradScaler | None
+    ) -> PipelineStep:
         """Let go of other ranks' parameters and return what trains."""
         layout = Layout(
-            self.ranks, self.schedule, self.graphs, self.planned, self.parameters, self.draws
+            self.groups, self.schedule, self.planned, self.parameters, self.draws
         )
         self.loss.arguments.clear()
         self.shared.release()
         return PipelineStep(
             layout, self.traced, self.optimizer, self.updates, self.weight, self.shared,
-            num_rows(self.batch), budget_bytes, self.peak_bytes,
+            self.batch, budget_bytes, self.peak_bytes, clipping, scaler, self.update_seconds,
         )

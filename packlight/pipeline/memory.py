@@ -9,7 +9,7 @@ alone (vector clocks: Fidge 1988, Mattern 1989), and bounds what can still be un
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
 from packlight.cluster.timeline import run_order
@@ -20,18 +20,35 @@ class StageBytes:
     """What a stage holds, in bytes.
 
     Attributes:
-        frame: of each microbatch between its forward and its backward.
-        arriving: with the forward, of each such microbatch.
-        running: the most while one of its parts runs, with its own frame.
+        works: what is done with a microbatch in it, in order.
+        running: the most while each of these runs, of that microbatch.
+        kept: of a microbatch between each and the next.
+        arriving: with the forward, of each microbatch until its backward is over.
         leaving: with the forward, until it was received.
         handing: with the backward, until it was received.
     """
 
-    frame: int
+    works: tuple[Work, ...]
+    running: tuple[int, ...]
+    kept: tuple[int, ...]
     arriving: int
-    running: int
     leaving: int
     handing: int
+
+    def changes(self, work: Work) -> tuple[int, int, int]:
+        """Return what is held of a microbatch before, while and after something is done with it."""
+        index = self.works.index(work)
+        is_last = index == len(self.works) - 1
+        return (
+            self.kept[index - 1] + self.arriving if index else 0,
+            self.running[index] + self.arriving,
+            0 if is_last else self.kept[index] + self.arriving,
+        )
+
+    def keeping(self, part: float) -> StageBytes:
+        """Return a part of what is kept, without what runs."""
+        kept = tuple(int(part * size) for size in self.kept)
+        return replace(self, kept=kept, running=(0,) * len(self.running))
 
 
 @dataclass(frozen=True)
@@ -95,7 +112,7 @@ def most_bytes(
     """Return the most that a rank can hold, and at which of its instructions.
 
     Args:
-        schedule: of forwards and backwards.
+        schedule: of forwards, recomputations and backwards, or their halves.
         rank: whose.
         stages: what its stages hold.
         static_bytes: what it holds throughout.
@@ -104,15 +121,12 @@ def most_bytes(
     sent, received = messages(schedule), received_before(schedule)[rank]
     most, where = held, schedule.ranks[rank][0]
     for position, instruction in enumerate(schedule.ranks[rank]):
-        costs = stages[instruction.stage]
         for source in received[position]:
             held -= _sent_bytes(stages, source)
-        if instruction.work is not Work.FORWARD:  # its frame is part of what runs
-            held -= costs.frame + costs.arriving
-        if held + costs.running + costs.arriving > most:
-            most, where = held + costs.running + costs.arriving, instruction
-        if instruction.work is Work.FORWARD:
-            held += costs.frame + costs.arriving
+        before, running, after = stages[instruction.stage].changes(instruction.work)
+        if held - before + running > most:
+            most, where = held - before + running, instruction
+        held += after - before
         if instruction in sent:
             held += _sent_bytes(stages, instruction)
     return most, where

@@ -65,8 +65,15 @@ class SharedParameters:
         several = sorted({own for own in self.owners.values() if len(own) > 1})
         members = dist.get_process_group_ranks(ranks.group)
         timeout = timedelta(seconds=ranks.timeout_seconds)
-        # All ranks make all groups, in one order.
-        self._groups = {own: dist.new_group([members[r] for r in own], timeout) for own in several}
+        # Their members make groups, in one order; others may be of another pipeline.
+        self._groups = {
+            own: dist.new_group(
+                [members[r] for r in own], timeout,
+                use_local_synchronization=len(own) < dist.get_world_size(),
+            )
+            for own in several if ranks.rank in own
+        }
+        self._primal_of = {id(parameter): primal for primal, parameter in parameters.items()}
 
     @property
     def foreign(self) -> list[nn.Parameter]:
@@ -76,6 +83,18 @@ class SharedParameters:
             self._parameters[primal]
             for primal, own in self.owners.items() if own and rank not in own
         ]
+
+    def is_known(self, parameter: nn.Parameter) -> bool:
+        """Whether some stage reads a parameter."""
+        return bool(self.owners.get(self._primal_of.get(id(parameter), -1)))
+
+    def is_first_owner(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank is the first that has a parameter."""
+        return self.owners[self._primal_of[id(parameter)]][:1] == (self.ranks.rank,)
+
+    def is_foreign(self, tensor: torch.Tensor) -> bool:
+        """Whether a parameter's values are on other ranks alone."""
+        return any(each.parameter is tensor for each in self._foreign)
 
     def add_up(self) -> None:
         """Add up the gradients of parameters that several ranks have."""

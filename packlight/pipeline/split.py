@@ -67,6 +67,8 @@ class StageGraph:
         returning, handing: values that cross with the backward, from the next stage and to the one
             before. What is handed on comes first among the backward's results.
         gradients: primals (of the whole step) whose gradients, or its part of them, are the others.
+        num_early: how many of them are complete with what is handed on, where the backward is in
+            halves (`halves.py`).
     """
 
     module: fx.GraphModule
@@ -78,6 +80,7 @@ class StageGraph:
     returning: tuple[Value, ...]
     handing: tuple[Value, ...]
     gradients: tuple[int, ...]
+    num_early: int = 0
 
     @property
     def num_forward_results(self) -> int:

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from packlight.capture.step_capture import CapturedAgainError, StepCapture
-from packlight.cluster.instructions import Instruction, PipelineSchedule, Work
+from packlight.cluster.instructions import PipelineSchedule
 from packlight.errors import BatchError, NonFiniteLossError, UnsupportedModelError
-from packlight.lower.frame import Frame
 from packlight.lower.program import Program
 from packlight.lower.rng import generator_state, set_generator_state
-from packlight.moves.microbatch.split import LossWeight, loss_weights, num_rows, split
-from packlight.pipeline.channel import Channel, as_sent
+from packlight.moves.microbatch.split import LossWeight, num_rows, split
+from packlight.moves.precision import refuse_collapsed_scale
+from packlight.pipeline.channel import Channel
 from packlight.pipeline.memory import messages, received_before
+from packlight.pipeline.predicted import timeline_of
+from packlight.pipeline.replicas import MicrobatchWeights, add_up_over
 from packlight.pipeline.shared import SharedParameters
-from packlight.pipeline.split import StageGraph, Value
+from packlight.pipeline.split import Value
 from packlight.pipeline.stage import PlannedStage
+from packlight.pipeline.under_way import UnderWay
 from packlight.ranks.group import Ranks
-from packlight.units import format_bytes
+from packlight.ranks.parallel import RankGroups
+from packlight.ranks.sharded import Lying
+from packlight.ranks.together import Together
+from packlight.run.distributed import load_distributed, save_distributed
+from packlight.units import format_bytes, format_seconds
 from packlight.updates.gradients import (
     Clipping,
     drop_gradients,
@@ -32,7 +41,6 @@ from packlight.updates.gradients import (
     update_all,
 )
 from packlight.updates.several import SeveralUpdates
-from packlight.updates.slices import like_eager
 from packlight.updates.update import ParameterUpdates
 
 MOST_SEED = 2**62
@@ -43,25 +51,33 @@ class Layout:
     """Who does what.
 
     Attributes:
-        ranks: of the pipeline.
+        groups: all ranks; those that have the same stages (data); those of one pipeline (tensor).
         schedule: what each does, in which order.
-        graphs: of all stages.
         stages: those of this rank, planned.
         parameters: primal -> the parameter that it is.
         draws: whether the step draws random numbers.
     """
 
-    ranks: Ranks
+    groups: RankGroups
     schedule: PipelineSchedule
-    graphs: Sequence[StageGraph]
     stages: Mapping[int, PlannedStage]
     parameters: Mapping[int, nn.Parameter]
     draws: bool
 
     @property
+    def ranks(self) -> Ranks:
+        """Those of this pipeline."""
+        return self.groups.tensor or self.groups.all
+
+    @property
+    def data(self) -> Ranks | None:
+        """Those with the same stages and other parts of the batch, where there are some."""
+        return self.groups.data if self.groups.tensor is not None else None
+
+    @property
     def own_parameters(self) -> list[nn.Parameter]:
         """Those that this rank's stages read, in the order of the step's primals."""
-        taken = {p for stage in self.stages for p in self.graphs[stage].primals}
+        taken = {p for stage in self.stages.values() for p in stage.graph.primals}
         return [parameter for p, parameter in self.parameters.items() if p in taken]
 
 
@@ -71,6 +87,9 @@ class PipelineStep:
     Attributes:
         budget_bytes: of each rank, None for no limit.
         peak_bytes: what this rank holds at most, everything counted.
+        timeline: when what happens on each rank of this pipeline, by the measured seconds of calls
+            and messages.
+        predicted_seconds: of a step: the timeline, and the slowest rank's update.
     """
 
     def __init__(
@@ -81,14 +100,18 @@ class PipelineStep:
         updates: ParameterUpdates | SeveralUpdates | None,
         loss_weight: LossWeight,
         shared: SharedParameters,
-        example_rows: int,
+        example: Any,
         budget_bytes: int | None,
         peak_bytes: int,
+        clipping: Clipping,
+        scaler: torch.amp.GradScaler | None,
+        update_seconds: float,
     ) -> None:
         self.layout, self.optimizer = layout, optimizer
         self.budget_bytes, self.peak_bytes = budget_bytes, peak_bytes
-        self._capture, self._updates, self._loss_weight = capture, updates, loss_weight
-        self._rows = example_rows
+        self._capture, self._updates = capture, updates
+        self._rows = num_rows(example)
+        self.clipping, self.scaler = clipping, scaler
         schedule = layout.schedule
         self.device = next(iter(layout.stages.values())).step.device
         self.channel = Channel(layout.ranks, schedule, self.device)
@@ -101,17 +124,23 @@ class PipelineStep:
         state = generator_state(self.device)
         self.state_value = Value("generator", tuple(state.shape), (1,), state.dtype, state.nbytes)
         self._num_steps = 0
+        self._together = Together(layout.groups.all, self._counts)
+        self._weights = MicrobatchWeights(loss_weight, layout.data)
+        self.timeline = timeline_of(layout, self.channel.measured())
+        updating = layout.ranks.exchange_numbers([update_seconds])
+        self.predicted_seconds = self.timeline.total_seconds + max(s for (s,) in updating)
         self._program = self._take  # one object: it is known by its identity
         capture.install(self._program)
 
     # -- a step
 
     def __call__(self, batch: Any) -> torch.Tensor:
-        """Train on a batch, which is the same on all ranks; return its loss, on all of them.
+        """Train on a batch, which is the same on all ranks of a pipeline; return its loss, on all.
 
         Microbatch i draws the random numbers that follow `torch.manual_seed(seed + i)`, where the
         seed is drawn by the first rank's generator: so masks do not depend on how many ranks there
-        are, nor on the schedule.
+        are, nor on the schedule. Of several pipelines, microbatches are counted from one to the
+        next.
 
         Raises:
             BatchError: it has another number of rows.
@@ -122,7 +151,7 @@ class PipelineStep:
             RankError: another rank failed, or is gone.
         """
         parts = self._parts(batch)
-        weights = loss_weights(self._loss_weight, parts)
+        weights = self._weights.of(parts)
         refuse_held_gradients(self._trained, self._name_of)
         try:
             loss = self._run(parts, weights)
@@ -136,31 +165,54 @@ class PipelineStep:
 
     def _run(self, parts: Sequence[Any], weights: Sequence[float]) -> torch.Tensor:
         schedule, rank = self.layout.schedule, self.layout.ranks.rank
-        run = _Run(self, parts, weights, self._seed())
+        run = UnderWay(self, parts, [weight * self._scale for weight in weights], self._seed())
         with _generator_kept(self.device), torch.no_grad(), self._shared.in_step():
             for position, instruction in enumerate(schedule.ranks[rank]):
                 for source in self._received[position]:
                     self.channel.let_go(source)
                 if weights[instruction.microbatch] == 0:  # nothing in it counts
                     continue
-                if instruction.work is Work.FORWARD:
-                    run.forward(instruction)
-                else:
-                    run.backward(instruction)
+                run.do(instruction)
             self.channel.let_go_of_all()
         loss = self._agreed(run.losses, weights)
         if not math.isfinite(loss.item()):
             drop_gradients(self._trained)
             raise NonFiniteLossError(self._num_steps, loss.item())
         self._shared.add_up()
+        if self.layout.data is not None:
+            add_up_over(self.layout.data, self._with_gradients)
         self._update()
         return loss
 
+    @property
+    def _scale(self) -> float:
+        """What the loss is multiplied with; the first call sets a scaler up, as a loop's does."""
+        one = torch.ones((), device=self.device)
+        return 1.0 if self.scaler is None else float(self.scaler.scale(one))
+
+    @property
+    def _with_gradients(self) -> list[nn.Parameter]:
+        """The parameters of which this rank's stages make gradients, in one order everywhere."""
+        primals = {p for stage in self.layout.stages.values() for p in stage.graph.gradients}
+        return [self.layout.parameters[p] for p in sorted(primals)]
+
+    def _counts(self, parameter: nn.Parameter) -> bool:
+        """Whether this rank's gradient counts, of those that several ranks have alike."""
+        is_first = self.layout.data is None or self.layout.data.rank == 0
+        return is_first and self._shared.is_first_owner(parameter)
+
     def _update(self) -> None:
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         if self._updates is not None:
             self._updates.begin_step()
         try:
-            update_all(self.optimizer, self._trained, Clipping(), None, self._updates)
+            update_all(
+                self.optimizer, self._trained, self.clipping, self.scaler, self._updates,
+                together=self._together,
+            )
+            if self.scaler is not None:
+                named = ((self._name_of[id(p)], p.grad) for p in self._trained)
+                refuse_collapsed_scale(self.scaler, scale, named, self._num_steps)
             if self._updates is not None:
                 self._updates.end_step()
         finally:
@@ -179,16 +231,18 @@ class PipelineStep:
         """Return the step's seed, which the first rank draws where the model draws at all."""
         if not self.layout.draws:
             return 0
-        own = int(torch.randint(MOST_SEED, ())) if self.layout.ranks.rank == 0 else 0
-        return self.layout.ranks.exchange(own)[0]
+        everybody, data = self.layout.groups.all, self.layout.data
+        own = int(torch.randint(MOST_SEED, ())) if everybody.rank == 0 else 0
+        before = 0 if data is None else data.rank * self.layout.schedule.num_microbatches
+        return everybody.exchange(own)[0] + before
 
     def _agreed(self, losses: Mapping[int, torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         """Return the weighted sum of losses, on all ranks."""
         total = torch.zeros((), device=self.device)
         for microbatch in sorted(losses):
             total = total + weights[microbatch] * losses[microbatch]
-        last = self.layout.schedule.rank_of_stage[-1]
-        (number,) = self.layout.ranks.exchange_numbers([float(total)])[last]
+        told = self.layout.groups.all.exchange_numbers([float(total)])
+        number = sum(part for (part,) in told)
         return torch.tensor(number, dtype=total.dtype, device=self.device)
 
     # -- what dynamo passes
@@ -223,110 +277,58 @@ class PipelineStep:
         """
         return self._shared.whole()
 
+    def save(self, directory: str | os.PathLike[str], extra: Any = None) -> None:
+        """Write a checkpoint by torch.distributed.checkpoint, of all ranks together.
+
+        Names are those of `TrainStep.save`: it can be loaded by other schedules, on other numbers
+        of ranks, by `fit` and by one process. It appears whole or not at all.
+
+        Args:
+            directory: of this checkpoint; one that is there is replaced.
+            extra: anything that JSON can hold, returned by `load`.
+        """
+        save_distributed(
+            Path(directory), self._capture.model, self.optimizer, self.layout.groups.all, Lying(),
+            extra, self._writes,
+        )
+
+    def load(self, directory: str | os.PathLike[str]) -> Any:
+        """Go on from a checkpoint, all ranks together; return its `extra`.
+
+        Raises:
+            FormatError: there is no such checkpoint, or it is of another model.
+        """
+        return load_distributed(
+            Path(directory), self._capture.model, self.optimizer, self.layout.groups.all, Lying(),
+            lambda tensor: not self._shared.is_foreign(tensor),
+        )
+
+    def _writes(self, tensor: torch.Tensor) -> bool:
+        """Whether this rank writes a parameter or buffer into checkpoints."""
+        if isinstance(tensor, nn.Parameter) and self._shared.is_known(tensor):
+            return self._counts(tensor)
+        return self.layout.groups.all.rank == 0
+
     def describe(self) -> str:
         """Return what this rank does and holds, in words."""
         layout = self.layout
         lines = [
             f"{layout.schedule.name} on {layout.ranks.size} ranks, "
             f"{layout.schedule.num_microbatches} microbatches; rank {layout.ranks.rank} holds at "
-            f"most {format_bytes(self.peak_bytes)}"
+            f"most {format_bytes(self.peak_bytes)}",
+            f"  a step takes {format_seconds(self.predicted_seconds)}, "
+            f"{self.timeline.bubble:.0%} of it waiting, by what calls and messages take alone",
         ]
         for index, stage in layout.stages.items():
             costs = stage.bytes
             lines.append(
                 f"  stage {index} of {layout.schedule.num_stages}: "
                 f"{len(stage.step.graph.operations)} operations, "
-                f"{stage.plan.num_reruns} run again; a microbatch keeps "
-                f"{format_bytes(costs.frame)}, sends {format_bytes(costs.leaving)} on and "
+                f"{stage.num_reruns} run again; a microbatch keeps "
+                f"{format_bytes(costs.kept[0])}, sends {format_bytes(costs.leaving)} on and "
                 f"{format_bytes(costs.handing)} back"
             )
         return "\n".join(lines)
-
-
-class _Run:
-    """The microbatches under way in one step."""
-
-    def __init__(
-        self, step: PipelineStep, parts: Sequence[Any], weights: Sequence[float], seed: int
-    ) -> None:
-        self.step, self.parts, self.weights, self.seed = step, parts, weights, seed
-        self.frames: dict[tuple[int, int], tuple[Frame, list[torch.Tensor]]] = {}
-        # What a stage made for another one of the same rank.
-        self.at_hand: dict[Instruction, list[torch.Tensor]] = {}
-        self.losses: dict[int, torch.Tensor] = {}
-
-    def forward(self, instruction: Instruction) -> None:
-        """Run a stage's forward on one microbatch."""
-        step, stage, microbatch = self.step, instruction.stage, instruction.microbatch
-        graph = step.layout.graphs[stage]
-        primals = step.primals(self.parts[microbatch])
-        given = self._needed(instruction)
-        if step.layout.draws:
-            state = given.pop().cpu() if given else step.seeded(self.seed + microbatch)
-            set_generator_state(state, step.device)
-        frame = Frame(step.programs[stage], {})
-        results = list(frame.run([*(primals[p] for p in graph.primals), *given]))
-        # What arrived is counted until the backward is over.
-        self.frames[stage, microbatch] = frame, given
-        leaving, results = results[: len(graph.leaving)], results[len(graph.leaving):]
-        for primal, value in zip(graph.written, results, strict=False):
-            primals[primal].copy_(value)
-        if graph.has_loss:
-            self.losses[microbatch] = results[-1].detach()
-        leaving = [as_sent(t, v) for t, v in zip(leaving, graph.leaving, strict=True)]
-        if step.layout.draws:
-            leaving.append(generator_state(step.device))
-        self._hand_on(instruction, leaving)
-
-    def backward(self, instruction: Instruction) -> None:
-        """Run a stage's backward on one microbatch and add its gradients up."""
-        step, stage, microbatch = self.step, instruction.stage, instruction.microbatch
-        graph = step.layout.graphs[stage]
-        tangents = self._needed(instruction)
-        if graph.has_loss:
-            tangents.insert(0, torch.full_like(self.losses[microbatch], self.weights[microbatch]))
-        frame, arrived = self.frames.pop((stage, microbatch))
-        results = list(frame.run(tangents))
-        del frame, arrived
-        handing, gradients = results[: len(graph.handing)], results[len(graph.handing):]
-        del results
-        handing = [as_sent(t, v) for t, v in zip(handing, graph.handing, strict=True)]
-        self._hand_on(instruction, handing)
-        del handing
-        for primal in graph.gradients:
-            parameter, gradient = step.layout.parameters[primal], gradients.pop(0)
-            if parameter.grad is None:
-                parameter.grad = like_eager(gradient, parameter)
-            else:
-                parameter.grad.add_(gradient)
-            del gradient
-
-    def _needed(self, instruction: Instruction) -> list[torch.Tensor]:
-        layout = self.step.layout
-        source = layout.schedule.needs(instruction)
-        if source is None:
-            return []
-        if source in self.at_hand:
-            return self.at_hand.pop(source)
-        graph = layout.graphs[instruction.stage]
-        is_forward = instruction.work is Work.FORWARD
-        values = [*(graph.arriving if is_forward else graph.returning)]
-        if is_forward and layout.draws:
-            values.append(self.step.state_value)
-        place = layout.schedule.rank_of_stage[source.stage]
-        return self.step.channel.receive(source, values, place)
-
-    def _hand_on(self, instruction: Instruction, tensors: list[torch.Tensor]) -> None:
-        layout, stage = self.step.layout, instruction.stage
-        if instruction in self.step.sent:
-            target = self.step.sent[instruction].target.stage
-            self.step.channel.send(instruction, tensors, layout.schedule.rank_of_stage[target])
-            return
-        is_end = layout.schedule.is_last(stage) if instruction.work is Work.FORWARD else (
-            layout.schedule.is_first(stage)
-        )
-        if not is_end:
-            self.at_hand[instruction] = tensors
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def save_distributed(
     ranks: Ranks | None,
     lying: Lying,
     extra: Any,
+    writes: Callable[[torch.Tensor], bool] | None = None,
 ) -> None:
     """Write a checkpoint, all ranks together; it appears whole, or not at all.
 
@@ -56,11 +57,14 @@ def save_distributed(
         ranks: None for a process that is alone.
         lying: what is in pieces.
         extra: anything that JSON can hold.
+        writes: whether this rank writes a parameter (and its optimizer states) or a buffer; by
+            default the first one writes all that is in no pieces.
     """
     rank = 0 if ranks is None else ranks.rank
     content: dict[str, Any] = {
-        name: value for name, value in _state(model, optimizer, lying).items()
+        name: value for name, value in _state(model, optimizer, lying, writes).items()
         if rank == 0 or isinstance(value, PieceOfTensor)
+        or (writes is not None and not name.startswith("optimizer.param_groups."))
     }
     generators: dict[str, torch.Tensor] = {}
     content[f"generators.{rank}"] = json.dumps(
@@ -92,6 +96,7 @@ def load_distributed(
     optimizer: torch.optim.Optimizer,
     ranks: Ranks | None = None,
     lying: Lying | None = None,
+    has: Callable[[torch.Tensor], bool] = lambda _: True,
 ) -> Any:
     """Put a checkpoint's values into a model and its optimizer, all ranks together.
 
@@ -103,6 +108,7 @@ def load_distributed(
         optimizer: of the model.
         ranks: None for a process that is alone.
         lying: what is in pieces.
+        has: whether this rank has a parameter at all.
 
     Returns:
         What was saved as `extra`.
@@ -117,7 +123,7 @@ def load_distributed(
         raise FormatError(f"{directory} is no checkpoint of ranks: {error}") from error
     if "extra" not in saved:
         raise FormatError(f"{directory} is no checkpoint that step.save wrote")
-    content = _targets(model, optimizer, lying, saved)
+    content = _targets(model, optimizer, lying, saved, has)
     settings = [name for name in saved if name.startswith("optimizer.param_groups.")]
     mine = f"generators.{rank}"
     generators = [name for name in saved if name == mine or name.startswith(f"{mine}.")]
@@ -153,11 +159,13 @@ def _targets(
     optimizer: torch.optim.Optimizer,
     lying: Lying,
     saved: Mapping[str, Any],
+    has: Callable[[torch.Tensor], bool],
 ) -> dict[str, Any]:
     """Return what is to be read: the model's tensors, and states as they were saved."""
-    content: dict[str, Any] = _model_state(model, lying)
-    missing = [name for name in content if name not in saved]
-    strange = [n for n in saved if n.startswith("model.") and n not in content]
+    everything = _model_state(model, lying)
+    missing = [name for name in everything if name not in saved]
+    strange = [n for n in saved if n.startswith("model.") and n not in everything]
+    content: dict[str, Any] = _model_state(model, lying, has)
     other = [
         name for name, value in content.items()
         if name in saved and tuple(saved[name].size) != tuple(value.size())
@@ -175,7 +183,7 @@ def _targets(
         for parameter in group["params"]:
             prefix = f"optimizer.state.{names[id(parameter)]}."
             pieces = lying.states.get(parameter)
-            if pieces is not None and not pieces.num_rows(lying.rank):
+            if not has(parameter) or (pieces is not None and not pieces.num_rows(lying.rank)):
                 continue  # all of it is another rank's
             for name in (name for name in saved if name.startswith(prefix)):
                 content[name] = _state_like(saved[name], parameter, lying)
@@ -183,9 +191,12 @@ def _targets(
 
 
 def _state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, lying: Lying
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lying: Lying,
+    writes: Callable[[torch.Tensor], bool] | None,
 ) -> dict[str, Any]:
-    content: dict[str, Any] = _model_state(model, lying)
+    content: dict[str, Any] = _model_state(model, lying, writes)
     names = _names(model)
     for number, group in enumerate(_groups(optimizer)):
         for name, value in group.items():
@@ -193,18 +204,22 @@ def _state(
                 content[f"optimizer.param_groups.{number}.{name}"] = value
     for part in parts_of(optimizer):
         for parameter, state in part.state.items():
-            for name, value in state.items():
+            for name, value in state.items() if writes is None or writes(parameter) else ():
                 key = f"optimizer.state.{names[id(parameter)]}.{name}"
                 content[key] = _state_as_it_lies(value, parameter, lying)
     return content
 
 
-def _model_state(model: nn.Module, lying: Lying) -> dict[str, Any]:
+def _model_state(
+    model: nn.Module, lying: Lying, which: Callable[[torch.Tensor], bool] | None = None
+) -> dict[str, Any]:
     content: dict[str, Any] = {}
     model, plain = uncompiled(model), plain_names(uncompiled(model))
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, torch.Tensor):
             raise FormatError(f"{name!r} of the model's state_dict is no tensor")
+        if which is not None and not which(value):
+            continue
         pieces = lying.values.get(value) if isinstance(value, nn.Parameter) else None
         content[f"model.{plain.get(name, name)}"] = _rows(value, value, pieces, lying)
     return content

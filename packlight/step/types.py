@@ -44,7 +44,8 @@ class OperationKind(StrEnum):
     the copy of an input that the caller overwrites after the forward. READ brings a buffer from
     another memory, WRITE copies one there. BUCKET copies gradients into one buffer, REDUCE adds up
     what all ranks have in it, where it is, on a network's lane; OWN copies what of such sums is
-    this rank's, SHARE gives all ranks the rows that each has updated. These four run once.
+    this rank's, SHARE gives all ranks the rows that each has updated. HAND_ON ends the half of a
+    backward that a pipeline's earlier stage waits for. These five run once.
     """
 
     COMPUTE = "compute"
@@ -59,6 +60,7 @@ class OperationKind(StrEnum):
     REDUCE = "reduce"
     OWN = "own"
     SHARE = "share"
+    HAND_ON = "hand on"
 
     @property
     def is_transfer(self) -> bool:
@@ -225,9 +227,7 @@ class StepGraph:
         if not all(0 <= b < len(self.buffers) for b in ids):
             raise ValueError(f"{what} moves {ids} of {len(self.buffers)} buffers")
         source, target = (self.buffers[b] for b in ids)
-        near, far = source, target
-        if operation.kind is OperationKind.READ:
-            near, far = target, source
+        near, far = (target, source) if operation.kind is OperationKind.READ else (source, target)
         if near.memory or not far.memory or near.bytes != far.bytes:
             raise ValueError(f"{what} does not move a buffer between the device and elsewhere")
         is_fixed = bool(operation.mutates) and not far.kind.is_resident
