@@ -82,7 +82,7 @@ class WayPlanner:
         self.partners: Partners | None = None
         self._traced: dict[int | None, Traced] = {}
         self._drafts: dict[tuple[int | None, Moves], Draft] = {}
-        self._is_rehearsing = True
+        self._is_rehearsing = not base.request.is_weightless
 
     def forget(self) -> None:
         """Let go of the example batch; what was traced can still run."""
