@@ -12,8 +12,15 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.common import provenance, read_lines, replace_between_markers, table
-from benchmarks.ranks import kills, parity
+from benchmarks.common import (
+    MEBIBYTE,
+    append_line,
+    provenance,
+    read_lines,
+    replace_between_markers,
+    table,
+)
+from benchmarks.ranks import kills, large, parity
 from benchmarks.ranks.cases import CONFIGS, MODELS, STRATEGIES
 
 MODULE = "benchmarks.ranks"
@@ -117,6 +124,26 @@ def kills_lines(found: Sequence[kills.Kill]) -> list[str]:
         "checkpoints that do not load", "longest until all had ended, s",
     ]
     return table(heads, rows)
+
+
+def plans_table(words: Sequence[str]) -> int:
+    """Plan a step of 512 ranks for each mesh, and write how long that took.
+
+    Args:
+        words: of the command line, behind `plans`.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {MODULE} plans")
+    parser.add_argument("--meshes", nargs="+", type=int, choices=range(len(large.MESHES)))
+    parser.add_argument("--out", type=Path, default=FOLDER / "plans.jsonl")
+    arguments = parser.parse_args(words)
+    for number in range(len(large.MESHES)) if arguments.meshes is None else arguments.meshes:
+        told, say = _prepared("plans", words)
+        found = large.planned(large.MESHES[number], told)
+        append_line(arguments.out, found)
+        say(f"{found.command}: {found.seconds:.0f} s, {found.resident_bytes / MEBIBYTE:.0f} MiB")
+    lines = large.lines(read_lines(arguments.out, large.Planned))
+    _write(arguments.out == FOLDER / "plans.jsonl", "plans", lines)
+    return 0
 
 
 def _prepared(command: str, words: Sequence[str]) -> tuple[dict[str, Any], Any]:

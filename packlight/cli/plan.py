@@ -33,6 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "with shard=M, of N groups of M ranks that share pieces of parameters",
     )
     parser.add_argument(
+        "--no-others", action="store_true", help="leave out what other budgets would cost"
+    )
+    parser.add_argument(
         "--no-weights", action="store_true",
         help="the model has no values and takes no memory, however large it is; times are those of "
         "single calls on this machine's CPU",
@@ -68,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(step.describe(), highlight=False, markup=False)
     if profile.graph.reductions:
         console.print(network_table(breakdown.network_rows(profile, plan.schedule)))
-    plans = other_plans(profile)
-    console.print(pareto_table(profile, plans))
+    plans = [] if arguments.no_others else other_plans(profile)
+    if plans:
+        console.print(pareto_table(profile, plans))
     if arguments.save is not None:
         step.save_way(arguments.save)
         console.print(f"way: {arguments.save}")
