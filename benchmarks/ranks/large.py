@@ -87,4 +87,4 @@ def lines(found: Sequence[Planned]) -> list[str]:
 
 def _line(text: str, name: str) -> str:
     match = re.search(rf"^{name} +(.*)$", text, re.MULTILINE)
-    return "" if match is None else re.split(r"[,(;]| of ", match[1])[0].strip()
+    return "" if match is None else re.split(r"[,(;=]| of ", match[1])[0].strip()
