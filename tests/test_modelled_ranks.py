@@ -183,23 +183,13 @@ def test_a_model_without_values_has_the_plan_of_one_with_them_in_no_memory() -> 
 
     there, nowhere = planned("cpu"), planned("meta")
     assert nowhere.way.memory == there.way.memory
-    assert nowhere.ready.in_pieces.keys() == {*nowhere.model.parameters()}
+    assert {*nowhere.ready.in_pieces} == {p for p in nowhere.model.parameters() if p.ndim == 2}
     graphs = [step.profile.graph for step in (there, nowhere)]
     assert [o.name for o in graphs[0].operations] == [o.name for o in graphs[1].operations]
     assert [b.bytes for b in graphs[0].buffers] == [b.bytes for b in graphs[1].buffers]
     for parameter in nowhere.model.parameters():  # a storage that counts, of which nothing is there
         assert parameter.untyped_storage().nbytes() == parameter.nbytes
         assert not parameter.any()
-    # Far more than there is: never written, never held.
-    layers = 2
-    with torch.device("meta"):
-        large = nn.Sequential(*(nn.Linear(2**14, 2**14, bias=False) for _ in range(layers)))
-    profile = packlight.profile(
-        large, loss_of, torch.optim.SGD(large.parameters(), 0.1), torch.randn(1, 2**14),
-        mesh=packlight.ModelledMesh(2**12, 1e9), parallel=packlight.Parallel(shard="data"),
-        progress=False,
-    )
-    assert profile.memory.parameter_bytes == layers * 2**14 * 4 * 4
 
 
 def test_a_model_without_values_is_not_trained_and_has_none_at_all() -> None:
