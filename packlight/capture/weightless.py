@@ -33,7 +33,7 @@ def give_unwritten_memory(model: nn.Module) -> None:
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     real = [name for name, tensor in tensors if not tensor.is_meta]
-    if len(real) == len(tensors) or all(hasattr(t, "packlight_unwritten") for _, t in tensors):
+    if len(real) == len(tensors):
         return
     if real:
         raise OptionError(

@@ -163,7 +163,7 @@ class Ranks:
         except Exception as raised:
             error, mine = raised, pickle.dumps(_Failure.of(raised))
         sizes = self.exchange(len(mine))
-        parts = torch.split(torch.empty(sum(sizes), dtype=torch.uint8), sizes)
+        parts = torch.split(torch.empty(sum(sizes), dtype=torch.uint8), [*sizes])
         parts[self.rank].copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
         self._share_parts(parts)
         everybody: list[Any] = [pickle.loads(part.numpy().tobytes()) for part in parts]

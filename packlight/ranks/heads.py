@@ -56,6 +56,7 @@ def head_of(model: nn.Module, num_ranks: int) -> str:
         raise UnsupportedModelError(
             f"{name} has no linear head of a causal language model\nhint: leave splits_head= out"
         )
+    path: str
     (path,) = [path for path, module in model.named_modules() if module is head]
     shared = [n for n, p in model.named_parameters(remove_duplicate=False) if p is head.weight]
     if len(shared) > 1:
@@ -99,11 +100,11 @@ class PartOfLoss:
     def _of_tokens(self, logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
         largest = reduced(logits.detach().amax(-1), "max", self._group)
         logits = logits - largest[:, None]
-        total = _Sum.apply(logits.exp().sum(-1), self._group)
+        total = _summed(logits.exp().sum(-1), self._group)
         place = words - self._rank * logits.shape[-1]
         is_mine = (place >= 0) & (place < logits.shape[-1])
         own = logits.gather(-1, torch.where(is_mine, place, 0)[:, None]).squeeze(-1)
-        of_word = _Sum.apply(torch.where(is_mine, own, 0.0), self._group)
+        of_word = _summed(torch.where(is_mine, own, 0.0), self._group)
         return total.log() - of_word
 
 
@@ -115,5 +116,10 @@ class _Sum(torch.autograd.Function):
         return reduced(value.contiguous(), "sum", group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return gradient, None
+
+
+def _summed(value: torch.Tensor, group: str) -> torch.Tensor:
+    summed: torch.Tensor = _Sum.apply(value, group)  # type: ignore[no-untyped-call]
+    return summed
