@@ -72,7 +72,9 @@ def parity_lines(cells: Sequence[parity.Cell]) -> list[str]:
                 if cell.status not in notes:
                     notes.append(cell.status)
                 row.append(f"({notes.index(cell.status) + 1})")
-        rows.append(row)
+        if any(row[2:]):
+            rows.append(row)
+    num_left = len(MODELS) * len(STRATEGIES) * len(CONFIGS) - len(latest)
     trained = [cell for cell in latest.values() if cell.errors]
     equal = sum(cell.status == "equal" for cell in trained)
     limited = [cell for cell in trained if cell.budget_bytes is not None]
@@ -86,7 +88,7 @@ def parity_lines(cells: Sequence[parity.Cell]) -> list[str]:
         *lines, "",
         f"{equal} of {len(trained)} cells that train have one process's numbers; the largest error "
         f"of losses, gradients, parameters and state is in the table. Of {len(limited)} cells with "
-        f"a budget, {overrun} are above it.",
+        f"a budget, {overrun} are above it. {num_left} cells of the matrix were not run.",
     ]
 
 
