@@ -12,7 +12,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,8 @@ def _failures_named(path: Path, what: str) -> Iterator[None]:
 def build(example: Example, device: str, seed: int) -> tuple[torch.nn.Module, Any]:
     """Return the example's model on a device, in training mode, and its optimizer.
 
+    On the meta device, the model is made there: it never has values.
+
     Raises:
         OptionError: the device does not exist.
         ExampleError: the functions fail or return something else.
@@ -136,7 +138,8 @@ def build(example: Example, device: str, seed: int) -> tuple[torch.nn.Module, An
         reason = str(error).splitlines()[0]
         raise OptionError(f"--device {device} cannot be used: {reason}") from None
     seed_everything(seed)
-    model = example.model()
+    with torch.device(device) if device == "meta" else nullcontext():
+        model = example.model()
     if not isinstance(model, torch.nn.Module):
         raise ExampleError(f"{example.path}: model() returned {type(model).__name__}, not a Module")
     model.to(device).train()

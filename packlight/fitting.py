@@ -14,6 +14,7 @@ from torch import nn
 
 from packlight.capture.step_capture import LossFunction
 from packlight.capture.undisturbed import generators_kept
+from packlight.capture.weightless import give_unwritten_memory, is_weightless
 from packlight.errors import OptionError
 from packlight.moves.data_parallel import DataParallel
 from packlight.moves.in_backward import UpdateInBackward
@@ -137,6 +138,11 @@ def fit(
             "ranks of a modelled mesh are not there and cannot train\nhint: packlight.plan plans "
             "for them; fit takes a DeviceMesh"
         )
+    if is_weightless(model):
+        raise OptionError(
+            "the model's parameters are on the meta device: there is nothing to train\n"
+            "hint: packlight.plan plans models without values"
+        )
     step = planned_step(model, loss_fn, optimizer, batch, budget, **options)
     step.arrange()
     return step
@@ -153,7 +159,8 @@ def plan(
     """Return the plan that `fit` would run; trains nothing.
 
     Args and errors: as `fit`; without an optimizer its state counts as nothing. Where microbatches
-    differ in size, it is the larger ones' plan.
+    differ in size, it is the larger ones' plan. A model on the meta device is planned for the CPU,
+    without memory for it, and is there afterwards: its times are those of single calls.
     """
     return planned_step(model, loss_fn, optimizer, batch, budget, **options).plan
 
@@ -191,6 +198,7 @@ def planned_step(
             "hint: fit, plan and profile take (model, loss_fn, optimizer, batch), and fit and plan "
             "the budget after that; without an optimizer, plan and profile take None"
         )
+    give_unwritten_memory(model)
     way = options.get("way")
     if isinstance(way, (str, os.PathLike)):
         way = read_way(way)
@@ -217,6 +225,8 @@ def _request(
     mesh = options.get("mesh")
     modelled = mesh if isinstance(mesh, ModelledMesh) else None
     parallel = options.get("parallel")
+    if modelled is not None:
+        modelled.check(parallel)
     groups = None if modelled else ranks_of(mesh, parallel, device)
     ranks = None if groups is None else groups.all
     data_ranks = None if groups is None else groups.data
@@ -263,6 +273,9 @@ def _request(
         accumulates,
         _beside(options.get("beside", ())),
         _checked_error(options.get("max_gradient_error"), allowed),
+        shard_ranks=None if groups is None else groups.shard or groups.data,
+        replica_ranks=None if groups is None else groups.replicas,
+        is_weightless=is_weightless(model),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,18 @@ class RankPool:
             except EOFError:
                 results.append(None)
         return results
+
+    def assert_refused(
+        self, words: str | Sequence[str], function: Callable[..., Any], *arguments: Any,
+        kind: str | None = None,
+    ) -> None:
+        """See that all ranks raise the same: an error with some words, of some class."""
+        outcomes = self.outcomes(function, *arguments)
+        for outcome in outcomes:
+            assert isinstance(outcome, Raised), "a rank raised nothing"
+            assert kind in (None, outcome.kind), outcome.trace
+            for word in [words] if isinstance(words, str) else words:
+                assert word in outcome.text, outcome.trace
 
     def close(self) -> None:
         """End all processes."""

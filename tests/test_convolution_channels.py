@@ -14,7 +14,7 @@ from torch import nn
 import packlight
 from packlight.convolution import Channels, Filters, parallelize_convolutions
 from tests.convolution_cases import distance, mesh_of, on_one_device
-from tests.rank_pool import Raised, RankPool
+from tests.rank_pool import RankPool
 
 TOLERANCE = 1e-12
 
@@ -202,8 +202,7 @@ def attempted(what: str) -> Any:
     ],
 )
 def test_what_cannot_be_split_is_said_with_its_path(pool: RankPool, what: str, words: str) -> None:
-    for outcome in pool.outcomes(attempted, what):
-        assert isinstance(outcome, Raised) and words in outcome.text, outcome.trace
+    pool.assert_refused(words, attempted, what)
 
 
 def test_copies_keep_their_parts(pool: RankPool) -> None:

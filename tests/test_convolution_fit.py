@@ -17,7 +17,7 @@ from packlight.convolution import Spatial, parallelize_convolutions
 from packlight.errors import InfeasibleBudgetError
 from tests import convolution_models as models
 from tests.convolution_cases import mesh_of
-from tests.rank_pool import Raised, RankPool
+from tests.rank_pool import RankPool
 
 PARALLEL = packlight.Parallel(space="rows")
 MOVES = ("update-in-backward",)
@@ -236,6 +236,4 @@ def attempted(what: str) -> None:
 def test_what_cannot_be_planned_is_said_on_all_ranks(
     pool: RankPool, what: str, kind: str, words: str
 ) -> None:
-    for outcome in pool.outcomes(attempted, what):
-        assert isinstance(outcome, Raised), what
-        assert outcome.kind == kind and words in outcome.text, outcome.trace
+    pool.assert_refused(words, attempted, what, kind=kind)

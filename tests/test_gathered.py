@@ -109,6 +109,100 @@ def test_a_budget_decides_how_many_are_kept_from_forward_to_backward() -> None:
     assert NUM_LAYERS == counts[0] < counts[-1] <= 2 * NUM_LAYERS
 
 
+@pytest.mark.parametrize("bytes_per_second", [3.0, 20.0])
+def test_gathering_some_again_is_no_slower_than_gathering_none_or_all(
+    bytes_per_second: float,
+) -> None:
+    """... in simulated seconds, at five budgets, on a network that may be what all wait for."""
+    machine = Machine().with_lane(Lane("network", RANKS, Speed(bytes_per_second, 2.0), None))
+    graph = with_transfers(uneven_chain(), machine, in_pieces=range(NUM_LAYERS))
+    kept, again = schedule_by_hand(graph, False), schedule_by_hand(graph, True)
+    most = simulate(graph, kept, machine).peak_bytes
+    least = simulate(graph, again, machine).peak_bytes
+    assert least < most
+    mixed = 0
+    for part in range(5):
+        budget = least + part * (most - least) // 4
+        plan = plan_schedule(graph, budget, machine)
+        assert plan.peak_bytes <= budget
+        for schedule in (kept, again):
+            timeline = simulate(graph, schedule, machine)
+            assert timeline.peak_bytes > budget or plan.seconds <= timeline.seconds * (1 + 1e-9)
+        mixed += NUM_LAYERS < num_gathers(graph, plan.schedule) < 2 * NUM_LAYERS
+    assert mixed  # the choice is each parameter's
+
+
+def uneven_chain() -> StepGraph:
+    """Layers whose parameters have other sizes, and which take longer or shorter."""
+    build = GraphBuilder()
+    sizes = [40 * (1 + layer % 3) for layer in range(NUM_LAYERS)]
+    weights = [build.buffer(size, BufferKind.PARAMETER) for size in sizes]
+    x = build.buffer(1, BufferKind.INPUT)
+    inputs = []
+    for layer, weight in enumerate(weights):
+        inputs.append(x)
+        (x,) = build.operation("layer", (x, weight), (10,), seconds=10.0 * (1 + layer % 2))
+    gradient = x
+    for weight, x in reversed([*zip(weights, inputs, strict=True)]):
+        gradient, own = build.operation(
+            "back", (gradient, x, weight), (10, 20), seconds=30.0, phase=Phase.BACKWARD
+        )
+        build.operation(
+            "update", (own,), (), seconds=1.0, phase=Phase.UPDATE, mutates=(weight,),
+            can_recompute=False,
+        )
+    return build.finish(NUM_LAYERS, (), ())
+
+
+def schedule_by_hand(graph: StepGraph, again: bool) -> Schedule:
+    """Gather each parameter one layer ahead, once or also for the backward; free all when done."""
+    gather_of = {o.creates[0]: o.id for o in graph.transfers}
+    uses = [
+        (i, [b for b in graph.operations[i].reads if b in gather_of])
+        for i in range(graph.num_computations)
+    ]
+    order: list[int] = []
+    there: set[int] = set()
+    for place, (index, _) in enumerate(uses):
+        is_forward = index < graph.num_forward
+        for _, needed in uses[place : place + 3]:
+            for buffer in needed:
+                if buffer not in there:
+                    there.add(buffer)
+                    order.append(gather_of[buffer])
+        order.append(index)
+        if again and is_forward and index + 1 < graph.num_forward:
+            there -= {*uses[place][1]}  # the last layer's stays: the backward begins with it
+    last_use: dict[int, int] = {}
+    for place, index in enumerate(order):
+        for buffer in (*graph.operations[index].reads, *graph.operations[index].creates):
+            last_use[buffer] = place
+        if index in gather_of.values():
+            last_use[graph.operations[index].creates[0]] = place
+    instructions: list[Instruction] = []
+    for place, index in enumerate(order):
+        operation = graph.operations[index]
+        instructions.append(Instruction(Action.RUN, index))
+        for buffer in dict.fromkeys((*operation.reads, *operation.creates)):
+            next_gather = next(
+                (p for p in range(place + 1, len(order)) if order[p] == gather_of.get(buffer)), None
+            )
+            next_use = next(
+                (p for p in range(place + 1, len(order))
+                 if buffer in graph.operations[order[p]].reads), None,
+            )
+            is_over = next_use is None or (next_gather is not None and next_gather < next_use)
+            if is_over and graph.buffers[buffer].kind is not BufferKind.INPUT and (
+                not graph.buffers[buffer].memory
+            ):
+                instructions.append(Instruction(Action.FREE, buffer))
+    end_of_forward = next(
+        n for n, one in enumerate(instructions)
+        if one == Instruction(Action.RUN, graph.num_forward - 1)
+    )
+    return Schedule(tuple(instructions), end_of_forward + 1)
+
+
 @pytest.mark.parametrize("shape", [(5, 3), (4,), (1, 7), (8, 2, 2)])
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
 def test_pieces_are_all_rows_once(shape: tuple[int, ...], num_ranks: int) -> None:

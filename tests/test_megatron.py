@@ -13,7 +13,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import packlight
-from tests.rank_pool import Raised, RankPool
+from packlight.run.distributed import load_distributed
+from tests.rank_pool import RankPool
 
 FAMILIES = ("gpt2", "llama", "bert", "t5", "vit")
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -158,6 +159,46 @@ def test_parts_are_planned_and_saved_as_one_process_has_them(
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def with_a_head_in_parts(directory: str) -> tuple[list[float], int, int, int]:
+    model = packlight.megatron(model_of("llama"), mesh(), splits_head=True)
+    batches_of = [{**batch, "labels": masked(batch["labels"])} for batch in batches("llama")]
+    step = packlight.fit(
+        model, loss_of, optimizer_of(model), batches_of[0], mesh=mesh(),
+        parallel=packlight.Parallel(tensor="tensor"), moves=(),
+    )
+    losses = [float(step(batch)) for batch in batches_of[:-1]]
+    measured = step.measured(batches_of[-1])
+    step.save(directory)
+    graph = step.profile.graph
+    largest = max(graph.buffers[b].bytes for o in graph.operations for b in o.creates)
+    return [*losses, float(measured.loss)], measured.peak_bytes, step.peak_bytes, largest
+
+
+def masked(labels: torch.Tensor) -> torch.Tensor:
+    """Return labels of which one in three does not count."""
+    return labels.masked_fill(torch.arange(labels.shape[1]) % 3 == 0, -100)
+
+
+def test_a_head_in_parts_has_the_loss_of_one_process(pool: RankPool, tmp_path: Path) -> None:
+    whole = model_of("llama")
+    optimizer, losses = optimizer_of(whole), []
+    for batch in batches("llama"):
+        optimizer.zero_grad()
+        loss = loss_of(whole, {**batch, "labels": masked(batch["labels"])})
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    directory = tmp_path / "checkpoint"
+    for found, peak, predicted, largest in pool.run(with_a_head_in_parts, str(directory)):
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert peak <= predicted
+        assert largest < 4 * 12 * 64 * 4  # the bytes of all logits
+    other = model_of("llama")
+    load_distributed(directory, other, optimizer_of(other))
+    for (name, value), expected in zip(other.named_parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=name)
+
+
 class Other(nn.Module):
     """A layer of nobody's."""
 
@@ -175,7 +216,7 @@ def attempted(what: str) -> None:
     if what == "heads":
         model = model_of("llama")
         model.model.layers[0].self_attn.head_dim = 32
-    packlight.megatron(model, mesh())
+    packlight.megatron(model, mesh(), splits_head=what == "tied")
 
 
 @pytest.mark.parametrize(
@@ -183,12 +224,11 @@ def attempted(what: str) -> None:
     [
         ("unknown", "does not know how GPT2LMHeadModel is split: Other.mix"),
         ("nothing", "it has no layers that are known"),
+        ("tied", "lm_head.weight is transformer.wte.weight, too"),
         ("heads", "model.layers.0.self_attn.q_proj has 1 heads, of which 2 ranks"),
     ],
 )
 def test_what_cannot_be_split_is_named_before_anything_is_changed(
     pool: RankPool, what: str, words: str
 ) -> None:
-    for outcome in pool.outcomes(attempted, what):
-        assert isinstance(outcome, Raised)
-        assert outcome.kind == "UnsupportedModelError" and words in outcome.text
+    pool.assert_refused(words, attempted, what, kind="UnsupportedModelError")

@@ -169,3 +169,47 @@ def test_the_command_line_shows_what_is_on_the_network(
     text = capsys.readouterr().out
     assert "gradients of 8 ranks reduced" in text and "On the network" in text
     assert re.search(r"network +busy for", text)
+
+
+def test_a_model_without_values_has_the_plan_of_one_with_them_in_no_memory() -> None:
+    def planned(device: str) -> packlight.TrainStep:
+        with torch.device(device):
+            model = network()
+        return planned_step(
+            model, loss_of, torch.optim.Adam(model.parameters(), 0.1), torch.randn(8, 64),
+            mesh=packlight.ModelledMesh(8, 1e9), parallel=packlight.Parallel(shard="data"),
+            moves=("update-in-backward",),
+        )
+
+    there, nowhere = planned("cpu"), planned("meta")
+    assert nowhere.way.memory == there.way.memory
+    assert {*nowhere.ready.in_pieces} == {p for p in nowhere.model.parameters() if p.ndim == 2}
+    graphs = [step.profile.graph for step in (there, nowhere)]
+    assert [o.name for o in graphs[0].operations] == [o.name for o in graphs[1].operations]
+    assert [b.bytes for b in graphs[0].buffers] == [b.bytes for b in graphs[1].buffers]
+    for parameter in nowhere.model.parameters():  # a storage that counts, of which nothing is there
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes
+        assert not parameter.any()
+
+
+def test_a_model_without_values_is_not_trained_and_has_none_at_all() -> None:
+    with torch.device("meta"):
+        model = network()
+    with pytest.raises(OptionError, match="there is nothing to train"):
+        packlight.fit(
+            model, loss_of, torch.optim.SGD(model.parameters(), 0.1), torch.randn(8, 64)
+        )
+    model[0] = nn.Linear(64, 64)
+    with pytest.raises(OptionError, match="'0.weight' and 1 others have values, and 10 param"):
+        packlight.profile(model, loss_of, None, torch.randn(8, 64))
+
+
+def test_the_command_line_plans_groups_and_models_without_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "example.py").write_text(EXAMPLE)
+    words = ["--mesh", "data=4,shard=2", "--link", "25GB/s,shard=100GB/s", "--no-weights"]
+    assert main(["plan", str(tmp_path / "example.py"), *words, "--no-others"]) == 0
+    text = capsys.readouterr().out
+    assert "parameters in pieces" in text and "Other budgets" not in text
+    assert "gradients of 8 ranks reduced" in text

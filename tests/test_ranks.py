@@ -508,6 +508,26 @@ class Failing(torch.optim.SGD):
         super().step(closure)
 
 
+def test_a_rank_that_has_left_ends_those_that_compare_and_plan(mortal: RankPool) -> None:
+    survivor, _ = mortal.outcomes(leaving)
+    assert survivor == ["rank 1 failed in the middle of a step"] * 2
+
+
+def leaving() -> list[str]:
+    """Have rank 1 leave: it does not die, so its connections stay."""
+    found = []
+    for ranks in [Ranks((0, 1), torch.device("cpu"), 60.0) for _ in range(2)]:
+        if ranks.rank == 1:
+            ranks.fail(ValueError("told to"))
+            continue
+        ask = ranks.gather if not found else (lambda _, r=ranks: r.broadcast(None, 1))
+        try:
+            ask(lambda: 1)
+        except RankError as error:
+            found.append(str(error).partition("\n")[0])
+    return found
+
+
 def test_a_rank_that_dies_ends_the_others(mortal: RankPool) -> None:
     survivor, dead = mortal.outcomes(dying)
     assert dead is None

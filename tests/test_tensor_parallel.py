@@ -24,7 +24,7 @@ import packlight
 from packlight.errors import NonFiniteLossError
 from packlight.moves.microbatch.move import Microbatch
 from packlight.search.search import Search
-from tests.rank_pool import Raised, RankPool
+from tests.rank_pool import RankPool
 
 PARALLEL = packlight.Parallel(tensor="tensor")
 WIDTH, HEADS, VOCABULARY = 32, 4, 64
@@ -217,9 +217,7 @@ def attempted(what: str) -> Any:
 def test_what_cannot_be_is_said_on_all_ranks(
     pool: RankPool, what: str, kind: str, words: str
 ) -> None:
-    for outcome in pool.outcomes(attempted, what):
-        assert isinstance(outcome, Raised)
-        assert outcome.kind == kind and words in outcome.text
+    pool.assert_refused(words, attempted, what, kind=kind)
 
 
 def with_nan() -> tuple[bool, float]:
@@ -306,8 +304,7 @@ def test_an_overflow_in_one_part_skips_the_update_of_all(pool: RankPool) -> None
 
 
 def test_parts_of_other_sizes_and_tied_weights_are_refused(pool: RankPool) -> None:
-    for outcome in pool.outcomes(localized_unevenly):
-        assert isinstance(outcome, Raised) and "has no equal parts for 2 ranks" in outcome.text
+    pool.assert_refused("has no equal parts for 2 ranks", localized_unevenly)
 
 
 def localized_unevenly() -> None:

@@ -24,7 +24,7 @@ import packlight
 from packlight.errors import NonFiniteLossError
 from packlight.moves.microbatch.move import Microbatch
 from packlight.search.search import Search
-from tests.rank_pool import Raised, RankPool
+from tests.rank_pool import RankPool
 
 WIDTH, HIDDEN, CLASSES, ROWS, STEPS = 64, 128, 16, 8, 5
 PARALLEL = {
@@ -323,6 +323,4 @@ def attempted(what: str) -> None:
 def test_what_does_not_fit_together_is_said_on_all_ranks(
     pool: RankPool, what: str, kind: str, words: str
 ) -> None:
-    for outcome in pool.outcomes(attempted, what):
-        assert isinstance(outcome, Raised)
-        assert outcome.kind == kind and words in outcome.text
+    pool.assert_refused(words, attempted, what, kind=kind)

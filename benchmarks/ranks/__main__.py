@@ -2,6 +2,9 @@
 
     python -m benchmarks.ranks              # into results.jsonl and the tables of README.md
     python -m benchmarks.ranks --rounds 1 --steps 3
+    python -m benchmarks.ranks parity       # strategies beside one process: parity.jsonl
+    python -m benchmarks.ranks kills --count 100        # ranks that die: kills.jsonl
+    python -m benchmarks.ranks plans        # 512 ranks planned on this machine: plans.jsonl
 
 Modes take turns, each with a model, an optimizer and steps of its own, in the same processes.
 """
@@ -19,6 +22,7 @@ import torch.multiprocessing as mp
 from benchmarks.common import KEEP_FREED_MEMORY, provenance, read_lines, replace_between_markers
 from benchmarks.ranks.modes import MODES
 from benchmarks.ranks.report import report
+from benchmarks.ranks.tables import kills_table, parity_table, plans_table
 from benchmarks.ranks.turns import Record, take_turns
 
 MODULE = "benchmarks.ranks"
@@ -28,6 +32,9 @@ RESULTS = FOLDER / "results.jsonl"
 
 def main() -> int:
     """Run the benchmark."""
+    others = {"parity": parity_table, "kills": kills_table, "plans": plans_table}
+    if sys.argv[1:] and sys.argv[1] in others:
+        return others[sys.argv[1]](sys.argv[2:])
     arguments = _parser().parse_args()
     os.environ.update(KEEP_FREED_MEMORY)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

@@ -28,8 +28,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--save", metavar="FILE", help="write how the step runs to FILE, for train --way"
     )
     parser.add_argument(
-        "--mesh", metavar="data=N",
-        help="plan what one of N ranks does that are not there, each with a part of the batch",
+        "--mesh", metavar="data=N[,shard=M]",
+        help="plan what one of N ranks does that are not there, each with a part of the batch; "
+        "with shard=M, of N groups of M ranks that share pieces of parameters",
+    )
+    parser.add_argument(
+        "--no-others", action="store_true", help="leave out what other budgets would cost"
+    )
+    parser.add_argument(
+        "--no-weights", action="store_true",
+        help="the model has no values and takes no memory, however large it is; times are those of "
+        "single calls on this machine's CPU",
     )
     shards.add_arguments(parser)
     parser.add_argument(
@@ -48,7 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     console = Console()
     mesh = options.modelled_mesh(arguments)
-    parallel = shards.parallel(arguments, mesh is not None)
+    is_hybrid = mesh is not None and mesh.shard is not None
+    parallel = shards.parallel(arguments, mesh is not None, is_hybrid)
     ranks = {} if mesh is None else {"mesh": mesh, "parallel": parallel}
     step = planned(
         arguments, budget_bytes, moves=options.moves(arguments), offload_directory=directory,
@@ -61,8 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(step.describe(), highlight=False, markup=False)
     if profile.graph.reductions:
         console.print(network_table(breakdown.network_rows(profile, plan.schedule)))
-    plans = other_plans(profile)
-    console.print(pareto_table(profile, plans))
+    plans = [] if arguments.no_others else other_plans(profile)
+    if plans:
+        console.print(pareto_table(profile, plans))
     if arguments.save is not None:
         step.save_way(arguments.save)
         console.print(f"way: {arguments.save}")

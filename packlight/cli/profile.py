@@ -109,10 +109,11 @@ def planned(
 
     allow = options.allowed(arguments)
     example = load_example(arguments.file)
-    model, optimizer = build(example, arguments.device, arguments.seed)
+    device = "meta" if getattr(arguments, "no_weights", False) else arguments.device
+    model, optimizer = build(example, device, arguments.seed)
     stream: Iterator[Any] = BatchStream(example, "train", arguments.device, arguments.seed)
     if "mesh" in how:
-        stream = PartStream(stream, 0, how["mesh"].data)
+        stream = PartStream(stream, 0, how["mesh"].num_ranks)
     batch = next(stream)
     return planned_step(
         model, example.loss, optimizer, batch, budget_bytes, allow=allow, **how)

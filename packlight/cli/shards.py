@@ -23,13 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parallel(arguments: argparse.Namespace, has_ranks: bool) -> Any:
+def parallel(
+    arguments: argparse.Namespace, has_ranks: bool, is_hybrid: bool = False
+) -> Any:
     """Return what `fit` is told of it, None without it.
 
     Raises:
         OptionError: there are no ranks, or no such pieces.
     """
-    if arguments.shard is None:
+    if arguments.shard is None and not is_hybrid:
         return None
     if not has_ranks:
         raise OptionError(
@@ -37,7 +39,10 @@ def parallel(arguments: argparse.Namespace, has_ranks: bool) -> Any:
             "packlight train, or plan --mesh data=8 --link 25GB/s"
         )
     from packlight.ranks.parallel import Parallel
+    from packlight.ranks.pieces import Placement
 
+    if is_hybrid:
+        return Parallel("data", "shard", arguments.shard or Placement.PARAMETER.value)
     return Parallel(shard="data", pieces=arguments.shard)
 
 

@@ -112,7 +112,7 @@ class DataParallel(Move):
         )
         if not sharding.gathered:
             lane = replace(lane, memory="", read=None)
-        ranks = draft.request.data_ranks
+        ranks = draft.request.shard_ranks
         machine = (draft.machine or Machine()).with_lane(lane)
         reduction = Reduction(
             self.buckets, self.num_in_flight, lane, sharding, 0 if ranks is None else ranks.rank,
@@ -150,7 +150,7 @@ def settled_weight(whole: Draft) -> int:
     """
     request, weight = whole.request, open_weight(whole)
     options = alternatives(weight)
-    if request.loss_weight is not None:
+    if request.loss_weight is not None or request.is_weightless:
         return 0
     try:
         return observed_weight(whole, weight, cuts_extras=False)
@@ -219,8 +219,8 @@ def sharding_of(draft: Draft) -> Sharding:
             raise UnsupportedModelError(
                 f"parameters cannot lie in pieces: {reason}\nhint: leave shard= out"
             )
-        assert request.num_ranks is not None
-        return costs.sharding(whole.loss, request.num_ranks)
+        assert request.num_shards is not None
+        return costs.sharding(whole.loss, request.num_shards)
 
     return whole.once("sharding", found)
 

@@ -43,6 +43,9 @@ class Request:
         beside: optimizers, modules and tensors that the loop keeps while the step runs.
         max_gradient_error: how wrong approximations may make the gradient, relative to its norm;
             None where the user names no limit.
+        shard_ranks: those of `data_ranks` that have pieces of parameters each; all, mostly.
+        replica_ranks: those with the same pieces, where there are several.
+        is_weightless: the model has no values: nothing of it can run.
     """
 
     model: nn.Module
@@ -65,6 +68,9 @@ class Request:
     accumulates: bool = False
     beside: tuple[Beside, ...] = ()
     max_gradient_error: float | None = None
+    shard_ranks: Ranks | None = None
+    replica_ranks: Ranks | None = None
+    is_weightless: bool = False
 
     @property
     def shards(self) -> bool:
@@ -85,5 +91,12 @@ class Request:
     def num_ranks(self) -> int | None:
         """How many have a part of the batch each; None for one."""
         if self.modelled is not None:
-            return self.modelled.data
+            return self.modelled.num_ranks
         return None if self.data_ranks is None else self.data_ranks.size
+
+    @property
+    def num_shards(self) -> int | None:
+        """How many have a piece of a parameter each, where it lies in pieces."""
+        if self.modelled is not None:
+            return self.modelled.shard or self.modelled.data
+        return None if self.shard_ranks is None else self.shard_ranks.size

@@ -12,7 +12,13 @@ from typing import Any
 import torch
 
 from packlight.optim.codebooks import LINEAR_4BIT, SIGNED_4BIT, SIGNED_8BIT, UNSIGNED_8BIT
-from packlight.optim.formats import STATE_FORMATS, StateFormat, state_format, state_layout
+from packlight.optim.formats import (
+    MIN_QUANTIZED_ELEMENTS,
+    STATE_FORMATS,
+    StateFormat,
+    state_format,
+    state_layout,
+)
 from packlight.optim.rules import moments_of
 
 
@@ -40,6 +46,24 @@ def rearranged_state(
         elif not name.endswith("_scale"):
             new[name] = state[name].view(-1)[place].masked_fill_(is_new, 0)
     return new
+
+
+def decoded_moments(group: Mapping[str, Any], state: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the moments of a parameter, or of rows of one, as vectors of numbers.
+
+    Args:
+        group: the parameter's, see `state_format`.
+        state: of all of its elements, or of some blocks of them.
+    """
+    found = {}
+    for moment in moments_of(group):
+        # (Of rows of a large parameter there may be few.)
+        is_quantized = f"{moment.name}_scale" in state
+        count = MIN_QUANTIZED_ELEMENTS if is_quantized else 0
+        form = state_format(group, moment.name, count)
+        num_elements = state[moment.name].numel() * form.elements_per_item
+        found[moment.name] = _decoded(state, moment.name, form, moment.is_signed, num_elements)
+    return found
 
 
 def _levels(form: StateFormat, is_signed: bool) -> torch.Tensor:

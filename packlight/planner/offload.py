@@ -34,6 +34,7 @@ from packlight.planner.refine import (
     repair,
     ruin_and_recreate,
 )
+from packlight.planner.rests import with_reads
 from packlight.planner.retention import Retention
 from packlight.planner.routes import Routes
 from packlight.planner.search import Found, View
@@ -268,8 +269,13 @@ class OffloadSearch:
         trials.sort(key=lambda t: _rank(t.found, budget_bytes))
         num_moves = (MANY_MOVES if self._is_small else MOVES) // POLISHED
         polished = [self._polished(t, budget_bytes, num_moves) for t in trials[:POLISHED]]
-        found = [t.found for t in (*trials, *polished) if t.found.peak_bytes <= budget_bytes]
-        return sorted(found, key=lambda f: -f.seconds)
+        found = [t.found for t in (*trials, *polished)]
+        for seed in [self._plain[0], *seeds] if self.resting else []:
+            for again in (False, True):
+                order = with_reads(seed.view.graph, self.routes, seed.order, again)
+                found.append(self.judged(seed.view, order, budget_bytes, self._hurries))
+        fitting = [one for one in found if one.peak_bytes <= budget_bytes]
+        return sorted(fitting, key=lambda f: -f.seconds)
 
     def _sweep(self, seeds: list[Seed], budget_bytes: int) -> list[Trial]:
         smallest_bytes = SMALL_SHARE * budget_bytes

@@ -157,15 +157,16 @@ class Ranks:
         Raises:
             Exception: what it raises on the first rank where it raises, on all of them.
         """
-        mine: Any = None
         error: Exception | None = None
         try:
-            mine = make()
+            mine = pickle.dumps(make())
         except Exception as raised:
-            error, mine = raised, _Failure.of(raised)
-        everybody: list[Any] = [None] * self.size
-        with self.naming_losses():
-            dist.all_gather_object(everybody, mine, group=self._group)
+            error, mine = raised, pickle.dumps(_Failure.of(raised))
+        sizes = self.exchange(len(mine))
+        parts = torch.split(torch.empty(sum(sizes), dtype=torch.uint8), [*sizes])
+        parts[self.rank].copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        self._share_parts(parts)
+        everybody: list[Any] = [pickle.loads(part.numpy().tobytes()) for part in parts]
         failed = [rank for rank, value in enumerate(everybody) if isinstance(value, _Failure)]
         if failed:
             if failed[0] == self.rank:
@@ -178,10 +179,18 @@ class Ranks:
 
     def broadcast(self, value: Value | None, source: int) -> Value:
         """Return the value that one rank has."""
-        values = [value]
-        with self.naming_losses():
-            dist.broadcast_object_list(values, group=self._group, group_src=source)
-        return values[0]  # type: ignore[return-value]
+        told = pickle.dumps(value) if self.rank == source else b""
+        whole = torch.empty(self.exchange(len(told))[source], dtype=torch.uint8)
+        if self.rank == source:
+            whole.copy_(torch.frombuffer(bytearray(told), dtype=torch.uint8))
+        self.wait(self.start_sharing(whole, source))
+        found: Value = pickle.loads(whole.numpy().tobytes())
+        return found
+
+    def _share_parts(self, parts: Sequence[torch.Tensor]) -> None:
+        """Give all ranks what each has in its part, and look whether one has failed meanwhile."""
+        for one in [self.start_sharing(part, owner) for owner, part in enumerate(parts)]:
+            self.wait(one)
 
     # -- numbers, every step
 

@@ -12,6 +12,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -71,6 +72,24 @@ def _looked_at(ranks: Ranks, device: torch.device, among: Ranks) -> Lane:
         NETWORK, RANKS, gather, None, compute_share=found[-1], reduce=reduce, reduce_pieces=pieces,
         share=gather,
     )
+
+
+def in_groups(everybody: Lane, within: Lane, across: Lane, group_size: int) -> Lane:
+    """Return the lane of ranks in groups, each of which has all pieces of parameters.
+
+    Sums go to their owners within each group; owners of the same pieces then add those up.
+
+    Args:
+        everybody: of all ranks.
+        within: of one group.
+        across: of ranks with the same pieces.
+        group_size: how many are in a group.
+    """
+    sums, shares = within.reduce_pieces, across.reduce
+    assert sums is not None and shares is not None, "networks reduce"
+    seconds_per_byte = 1 / sums.bytes_per_second + 1 / (group_size * shares.bytes_per_second)
+    both = Speed(1 / seconds_per_byte, sums.latency_seconds + shares.latency_seconds)
+    return replace(everybody, read=within.read, share=within.share, reduce_pieces=both)
 
 
 def _is_whole(known: object) -> bool:

@@ -1,8 +1,8 @@
 """Megatron's split of transformers' models in one line: heads and hidden units lie with ranks.
 
 Of each attention and each MLP the first matrices are cut by columns (of their outputs) and the last
-by rows, so that ranks add up once behind each (Shoeybi et al. 2019, arXiv 1909.08053). Embeddings,
-norms and loss heads stay whole.
+by rows, so that ranks add up once behind each (Shoeybi et al. 2019, arXiv 1909.08053). Embeddings
+and norms stay whole, and loss heads if nobody asks for parts.
 
 `SPLITS` says which matrix is which, by the name of the class that has them.
 """
@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from packlight.errors import OptionError, UnsupportedModelError
+from packlight.ranks.heads import split_head
 from packlight.ranks.tensor import localized
 
 
@@ -73,7 +74,7 @@ SPLITS: Mapping[str, Split] = {
 }
 
 
-def megatron(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def megatron(model: nn.Module, mesh: DeviceMesh, *, splits_head: bool = False) -> nn.Module:
     """Give each rank its heads and hidden units of a model of transformers; before an optimizer.
 
     Known are the layers of Llama, GPT-2, BERT, T5 and ViT, with whatever head. All ranks have to
@@ -82,6 +83,8 @@ def megatron(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         model: whole; changed in place. Its parameters become each rank's parts (see `localize`).
         mesh: of one dimension: `mesh["tensor"]`.
+        splits_head: each rank also has its words of a causal language model's head, which is no
+            embedding. The logits that the model returns are those of this rank's words then.
 
     Returns:
         The model.
@@ -100,6 +103,8 @@ def megatron(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     found = [*_found(model)]
     _refuse_unknown(model, found)
     _refuse_uneven(found, mesh.size())
+    if splits_head:
+        split_head(model, mesh)
     num_blocks: dict[str, int] = {}
     for matrix in found:
         matrix.split_over(mesh)

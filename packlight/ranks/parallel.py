@@ -31,11 +31,15 @@ class RankGroups:
         all: of them: they run one plan.
         data: those that have parts of the batch each, and the same weights.
         tensor: those that have parts of the weights each, and the same batch.
+        shard: those of `data` that have pieces of parameters each, where these are not all.
+        replicas: those with the same pieces, where there are several.
     """
 
     all: Ranks
     data: Ranks | None = None
     tensor: Ranks | None = None
+    shard: Ranks | None = None
+    replicas: Ranks | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,9 @@ class Parallel:
         data: name of the mesh's dimension along which each rank has its part of the batch, and all
             of them the same model. With a mesh of one dimension it can be left out.
         shard: name of the dimension along which parameters lie in pieces: each rank updates some
-            rows of them. It is the same dimension as `data`, and then need not be named twice.
+            rows of them. It is the same dimension as `data`, and then need not be named twice; or
+            another one: ranks along `data` have the same rows (hybrid sharding), and ranks along
+            both have parts of the batch.
         pieces: what of them is then kept by whoever has the rows: "state", the optimizer's
             (ZeRO-1); "gradient", gradients, too (ZeRO-2); "parameter", values, too, which are
             gathered around their uses (ZeRO-3); "planned", as much as the budget asks for, but
@@ -75,11 +81,11 @@ class Parallel:
                 f"ranks along {self.tensor!r} have either parts of the weights or parts of the "
                 "batch\nhint: a mesh of two dimensions, with one name for each"
             )
-        if self.shard is not None and self.data not in (None, self.shard):
+        if self.is_hybrid and self.tensor is not None:
             raise OptionError(
-                f"data={self.data!r} and shard={self.shard!r} are two dimensions: ranks with the "
-                "same pieces of parameters and other parts of the batch are not there yet\n"
-                f"hint: packlight.Parallel(shard={self.shard!r})"
+                f"data={self.data!r}, shard={self.shard!r} and tensor={self.tensor!r} are three "
+                f"dimensions\nhint: two of them, such as packlight.Parallel(shard={self.shard!r}, "
+                f"tensor={self.tensor!r})"
             )
         if self.space is not None and (self.tensor or self.shard):
             raise OptionError(
@@ -90,6 +96,11 @@ class Parallel:
             raise OptionError(
                 f"pieces={self.pieces!r} of parameters are none\nhint: {', '.join(known)}"
             )
+
+    @property
+    def is_hybrid(self) -> bool:
+        """Whether several ranks have the same pieces of parameters."""
+        return self.shard is not None and self.data not in (None, self.shard)
 
     @property
     def space_dims(self) -> tuple[str, ...]:
@@ -151,6 +162,11 @@ def ranks_of(
             if everybody.size == dist.get_world_size(group):  # a part of them speaks by itself
                 talk_through(name, everybody)
         return RankGroups(everybody, everybody)
+    if parallel.is_hybrid:
+        _refuse_others(mesh, parallel)
+        replicas, shard = map((mesh.mesh_dim_names or ()).index, (parallel.data, parallel.shard))
+        everybody, *both = _in_two_dimensions(mesh, replicas, shard, device, timeout)
+        return RankGroups(everybody, everybody, None, both[1], both[0])
     data, tensor = _dimensions(mesh, parallel)
     if data is None or tensor is None:
         place = data if tensor is None else tensor
@@ -158,7 +174,7 @@ def ranks_of(
         everybody = _ranks(mesh.get_group(place), device, timeout)
         groups = RankGroups(everybody, *((everybody,) if tensor is None else (None, everybody)))
     else:
-        groups = _in_two_dimensions(mesh, data, tensor, device, timeout)
+        groups = RankGroups(*_in_two_dimensions(mesh, data, tensor, device, timeout))
     if tensor is not None:
         assert groups.tensor is not None
         talk_through(mesh.get_group(tensor).group_name, groups.tensor)
@@ -184,15 +200,14 @@ def spoken_groups(mesh: Any, parallel: Parallel | None) -> tuple[str, ...]:
 
 
 def _refuse_others(mesh: DeviceMesh, parallel: Parallel) -> None:
-    """Raise where a mesh is not what ranks that cut samples need."""
+    """Raise where a mesh has not the dimensions that have names, and no others."""
     names, wanted = mesh.mesh_dim_names or (), {*parallel.space_dims}
-    if parallel.data is not None:
-        wanted.add(parallel.data)
+    wanted |= {*filter(None, (parallel.data, parallel.shard))}
     if {*names} != wanted:
         raise OptionError(
             f"the mesh has dimensions {', '.join(names) or 'without names'}, and parallel= says "
             f"what {', '.join(sorted(wanted))} are for\nhint: name all of them, and no others, in "
-            "packlight.Parallel(space=..., data=...)"
+            f"packlight.Parallel({'space' if parallel.space else 'shard'}=..., data=...)"
         )
 
 
@@ -211,21 +226,24 @@ def _ranks(
     return known
 
 
-_known_groups: WeakKeyDictionary[dist.ProcessGroup, RankGroups] = WeakKeyDictionary()
+_known_groups: WeakKeyDictionary[dist.ProcessGroup, tuple[Ranks, Ranks, Ranks]] = (
+    WeakKeyDictionary()
+)
 
 
 def _in_two_dimensions(
-    mesh: DeviceMesh, data: int, tensor: int, device: torch.device, timeout: float
-) -> RankGroups:
-    group = mesh.get_group(data)
+    mesh: DeviceMesh, one: int, other: int, device: torch.device, timeout: float
+) -> tuple[Ranks, Ranks, Ranks]:
+    """Return all ranks of a mesh, and those along each of its dimensions with this one."""
+    group = mesh.get_group(one)
     known = _known_groups.get(group)
-    if known is None or known.all.has_failed or known.all.timeout_seconds != timeout:
+    if known is None or known[0].has_failed or known[0].timeout_seconds != timeout:
         everybody = Ranks(sorted(mesh.mesh.flatten().tolist()), device, timeout)
-        data_ranks, tensor_ranks = (
+        along = [
             Ranks(dist.get_process_group_ranks(mesh.get_group(dim)), device, timeout, everybody)
-            for dim in (data, tensor)
-        )
-        known = _known_groups[group] = RankGroups(everybody, data_ranks, tensor_ranks)
+            for dim in (one, other)
+        ]
+        known = _known_groups[group] = (everybody, along[0], along[1])
     return known
 
 

@@ -28,6 +28,8 @@ class Reducer:
 
     Args:
         ranks: all of them.
+        within: those that share the pieces of parameters, where these are not all.
+        across: those with the same pieces, where there are several.
 
     Attributes:
         weight: how much this rank's part of the batch counts, of 1 in all.
@@ -36,8 +38,10 @@ class Reducer:
         num_steps: trained so far, for errors.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(
+        self, ranks: Ranks, within: Ranks | None = None, across: Ranks | None = None
+    ) -> None:
+        self.ranks, self._within, self._across = ranks, within or ranks, across
         self.weight, self.num_steps = 1.0, 0
         self.counts = True
         # Per rank: its weighted loss, and how it fares.
@@ -45,6 +49,8 @@ class Reducer:
         self._sent: Sent | None = None
         self._are_known = self._has_entered = False
         self._under_way: dict[int, tuple[list[Sent], torch.Tensor, int]] = {}
+        # Of buckets in pieces that other ranks have, too: this rank's part of their sums.
+        self._own: dict[int, torch.Tensor] = {}
 
     def begin(self, weight: float, num_steps: int) -> None:
         """Say what the next step is.
@@ -57,6 +63,7 @@ class Reducer:
         self.counts = True
         self._sent, self._are_known, self._has_entered = None, False, False
         self._under_way.clear()
+        self._own.clear()
 
     def enter(self) -> None:
         """Wait until all ranks run the step: before anything is gathered from them for it.
@@ -149,12 +156,13 @@ class Reducer:
         references = num_storage_references(value)
         flat = value.as_strided((value.numel(),), (1,))
         if ends:
-            parts = zip((0, *ends), ends, strict=False)
+            parts = [flat[a:b] for a, b in zip((0, *ends), ends, strict=False)]
             sent = [
-                self.ranks.start_for(flat[first:end], owner)
-                for owner, (first, end) in enumerate(parts)
-                if first < end
+                self._within.start_for(part, owner)
+                for owner, part in enumerate(parts) if part.numel()
             ]
+            if self._across is not None:
+                self._own[bucket] = parts[self._within.rank]
         else:
             sent = [self.ranks.start(flat)]
         self._under_way[bucket] = (sent, value, references)
@@ -170,4 +178,9 @@ class Reducer:
         sent, value, references = self._under_way.pop(bucket)
         while sent:
             self.ranks.wait(sent.pop(0))
+        own = self._own.pop(bucket, None)
+        if own is not None and own.numel():
+            assert self._across is not None
+            self.ranks.wait(self._across.start(own))
+        del own
         self.ranks.wait_let_go(value, references)

@@ -303,7 +303,7 @@ def key_of(parameter: torch.Tensor) -> Key:
 
 
 def lying_of(
-    model: nn.Module, sharded: ShardedParameters | None, data_ranks: Ranks | None
+    model: nn.Module, sharded: ShardedParameters | None, shard_ranks: Ranks | None
 ) -> Lying:
     """Return where a model's values and states are, for checkpoints.
 
@@ -317,6 +317,6 @@ def lying_of(
             "checkpoints of convolutions whose filters or channels lie with ranks are not there "
             "yet\nhint: save packlight.convolution.whole_state(model)"
         )
-    if sharded is None or data_ranks is None:
+    if sharded is None or shard_ranks is None:
         return Lying(parts=parts)
-    return Lying(sharded.parameters, sharded.states, data_ranks.rank, parts)
+    return Lying(sharded.parameters, sharded.states, shard_ranks.rank, parts)

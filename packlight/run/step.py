@@ -68,7 +68,9 @@ class StepRunner:
         self._reducer: Reducer | None = None
         self._accumulated: Accumulated | None = None
         if request.data_ranks is not None:
-            self._reducer = Reducer(request.data_ranks)
+            self._reducer = Reducer(
+                request.data_ranks, request.shard_ranks, request.replica_ranks
+            )
             self._weights = RankWeights(request.data_ranks, ready)
             if accumulates and not sums_each:
                 self._accumulated = Accumulated(self._buckets(), self._reducer, sharded)
@@ -381,10 +383,12 @@ def _together(request: Request, ready: Ready) -> Together | None:
         return None
     parts = parts_of(request.model)
     has_data = request.data_ranks is None or request.data_ranks.rank == 0
+    has_pieces = request.replica_ranks is None or request.replica_ranks.rank == 0
     has_weights = request.tensor_ranks is None or request.tensor_ranks.rank == 0
     pieces = ready.in_pieces
 
     def counts(parameter: nn.Parameter) -> bool:
-        return (has_data or parameter in pieces) and (has_weights or parameter in parts)
+        has_it = has_pieces if parameter in pieces else has_data
+        return has_it and (has_weights or parameter in parts)
 
     return Together(request.ranks, counts)

@@ -66,7 +66,7 @@ class TrainStep:
         self._trained: Any = None
         # What is on the disk stays there whatever the parameters and batches are.
         self._streamed = StreamedTensors(request.offload_directory)
-        ranks = request.data_ranks
+        ranks = request.shard_ranks
         self._sharded = None if ranks is None else ShardedParameters(ranks)
         # Per batch signature: traced calls, and what runs for each of them, the latest first.
         self._captures: dict[Any, dict[int | None, StepCapture]] = {}
@@ -226,7 +226,7 @@ class TrainStep:
     @property
     def _lying(self) -> Lying:
         """Where values and states are, for checkpoints."""
-        return lying_of(self.model, self._sharded, self.request.data_ranks)
+        return lying_of(self.model, self._sharded, self.request.shard_ranks)
 
     def is_on_disk(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor (a parameter, optimizer state) lies in the offload directory's file.

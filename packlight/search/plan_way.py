@@ -66,6 +66,7 @@ class WayPlanner:
     Attributes:
         partners: other ranks that look at the same steps, whose costs count, too; None where this
             process plans alone.
+        is_rehearsing: whether steps may run to see how long calls take in them.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class WayPlanner:
         self.partners: Partners | None = None
         self._traced: dict[int | None, Traced] = {}
         self._drafts: dict[tuple[int | None, Moves], Draft] = {}
-        self._is_rehearsing = True
+        self.is_rehearsing = not base.request.is_weightless
 
     def forget(self) -> None:
         """Let go of the example batch; what was traced can still run."""
@@ -95,7 +96,7 @@ class WayPlanner:
         """Return a planner for the same batch and another budget, which rehearses nothing."""
         other = copy.copy(self)
         other.request = replace(self.request, budget_bytes=budget_bytes)
-        other._is_rehearsing = False
+        other.is_rehearsing = False
         return other
 
     # -- drafts
@@ -326,7 +327,7 @@ class WayPlanner:
         """Return a step with the best times that can be had, and its plan."""
         request = self.request
         if not all(f is None or f.in_step_seconds is not None for f in step.joint.facts):
-            if self._is_rehearsing and (rehearses or not self.profiler.has_seen_steps):
+            if self.is_rehearsing and (rehearses or not self.profiler.has_seen_steps):
                 step = self._rehearsed(step, memory, draft)
             else:
                 step = replace(step, joint=with_estimated_seconds(step.joint, self.profiler))

@@ -17,7 +17,7 @@ from packlight.moves.move import Move, Refusal, Room, Stage
 from packlight.moves.registry import of_package, of_stage
 from packlight.moves.request import Request
 from packlight.moves.step_costs import StepCosts
-from packlight.ranks.link import measure_link
+from packlight.ranks.link import in_groups, measure_link
 from packlight.search.agree import agreed
 from packlight.search.plan_way import WayPlanner
 from packlight.search.ready import Ready
@@ -103,6 +103,13 @@ class Preparer:
             costs.network = request.modelled.lane
         if request.data_ranks is not None:
             costs.network = measure_link(request.data_ranks, self.device, request.ranks)
+        if request.replica_ranks is not None:
+            assert costs.network is not None and request.shard_ranks is not None
+            within, across = (
+                measure_link(ranks, self.device, request.ranks)
+                for ranks in (request.shard_ranks, request.replica_ranks)
+            )
+            costs.network = in_groups(costs.network, within, across, request.shard_ranks.size)
         if request.tensor_ranks is not None:
             costs.exchanges = measure_link(request.tensor_ranks, self.device, request.ranks)
         elif request.is_talkative:

@@ -121,7 +121,8 @@ def cache_key(whole: Draft) -> str | None:
         whole: the draft of the whole batch, traced.
     """
     request = whole.request
-    if os.environ.get(NO_CACHE_VARIABLE) or callable(request.loss_weight) or request.modelled:
+    is_for_nobody = request.modelled is not None or request.is_weightless
+    if os.environ.get(NO_CACHE_VARIABLE) or callable(request.loss_weight) or is_for_nobody:
         return None  # (what a function of the user's does, no key can tell)
     content = [
         version("packlight"),
@@ -136,7 +137,9 @@ def cache_key(whole: Draft) -> str | None:
         whole.costs.optimizer_bytes,
         None if request.ranks is None else [
             whole.costs.agreed_buckets, request.placements, request.is_talkative,
-            *(r and r.size for r in (request.ranks, request.data_ranks, request.tensor_ranks)),
+            *(r and r.size for r in (
+                request.ranks, request.data_ranks, request.tensor_ranks, request.shard_ranks
+            )),
         ],
         graph_digest(whole.graph_module),
     ]

@@ -81,7 +81,7 @@ class Search:
             # A rehearsal takes several steps: only ways that may win are worth it. The others stay
             # with times estimated from calls alone.
             best = min(self.found, key=lambda moves: self.found[moves].way.handicapped_seconds)
-            if best in rehearsed:
+            if best in rehearsed or not self.planner.is_rehearsing:
                 return self.found[best]
             rehearsed.add(best)
             try:

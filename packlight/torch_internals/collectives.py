@@ -19,6 +19,12 @@ WAIT = _functional.wait_tensor.default
 _NAMESPACES = ("_c10d_functional", "_dtensor")
 
 
+def reduced(value: torch.Tensor, operation: str, group_name: str) -> torch.Tensor:
+    """Return what all ranks of a group have, reduced; a traced call finds this in its graph."""
+    result: torch.Tensor = WAIT(ALL_REDUCE(value, operation, group_name))
+    return result
+
+
 def is_exchange(target: Any) -> bool:
     """Whether a call is one by which ranks tell one another something, or waits for one."""
     return isinstance(target, torch._ops.OpOverload) and target.namespace in _NAMESPACES

@@ -39,6 +39,7 @@ from packlight.updates.twin import (
 
 # Slices of AdamW are then 1 MiB, which stay in cache from one pass over them to the next.
 DEFAULT_WORKSPACE_BYTES = 4 * 2**20
+LARGE_ELEMENTS = 2**20  # larger parameters have the same states (none is too small for few bits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,10 +179,16 @@ class ParameterUpdates:
         return None if unit is not None and unit > 1 and is_split else unit
 
     def keeps_form(self, parameter: torch.Tensor, num_rows: int) -> bool:
-        """Whether a piece of so many rows has the states that the whole has: none is too small."""
-        index = self._group_index[parameter]
+        """Whether a piece of so many rows has the states that the whole has: none is too small.
 
-        def form(value: torch.Tensor) -> Any:
+        What is large has the states of what is larger.
+        """
+        index = self._group_index[parameter]
+        enough = ceil(LARGE_ELEMENTS / max(1, parameter[0].numel()))
+
+        def form(rows: int) -> Any:
+            value = parameter.detach()[: min(rows, enough)]
+
             def observe() -> list[list[str]]:
                 group = self.optimizer.param_groups[index]
                 with real_tensors():
@@ -190,8 +197,7 @@ class ParameterUpdates:
 
             return self._remembered.seen(("form", *_key(index, value)), observe)
 
-        whole = parameter.detach()
-        return bool(form(whole) == form(whole[:num_rows]))
+        return bool(form(len(parameter)) == form(num_rows))
 
     def kind(self, parameter: torch.Tensor) -> str:
         """Return what tells an update of a parameter from those of other optimizers."""

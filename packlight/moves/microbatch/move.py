@@ -162,6 +162,11 @@ def observed_weight(draft: Draft, weight: LossWeight, *, cuts_extras: bool = Tru
     Raises:
         MicrobatchError: none.
     """
+    if draft.request.is_weightless:
+        raise MicrobatchError(
+            "whether rows look at one another cannot be seen of a model without values",
+            hint="plan one that has some",
+        )
     rows, key = num_rows(draft.batch), draft.loss.key
 
     def observe() -> int:
