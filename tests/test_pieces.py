@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import packlight
+from benchmarks.zoo.outcome import traced
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
@@ -435,6 +436,49 @@ def test_batch_norm_and_tied_weights_go_through_pieces() -> None:
         assert torch.equal(step(tokens), eager_step(eager, theirs, tokens, loss_fn))
     buffers = zip(mine.buffers(), eager.buffers(), strict=True)
     assert same(mine, eager) and all(torch.equal(a, b) for a, b in buffers)
+
+
+# What dynamo does where PyTorch's own backends break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_gradients_terms_are_added_up_piece_by_piece() -> None:
+    """Where a value is read twice behind a break, and once more behind the next.
+
+    Eager PyTorch adds each term to those before it, latest use first; a piece hands on the sum of
+    its own, as PyTorch's own pieces do (I-BERT's last bits are this). Neither is nearer to float64.
+    """
+
+    class ReadThrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            print("first", h.detach().norm(), file=io.StringIO())
+            y = torch.sin(h) * torch.exp(0.1 * h)
+            print("second", y.detach().norm(), file=io.StringIO())
+            return y * torch.cos(h)
+
+    def gradients(model: nn.Module, call: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        call(model, x).backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    def error(found: list[torch.Tensor]) -> float:
+        return max(float((f - e).abs().max()) for f, e in zip(found, exact, strict=True))
+
+    model, eager, x = twins(ReadThrice)
+    planned = torch.compile(
+        loss_of, backend="packlight", options={"budget": "4MiB", "progress": False}
+    )
+    mine, theirs = gradients(model, planned, x), gradients(eager, loss_of, x)
+    exact = gradients(copy.deepcopy(eager).double(), loss_of, x.double())
+    pieces = gradients(eager, traced(loss_of, fullgraph=False), x)
+    assert all(torch.equal(a, b) for a, b in zip(mine, pieces, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert error(mine) <= 2 * error(theirs) and error(theirs) <= 2 * error(mine)
 
 
 def test_what_follows_a_transposed_result_has_eager_bits() -> None:
