@@ -90,7 +90,7 @@ def summary(found: ByFamily) -> list[str]:
         f"{bits['unplanned']} those of Packlight's step without a budget, where PyTorch cannot run "
         "what it traced, or computes something else than eager PyTorch; "
         f"{bits['other']} have others.",
-        f"- In {len(broken)} families the graph breaks: their pieces are planned together.",
+        f"- Families whose graph breaks, measured in pieces: {len(broken)}.",
         f"- Predicted peaks are off by at most {max(errors, default=0.0):.2%}.",
         f"- Capture, profiling and planning took {seconds / 60:.0f} minutes in all.",
     ]
