@@ -380,8 +380,10 @@ def _looking_at_call(given: Any) -> Iterator[None]:
     has_budget = options_of(given).get("budget") is not None
     if has_budget and _backend_of(given).loop.num_runs == runs_before:
         file, line = calling_line()
+        why = "".join(f" ({p}: {w})" for p, w in [*_backend_of(given).loop.left_out.items()][:1])
         raise GraphBreakError(
-            file, line, "nothing of this call is compiled: it ran in eager PyTorch, without a plan",
+            file, line,
+            f"nothing of this call is compiled: it ran in eager PyTorch, without a plan{why}",
             "take torch.compiler.disable off the forward, or put it around less; packlight.fit "
             "counts what runs in eager PyTorch",
         )

@@ -385,6 +385,106 @@ def test_what_else_a_loop_keeps_is_counted_once() -> None:
     assert beside_bytes(distilled, average) == tensors_bytes(unread)
 
 
+# -- loops as a whole
+
+Run = Callable[[Batch], torch.Tensor]
+
+
+@torch.no_grad()
+def climb(model: nn.Module, steps: list[torch.Tensor]) -> None:
+    """Go uphill along the gradients, into `steps`, and drop those (Foret et al., 2021, eq. 2)."""
+    parameters = list(model.parameters())
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    for parameter, gradient, step in zip(parameters, gradients, steps, strict=True):
+        torch.div(gradient, norm / 0.05, out=step)
+        parameter.add_(step)
+        parameter.grad = None
+
+
+def sharpness_aware(
+    model: nn.Module, batch: Batch, backward: Run, update: Callable[[], Any],
+    steps: list[torch.Tensor],
+) -> list[float]:
+    """One step of sharpness-aware minimisation: two backwards of the same batch, one update."""
+    torch.manual_seed(5)
+    first = backward(batch)
+    climb(model, steps)
+    torch.manual_seed(5)
+    second = backward(batch)
+    with torch.no_grad():
+        for parameter, step in zip(model.parameters(), steps, strict=True):
+            parameter.sub_(step)
+    update()
+    return [first.item(), second.item()]
+
+
+def test_a_sharpness_aware_loop_has_eager_bits_within_its_budget() -> None:
+    mine, eager = pair()
+    steps = [torch.zeros_like(p) for p in mine.model.parameters()]
+    batch = batch_of()
+    step = fit(mine, "smallest", beside=steps)
+    budget = step.budget_bytes
+    assert budget is not None
+
+    def eager_backward(batch: Batch) -> torch.Tensor:
+        loss = eager.loss_fn(eager.model, batch)
+        loss.backward()
+        return loss.detach()
+
+    def eager_update() -> None:
+        eager.optimizer.step()
+        eager.optimizer.zero_grad()
+
+    def whole() -> list[float]:
+        return sharpness_aware(mine.model, batch, step.backward, step.update, steps)
+
+    theirs = [torch.zeros_like(s) for s in steps]
+    for number in range(3):
+        batch = batch_of(number)
+        before = held_bytes(mine, batch, *steps)
+        peak = measure_peak(whole, torch.device("cpu"))
+        assert before + peak.peak_bytes <= budget
+        expected = sharpness_aware(eager.model, batch, eager_backward, eager_update, theirs)
+        assert peak.result == expected and expected[1] > expected[0]
+    assert_same_bits(mine, eager)
+
+
+def test_an_average_learns_beside_the_budget_of_a_whole_loop() -> None:
+    """Steps, schedule, average and its evaluation: all of it within what `fit` was given."""
+    mine, eager = pair()
+    averages = {
+        t.model: AveragedModel(t.model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+        for t in (mine, eager)
+    }
+    average = averages[mine.model]
+    arguments = mine.model, mine.loss_fn, mine.optimizer, batch_of()
+    options: dict[str, Any] = {"moves": EXACT, "beside": average}
+    budget = smallest(*arguments, **options)
+    step = packlight.fit(*arguments, budget, progress=False, **options)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(t.optimizer, 0.9) for t in (mine, eager)]
+    for number in range(3):
+        batch = batch_of(number)
+        before = held_bytes(mine, batch, *average.parameters(), *average.buffers())
+
+        def turn(batch: Batch = batch) -> torch.Tensor:
+            loss = step(batch)
+            average.update_parameters(mine.model)
+            return loss
+
+        torch.manual_seed(number)
+        peak = measure_peak(turn, torch.device("cpu"))
+        assert before + peak.peak_bytes <= budget
+        torch.manual_seed(number)
+        assert peak.result.item() == eager.step(batch).item()
+        averages[eager.model].update_parameters(eager.model)
+        for schedule in schedules:
+            schedule.step()
+    assert_same_bits(mine, eager)
+    ours, theirs = (averages[t.model].state_dict() for t in (mine, eager))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
 # -- what goes wrong
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import packlight
+from benchmarks.zoo.outcome import traced
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
 from packlight.costs.peak import measure_peak
@@ -33,13 +34,22 @@ from packlight.torch_internals.storages import StorageWatch
 WIDTH, ROWS = 32, 256
 
 
+class Layer(nn.Sequential):
+    """Code that is not PyTorch's own: dynamo looks at it wherever it is called from."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self:
+            x = part(x)
+        return x
+
+
 class Layers(nn.Module):
     """Six residual layers; what happens between them is for subclasses."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.Sequential(
+            Layer(
                 nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(4 * WIDTH, WIDTH)
             )
             for _ in range(6)
@@ -112,7 +122,30 @@ class Tries(Layers):
         return x
 
 
-BREAKING = [Prints, ExitsEarly, ScalesByItem, AsksNumpy, PicksRows]
+class Yields(Layers):
+    """A generator that prints; dynamo leaves it to eager PyTorch."""
+
+    def outputs(self, x: torch.Tensor) -> Any:
+        for layer in self.layers:
+            x = x + layer(x)
+            print("norm", x.detach().norm(), file=io.StringIO())
+            yield x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return list(self.outputs(x))[-1]
+
+
+class NamesLayers(Layers):
+    """A name is made of a tensor's value: while it is traced, nothing has that name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for number in torch.arange(6):
+            x = x + self.layers.get_submodule(f"{number}")(x)
+        return x
+
+
+LEFT_OUT = [Tries, Yields]
+BREAKING = [Prints, ExitsEarly, ScalesByItem, AsksNumpy, PicksRows, NamesLayers]
 
 
 def seed(number: int) -> None:
@@ -182,7 +215,7 @@ def test_fit_trains_what_breaks_with_eager_bits_within_the_budget(kind: type[nn.
     assert "test_pieces.py" in step.describe()
 
 
-@pytest.mark.parametrize("kind", BREAKING)
+@pytest.mark.parametrize("kind", [*BREAKING, *LEFT_OUT])
 def test_the_backend_plans_what_breaks(kind: type[nn.Module]) -> None:
     mine, eager, batch = twins(kind)
     optimizer, theirs = sgd(mine), sgd(eager)
@@ -192,7 +225,8 @@ def test_the_backend_plans_what_breaks(kind: type[nn.Module]) -> None:
     peak = measure_peak(lambda: loss_of(eager, batch).backward()).peak_bytes
     eager, theirs = copy.deepcopy(mine), None
     theirs = sgd(eager)
-    budget = int(0.95 * peak)
+    # What is left to eager PyTorch holds what eager PyTorch does, and pieces for a moment more.
+    budget = int((0.95 if kind in BREAKING else 1.1) * peak)
     net = torch.compile(mine, backend="packlight", options={"budget": budget, "progress": False})
 
     def forward_backward() -> torch.Tensor:
@@ -216,7 +250,7 @@ def test_the_backend_plans_what_breaks(kind: type[nn.Module]) -> None:
     assert same(mine, eager)
 
 
-@pytest.mark.parametrize("kind", [*BREAKING, Tries])
+@pytest.mark.parametrize("kind", [*BREAKING, *LEFT_OUT])
 def test_an_impossible_budget_is_refused_wherever_a_function_breaks(kind: type[nn.Module]) -> None:
     mine, _, batch = twins(kind)
     net = torch.compile(mine, backend="packlight", options={"budget": "10kB", "progress": False})
@@ -228,7 +262,7 @@ def test_an_impossible_budget_is_refused_wherever_a_function_breaks(kind: type[n
         for _ in range(2):
             step(batch)
     assert caught.value.smallest_bytes > 2**19
-    assert kind is Tries or same(mine, before)
+    assert kind in LEFT_OUT or same(mine, before)
 
 
 def test_half_the_activations_of_printing_layers_are_planned_like_those_of_silent_ones() -> None:
@@ -402,6 +436,49 @@ def test_batch_norm_and_tied_weights_go_through_pieces() -> None:
         assert torch.equal(step(tokens), eager_step(eager, theirs, tokens, loss_fn))
     buffers = zip(mine.buffers(), eager.buffers(), strict=True)
     assert same(mine, eager) and all(torch.equal(a, b) for a, b in buffers)
+
+
+# What dynamo does where PyTorch's own backends break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_gradients_terms_are_added_up_piece_by_piece() -> None:
+    """Where a value is read twice behind a break, and once more behind the next.
+
+    Eager PyTorch adds each term to those before it, latest use first; a piece hands on the sum of
+    its own, as PyTorch's own pieces do (I-BERT's last bits are this). Neither is nearer to float64.
+    """
+
+    class ReadThrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.first(x)
+            print("first", h.detach().norm(), file=io.StringIO())
+            y = torch.sin(h) * torch.exp(0.1 * h)
+            print("second", y.detach().norm(), file=io.StringIO())
+            return y * torch.cos(h)
+
+    def gradients(model: nn.Module, call: Any, x: torch.Tensor) -> list[torch.Tensor]:
+        torch._dynamo.reset()
+        call(model, x).backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return found
+
+    def error(found: list[torch.Tensor]) -> float:
+        return max(float((f - e).abs().max()) for f, e in zip(found, exact, strict=True))
+
+    model, eager, x = twins(ReadThrice)
+    planned = torch.compile(
+        loss_of, backend="packlight", options={"budget": "4MiB", "progress": False}
+    )
+    mine, theirs = gradients(model, planned, x), gradients(eager, loss_of, x)
+    exact = gradients(copy.deepcopy(eager).double(), loss_of, x.double())
+    pieces = gradients(eager, traced(loss_of, fullgraph=False), x)
+    assert all(torch.equal(a, b) for a, b in zip(mine, pieces, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert error(mine) <= 2 * error(theirs) and error(theirs) <= 2 * error(mine)
 
 
 def test_what_follows_a_transposed_result_has_eager_bits() -> None:

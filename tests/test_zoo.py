@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from benchmarks.common import write_lines
 from benchmarks.zoo import __main__ as run
 from benchmarks.zoo import measure, outcome, report
+from benchmarks.zoo.in_pieces import StepInPieces
 from benchmarks.zoo.measure import CompiledStep, cells_to_measure, measure_family, new_record
 from benchmarks.zoo.outcome import (
     MAX_TRACED_ERROR,
@@ -27,6 +29,7 @@ from benchmarks.zoo.records import (
     COMPILE,
     CONFIGS,
     EXACT,
+    GENERATOR_BYTES,
     HALF_WAY,
     SHARES,
     SMALLEST,
@@ -37,7 +40,7 @@ from benchmarks.zoo.records import (
     read_records,
 )
 from benchmarks.zoo.whole_step import measure_fit
-from tests.zoo.families import FAMILIES, KNOWN
+from tests.zoo.families import BREAKING, FAMILIES, KNOWN
 
 FP32, BF16 = Config(0.1, "fp32"), Config(0.1, "bf16")
 MADE: dict[str, Any] = {
@@ -84,7 +87,50 @@ def test_a_whole_step_half_way_has_eagers_parameters() -> None:
 
 
 def test_reasons_are_given_for_families_that_there_are() -> None:
-    assert set(KNOWN) <= set(FAMILIES)
+    assert set(KNOWN) | set(BREAKING) <= set(FAMILIES)
+
+
+# -- what breaks
+
+
+class Interrupted(nn.Module):
+    """Python looks at a number between its layers; some of what it draws is NumPy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(nn.functional.gelu(layer(x)), 0.1)
+            x = x / (1 + x.detach().amax().item() + float(np.random.random()))
+        return x
+
+
+def test_what_breaks_is_measured_in_pieces_captured_once_for_all_budgets() -> None:
+    torch.manual_seed(0)
+    model, batch = Interrupted(), torch.randn(64, 32)
+    eager, steps = observe(model, batch, summed), StepInPieces(model, batch, summed)
+    measured = []
+    for setting in (SMALLEST, "60%"):
+        mine = record(setting=setting, budget_bytes=None, num_operations=None)
+        outcome = steps.measure(mine)
+        assert outcome.differences(eager) == []
+        assert mine.budget_bytes is not None and outcome.peak_bytes <= mine.budget_bytes
+        assert mine.predicted_peak_bytes is not None
+        assert 0 <= mine.predicted_peak_bytes - outcome.peak_bytes <= GENERATOR_BYTES
+        assert mine.num_pieces == 5 and any("item" in cause for cause in mine.breaks)
+        measured.append(outcome.peak_bytes)
+    assert measured[0] < measured[1] <= steps.plain_bytes
+    pieces = steps.backend.loop.pieces
+    assert pieces is not None and pieces.num_captured == 0, "for the second budget nothing is"
+
+
+def test_a_family_that_breaks_has_its_pieces_in_the_matrix_and_its_reason_below() -> None:
+    found = {"net": [record(num_pieces=5, breaks=["item()"])], "whole": [record("whole")]}
+    assert "eager, 25%, 5 pieces" in report.matrix(found)[2]
+    assert report.breaks(found, {"net": "It asks.", "whole": "?"}) == ["- **net**: It asks."]
+    assert report.breaks(found, {}) == ["- **net**: item()"]
 
 
 # -- what an outcome is
@@ -161,7 +207,7 @@ def test_a_loss_is_called_as_often_as_it_is_warmed_up_and_once_more() -> None:
 def test_a_traced_step_of_pytorchs_that_computes_something_else_is_no_reference(
     monkeypatch: pytest.MonkeyPatch, factor: float, is_by_torch: bool
 ) -> None:
-    def off(loss_fn: LossFn) -> LossFn:
+    def off(loss_fn: LossFn, fullgraph: bool) -> LossFn:
         return lambda model, batch: factor * loss_fn(model, batch)
 
     monkeypatch.setattr(outcome, "traced", off)
@@ -327,7 +373,7 @@ def test_all_failures_are_listed_with_their_reasons(records: list[Record]) -> No
 
 
 def test_the_summary_counts_every_cell(records: list[Record]) -> None:
-    text = "\n".join(report.full_report(records, KINDS, {}))
+    text = "\n".join(report.full_report(records, KINDS, {}, {}))
     assert "2 of 3 families measured in 25 cells, 24 of which ran." in text
     assert "Over their budget: 1 of 24." in text
     assert "18 of 23 cells have eager PyTorch's, 5 those of the traced step" in text

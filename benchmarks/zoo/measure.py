@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import provenance, root_cause
+from benchmarks.zoo.in_pieces import StepInPieces
 from benchmarks.zoo.outcome import Outcome, in_words, observe, run_traced
 from benchmarks.zoo.records import (
     COMPILE,
@@ -24,7 +25,7 @@ from benchmarks.zoo.records import (
 )
 from packlight.backend import PacklightBackend
 from packlight.capture.dynamo import plain_errors
-from packlight.errors import InfeasibleBudgetError
+from packlight.errors import GraphBreakError, InfeasibleBudgetError
 from packlight.moves.precision import under_autocast
 from packlight.planner import plan_schedule
 from packlight.step import StepGraph
@@ -69,7 +70,9 @@ def measure_family(
         except Exception as error:  # a failure is a result too
             record.error = root_cause(error)
         append_record(out, record)
-        torch._dynamo.reset()  # what was compiled for this cell holds its programs
+        step = compiled.get(cell.config)
+        if cell.path != COMPILE or step is None or step.in_pieces is None:
+            torch._dynamo.reset()  # what was compiled for this cell holds its programs
         gc.collect()
 
 
@@ -104,6 +107,8 @@ class CompiledStep:
             loss_fn = under_autocast(loss_fn, config.precision, torch.device("cpu"))
         self.loss_fn = loss_fn
         self.eager = finite(observe(self.model, self.batch, self.loss_fn))
+        # How it is measured where it is no one graph; None as long as it is one.
+        self.in_pieces: StepInPieces | None = None
 
     @cached_property
     def traced(self) -> tuple[Outcome, bool]:
@@ -111,10 +116,28 @@ class CompiledStep:
         return run_traced(
             self.loss_fn, lambda loss_fn: observe(self.model, self.batch, loss_fn),
             lambda outcome: outcome.gradient_error(self.eager),
+            fullgraph=self.in_pieces is None,
         )
 
     def measure(self, record: Record) -> None:
         """Plan for a record's budget, run the step and fill in what it shows."""
+        record.draws, record.eager_peak_bytes = self.eager.draws, self.eager.peak_bytes
+        mine = self._run(record)
+        record.peak_bytes, record.differences = mine.peak_bytes, mine.differences(self.eager)
+        if record.differences:
+            traced, record.is_traced_by_torch = self.traced
+            record.traced_differences = mine.differences(traced)
+
+    def _run(self, record: Record) -> Outcome:
+        """Run the step as one graph, or in pieces where it is none."""
+        if self.in_pieces is None:
+            try:
+                return self._run_whole(record)
+            except GraphBreakError:
+                self.in_pieces = StepInPieces(self.model, self.batch, self.loss_fn)
+        return self.in_pieces.measure(record)
+
+    def _run_whole(self, record: Record) -> Outcome:
         begin = time.perf_counter()
 
         def choose(graph: StepGraph) -> int:
@@ -138,12 +161,7 @@ class CompiledStep:
         record.budget_bytes, record.predicted_peak_bytes = plan.budget_bytes, plan.peak_bytes
         record.plain_peak_bytes, record.slowdown = plan.plain_peak_bytes, plan.slowdown
         record.num_operations = len(step.operations)
-        record.peak_bytes, record.eager_peak_bytes = mine.peak_bytes, self.eager.peak_bytes
-        record.draws = self.eager.draws
-        record.differences = mine.differences(self.eager)
-        if record.differences:
-            traced, record.is_traced_by_torch = self.traced
-            record.traced_differences = mine.differences(traced)
+        return mine
 
 
 def budget_between(graph: StepGraph, share: float) -> int:

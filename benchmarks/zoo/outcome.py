@@ -5,10 +5,12 @@ Shared by the benchmark and by tests: eager PyTorch's outcome is the oracle of a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from functorch.compile import default_partition
 from torch import fx, nn
@@ -41,12 +43,14 @@ class Start:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Set all values back, let go of gradients and seed the generator."""
+        """Set all values back, let go of gradients and seed PyTorch's, NumPy's, Python's draws."""
         for name, tensor in _tensors(self.model):
             if not torch.equal(tensor, self._values[name]):
                 tensor.copy_(self._values[name])
         self.model.zero_grad(set_to_none=True)
         torch.manual_seed(DROPOUT_SEED)
+        np.random.seed(DROPOUT_SEED)
+        random.seed(DROPOUT_SEED)
 
 
 def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
@@ -129,7 +133,7 @@ def observe(
         start.restore()
 
 
-def traced(loss_fn: LossFn) -> LossFn:
+def traced(loss_fn: LossFn, fullgraph: bool = True) -> LossFn:
     """Return the loss traced as for Packlight, and run by PyTorch's own code without a plan.
 
     A model may compute something else when it is traced: transformers' models ask whether they are,
@@ -137,6 +141,10 @@ def traced(loss_fn: LossFn) -> LossFn:
     they are given back eager PyTorch's bits, as Packlight does. PyTorch's min-cut partitioner,
     that of "aot_eager", would make one of two such dropouts of the same values, which draw
     different numbers.
+
+    Args:
+        loss_fn: eager.
+        fullgraph: whether it is one graph; else it breaks where it breaks for Packlight.
     """
     def partitioned(joint: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
         use_eager_dropout(joint)
@@ -150,12 +158,17 @@ def traced(loss_fn: LossFn) -> LossFn:
         with whole_recurrent_layers():
             return compiler(graph, inputs)
 
-    compiled: LossFn = torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False)
+    compiled: LossFn = torch.compile(
+        loss_fn, backend=backend, fullgraph=fullgraph, dynamic=False
+    )
     return compiled
 
 
 def run_traced(
-    loss_fn: LossFn, run: Callable[[LossFn], Result], gradient_error: Callable[[Result], float]
+    loss_fn: LossFn,
+    run: Callable[[LossFn], Result],
+    gradient_error: Callable[[Result], float],
+    fullgraph: bool = True,
 ) -> tuple[Result, bool]:
     """Return what comes of a loss that is traced and not planned, and whether PyTorch ran it.
 
@@ -167,18 +180,19 @@ def run_traced(
         loss_fn: eager.
         run: traced loss -> what comes of it.
         gradient_error: how far its gradients are from eager's, relative to their norm.
+        fullgraph: whether it is one graph.
     """
     torch._dynamo.reset()
     by_torch = None
     try:
-        by_torch = run(traced(loss_fn))
+        by_torch = run(traced(loss_fn, fullgraph))
         if gradient_error(by_torch) <= MAX_TRACED_ERROR:
             return by_torch, True
     except RuntimeError:
         pass
     torch._dynamo.reset()
     backend = PacklightBackend(rehearse=False, progress=False)
-    unplanned = run(torch.compile(loss_fn, backend=backend, fullgraph=True, dynamic=False))
+    unplanned = run(torch.compile(loss_fn, backend=backend, fullgraph=fullgraph, dynamic=False))
     if by_torch is not None and gradient_error(by_torch) <= gradient_error(unplanned):
         return by_torch, True
     return unplanned, False

@@ -90,6 +90,8 @@ class Record:
         is_exact: whether what runs is meant to have the same bits.
         draws: whether the step draws random numbers.
         num_operations: of the captured step.
+        num_pieces: run in a step whose graph breaks; None where it is one graph.
+        breaks: why it does.
         capture_seconds: tracing and profiling; with `fit`, planning as well.
         plan_seconds: planning for this budget, searching for the smallest one included there.
         slowdown: predicted duration over the plain step's.
@@ -117,6 +119,8 @@ class Record:
     is_exact: bool = True
     draws: bool | None = None
     num_operations: int | None = None
+    num_pieces: int | None = None
+    breaks: list[str] = field(default_factory=list)
     capture_seconds: float | None = None
     plan_seconds: float | None = None
     slowdown: float | None = None

@@ -27,7 +27,7 @@ ByFamily = Mapping[str, list[Record]]
 
 def main() -> None:
     """Regenerate the document."""
-    from tests.zoo.families import FAMILIES, KNOWN
+    from tests.zoo.families import BREAKING, FAMILIES, KNOWN
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.zoo.report", description=__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -37,12 +37,15 @@ def main() -> None:
     if not records:
         raise SystemExit(f"{arguments.results}: no results; run python -m benchmarks.zoo first")
     kinds = {name: family.kind for name, family in FAMILIES.items()}
-    lines = full_report(records, kinds, KNOWN)
+    lines = full_report(records, kinds, KNOWN, BREAKING)
     replace_between_markers(arguments.root / "docs" / "zoo.md", "zoo", lines)
 
 
 def full_report(
-    records: list[Record], kinds: Mapping[str, str], known: Mapping[str, str]
+    records: list[Record],
+    kinds: Mapping[str, str],
+    known: Mapping[str, str],
+    breaking: Mapping[str, str],
 ) -> list[str]:
     """Return the lines of summary, matrix and failures.
 
@@ -50,6 +53,7 @@ def full_report(
         records: of all families.
         kinds: of every family there is, measured or not.
         known: why some families fail.
+        breaking: why some are no one graph.
     """
     found = {name: [r for r in records if r.family == name] for name in kinds}
     mine = [r for lines in found.values() for r in lines]
@@ -57,6 +61,7 @@ def full_report(
     for kind in dict.fromkeys(kinds.values()):
         of_kind = {name: found[name] for name, its in kinds.items() if its == kind}
         lines += [f"### {kind[:1].upper()}{kind[1:]}", "", *matrix(of_kind), ""]
+    lines += ["## Where graphs break", "", *breaks(found, breaking), ""]
     lines += ["## What fails, and why", "", *failures(found, known), ""]
     return lines
 
@@ -73,6 +78,7 @@ def summary(found: ByFamily) -> list[str]:
     over = [r for r in measured if r.is_over_budget]
     kinds = ("eager", "traced", "unplanned", "other")
     bits = {whose: sum(r.bits == whose for r in compared) for whose in kinds}
+    broken = {r.family for r in measured if r.num_pieces is not None}
     seconds = sum((r.capture_seconds or 0.0) + (r.plan_seconds or 0.0) for r in records)
     lines = [
         f"{len(found) - len(missing)} of {len(found)} families measured in {len(records)} cells, "
@@ -84,6 +90,7 @@ def summary(found: ByFamily) -> list[str]:
         f"{bits['unplanned']} those of Packlight's step without a budget, where PyTorch cannot run "
         "what it traced, or computes something else than eager PyTorch; "
         f"{bits['other']} have others.",
+        f"- Families whose graph breaks, measured in pieces: {len(broken)}.",
         f"- Predicted peaks are off by at most {max(errors, default=0.0):.2%}.",
         f"- Capture, profiling and planning took {seconds / 60:.0f} minutes in all.",
     ]
@@ -151,7 +158,11 @@ def config_cell(records: list[Record]) -> str:
                                  else "")
     whose = next((r.bits or "-" for r in records if r.bits != "eager"), "eager")
     smallest = next((r for r in records if r.setting == SMALLEST), None)
-    return whose if smallest is None else f"{whose}, {share(smallest)}"
+    pieces = max((r.num_pieces for r in records if r.num_pieces is not None), default=None)
+    return ", ".join([
+        whose, *([] if smallest is None else [share(smallest)]),
+        *([] if pieces is None else [f"{pieces} pieces"]),
+    ])
 
 
 def fit_cell(records: list[Record]) -> str:
@@ -184,7 +195,17 @@ def _most(values: list[float]) -> str:
     return f"{max(values):.1f}" if values else "-"
 
 
-# -- failures
+# -- breaks and failures
+
+
+def breaks(found: ByFamily, reasons: Mapping[str, str]) -> list[str]:
+    """Return a list of the families whose steps were measured in pieces, and why they break."""
+    lines = []
+    for name, records in found.items():
+        causes = dict.fromkeys(cause for r in records for cause in r.breaks)
+        if any(r.num_pieces is not None for r in records):
+            lines.append(f"- **{name}**: {reasons.get(name) or '; '.join(causes)}")
+    return lines or ["Nowhere."]
 
 
 def failures(found: ByFamily, known: Mapping[str, str]) -> list[str]:

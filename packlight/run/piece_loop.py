@@ -21,8 +21,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from packlight.capture.pieces import Piece
-from packlight.errors import GraphBreakError, InfeasibleBudgetError
-from packlight.run.pieces import Pieces
+from packlight.errors import InfeasibleBudgetError
+from packlight.run.pieces import Pieces, note_left_out
 from packlight.torch_internals.autograd import when_backward_ends
 
 
@@ -37,6 +37,7 @@ class PieceLoop:
         pieces: runs them; None until a piece is captured.
         is_broken: whether any of them is a piece of something larger.
         num_runs: how often any graph was called.
+        left_out: functions that dynamo left to eager PyTorch: "file:line name" -> why.
     """
 
     def __init__(self, budget_bytes: int | None) -> None:
@@ -44,6 +45,7 @@ class PieceLoop:
         self.pieces: Pieces | None = None
         self.is_broken = False
         self.num_runs = 0
+        self.left_out: dict[str, str] = {}
         self._parameters: dict[int, weakref.ref[nn.Parameter]] = {}
         # Bytes of those that were there when the step began, by their parameters' ids.
         self._gradients_before: dict[int, int] = {}
@@ -87,28 +89,31 @@ class PieceLoop:
     def captured(self, piece: Piece) -> None:
         """Take note of a new piece."""
         if self.pieces is None:
-            self.pieces = Pieces(
-                piece.step.device, self._left_bytes, gradients=self._new_gradients
-            )
+            self.pieces = self._new_pieces(piece.step.device)
         self.is_broken = self.is_broken or piece.plan is None
         self.pieces.captured(piece)
 
-    def left_to_eager(self, code: CodeType, reason: str) -> None:
-        """Refuse what would run without a plan from its beginning on; take note of the rest.
+    def _new_pieces(self, device: torch.device) -> Pieces:
+        return Pieces(device, self._left_bytes, gradients=self._new_gradients)
 
-        Raises:
-            GraphBreakError: nothing of the function is captured, and there is a budget.
+    def begin_anew(self, budget_bytes: int | None) -> None:
+        """Run what is captured within another budget, outside of steps; what was planned is over.
+
+        Args:
+            budget_bytes: as at first; no step that is to come knows of the earlier one.
         """
-        if self.pieces is not None and self.is_broken:
-            self.pieces.left_to_eager(code, reason)
-        elif self._budget_bytes is not None:
-            raise GraphBreakError(
-                code.co_filename, code.co_firstlineno,
-                f"{code.co_name} is left to eager PyTorch, without a plan: "
-                + reason.strip().partition("\n")[0],
-                "packlight.fit counts what runs in eager PyTorch; else take what cannot be traced "
-                "(a try block, a generator that prints) out of this function",
-            )
+        self._budget_bytes, self._first, self._is_over = budget_bytes, None, False
+        if self.pieces is not None:
+            self.pieces.give_up_step()
+            self.pieces = self._new_pieces(self.pieces.device)
+
+    def left_to_eager(self, code: CodeType, reason: str) -> None:
+        """Take note of a function that runs uncompiled: what it calls is compiled in pieces.
+
+        A call of which nothing is compiled is refused once it is over (backend.py).
+        """
+        self.is_broken = True
+        note_left_out(self.left_out, code, reason)
 
     # -- calls
 

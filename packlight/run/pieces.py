@@ -53,6 +53,12 @@ class PlannedPath:
     pieces: tuple[Piece, ...]
 
 
+def note_left_out(left_out: dict[str, str], code: CodeType, reason: str) -> None:
+    """Take note of a function that dynamo left to eager PyTorch, and why, in a line."""
+    place = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
+    left_out.setdefault(place, reason.strip().partition("\n")[0])
+
+
 class Pieces:
     """The pieces of one user's function; a `Host` (capture/pieces.py).
 
@@ -119,8 +125,7 @@ class Pieces:
 
     def left_to_eager(self, code: CodeType, reason: str) -> None:
         """Take note of a function that runs uncompiled."""
-        place = f"{code.co_filename}:{code.co_firstlineno} {code.co_name}"
-        self.left_out.setdefault(place, reason.strip().partition("\n")[0])
+        note_left_out(self.left_out, code, reason)
 
     # -- steps
 

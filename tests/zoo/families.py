@@ -28,28 +28,34 @@ FAMILIES: dict[str, Family] = {
     for name, maker in makers.items()
 }
 
-# Families that cannot be captured as one step: the error's class, and why.
+# Families that cannot be captured as one step, and why. They are trained in pieces.
+BREAKING: dict[str, str] = {
+    "ctrl": "dynamo cannot trace an nn.Buffer that is assigned to itself",
+    "longformer": "asks the attention mask's values whether a token is global",
+    "led": "asks the attention mask's values whether a token is global",
+    "big_bird": "draws its random blocks on the host, in the forward",
+    "bigbird_pegasus": "draws its random blocks on the host, in the forward",
+    "ibert": "asserts that activations are no NaNs",
+    "yoso": "dynamo cannot trace an autograd.Function given one tensor twice",
+    "reformer": "computes chunk lengths from tensors, by numpy",
+    "switch_transformers": "loops over the experts that were hit",
+    "nllb_moe": "loops over the experts that were hit",
+    "detr": "asks activations for infinities; its loss matches boxes on the host",
+    "conditional_detr": "as detr",
+    "wav2vec2_ctc": "checks the labels' values; without that, dynamo cannot trace "
+    "aten._ctc_loss, whose shape depends on them",
+    "vilt": "sizes of images come from the values of a mask",
+    "autoformer": "rolls a series by delays that it computes",
+}
+
+# Families that fail somewhere: the error's class, and why.
 KNOWN: dict[str, str] = {
-    "ctrl": "GraphBreakError: dynamo cannot trace an nn.Buffer that is assigned to itself",
-    "longformer": "GraphBreakError: asks the attention mask's values whether a token is global",
-    "led": "GraphBreakError: asks the attention mask's values whether a token is global",
-    "big_bird": "GraphBreakError: draws its random blocks on the host, in the forward",
-    "bigbird_pegasus": "GraphBreakError: draws its random blocks on the host, in the forward",
     "nystromformer": "UnsupportedModelError: fails with any attention mask, in eager PyTorch, too; "
     "traced, transformers makes one",
-    "ibert": "GraphBreakError: asserts that activations are no NaNs",
-    "yoso": "GraphBreakError: dynamo cannot trace an autograd.Function given one tensor twice",
-    "reformer": "GraphBreakError: computes chunk lengths from tensors, by numpy",
-    "switch_transformers": "GraphBreakError: loops over the experts that were hit",
-    "nllb_moe": "GraphBreakError: loops over the experts that were hit",
-    "detr": "GraphBreakError: asks activations for infinities; its loss matches boxes on the host",
-    "conditional_detr": "GraphBreakError: as detr",
-    "wav2vec2_ctc": "GraphBreakError: checks the labels' values; without that, dynamo cannot trace "
-    "aten._ctc_loss, whose shape depends on them",
-    "vilt": "GraphBreakError: sizes of images come from the values of a mask",
     "recurrent_gemma": "UnsupportedModelError, of fit only: keeps its recurrent states, with their "
     "gradients, in attributes",
-    "autoformer": "GraphBreakError: rolls a series by delays that it computes",
+    "switch_transformers": "Measured as one graph only: GraphBreakError, it loops over the experts "
+    "that were hit.",
 }
 
 

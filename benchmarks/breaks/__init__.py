@@ -1,0 +1,1 @@
+"""What do graph breaks cost? See README.md."""
