@@ -7,11 +7,13 @@ a loop; here it goes on, for the backends that ask for it, and says what it leav
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 import weakref
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import CodeType
+from types import BuiltinMethodType, CodeType
 from typing import Any, Protocol
 from unittest import mock
 
@@ -19,6 +21,7 @@ from packlight.torch_internals.dynamo import dynamo_errors
 
 # Every turn of an unrolled loop is another entry in a cache that dynamo wants small.
 MANY_ENTRIES = 1_000_000
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict)
 
 
 class BreaksAnywhere(Protocol):
@@ -89,6 +92,7 @@ def _cut_everywhere() -> Iterator[None]:
     """
     from torch._dynamo import config, symbolic_convert
     from torch._dynamo.variables import iter as iterators
+    from torch._dynamo.variables.builder import VariableBuilder
 
     translator = symbolic_convert.InstructionTranslatorBase
     with ExitStack() as stack:
@@ -106,11 +110,44 @@ def _cut_everywhere() -> Iterator[None]:
         for iterator in (iterators.DictViewIterator, iterators.ZipVariable):
             made = _made_again(iterator.reconstruct)
             stack.enter_context(mock.patch.object(iterator, "reconstruct", made))
+        wrap = _knowing_methods_by_name(VariableBuilder._wrap)
+        stack.enter_context(mock.patch.object(VariableBuilder, "_wrap", wrap))
         yield
 
 
 def _never(_: Any) -> bool:
     return False
+
+
+def _knowing_methods_by_name(wrap: Callable[..., Any]) -> Callable[..., Any]:
+    """Return how a value becomes known behind a break: methods of containers by their names.
+
+    What waits for its argument (`layers.append(layer(x))`) is made anew in each call, so dynamo,
+    which knows it by its identity, would compile what follows in every step again.
+
+    Relied upon: `VariableBuilder._wrap` is given the value, knows its `source` and `tx`;
+    `BoundBuiltinMethodVariable` takes a descriptor and the container. Where the latter is not
+    there, nothing is changed.
+    """
+    from torch._dynamo import guards, source
+    from torch._dynamo.variables import base, functions
+
+    variable = getattr(functions, "BoundBuiltinMethodVariable", None)
+
+    def wrapped(self: Any, value: Any) -> Any:
+        container = getattr(value, "__self__", None)
+        is_method = isinstance(value, BuiltinMethodType) and type(container) in CONTAINERS
+        if variable is None or self.source is None or not is_method:
+            return wrap(self, value)
+        name = source.AttrSource(self.source, "__name__")
+        guards.install_guard(name.make_guard(guards.GuardBuilder.EQUALS_MATCH))
+        known = base.VariableTracker.build(
+            self.tx, container, source.AttrSource(self.source, "__self__")
+        )
+        descriptor = inspect.getattr_static(type(container), value.__name__)
+        return variable(descriptor, known, source=self.source)
+
+    return wrapped
 
 
 def _made_again(reconstruct: Callable[..., None]) -> Callable[..., None]:

@@ -138,13 +138,12 @@ class ParameterUpdates:
             strides: of the gradients to come.
         """
         indices = [self._group_index[p] for p in parameters]
-        keys = [(_key(i, p), s) for i, p, s in zip(indices, parameters, strides, strict=True)]
+        pairs = [*zip(parameters, strides, strict=True)]
+        keys = [(_key(i, p), s) for i, (p, s) in zip(indices, pairs, strict=True)]
 
         def measure() -> list[Any]:
             with real_tensors():
-                copies = measure_copies(
-                    self.optimizer, indices, [*zip(parameters, strides, strict=True)]
-                )
+                copies = measure_copies(self.optimizer, indices, pairs)
                 return [*astuple(copies.bytes), median_seconds(copies.step, parameters[0].device)]
 
         *seen, seconds = self._remembered.seen(("together", keys), measure)
@@ -179,10 +178,7 @@ class ParameterUpdates:
         return None if unit is not None and unit > 1 and is_split else unit
 
     def keeps_form(self, parameter: torch.Tensor, num_rows: int) -> bool:
-        """Whether a piece of so many rows has the states that the whole has: none is too small.
-
-        What is large has the states of what is larger.
-        """
+        """Whether a piece of so many rows has the states of the whole: none is too small."""
         index = self._group_index[parameter]
         enough = ceil(LARGE_ELEMENTS / max(1, parameter[0].numel()))
 
