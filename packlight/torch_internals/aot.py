@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from packlight.torch_internals.checks import linalg_checks_are_calls
 from packlight.torch_internals.recurrent import whole_recurrent_layers
 
 Compiled = Callable[..., Any]
@@ -38,7 +39,7 @@ def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
     )
 
     def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
-        with contiguous_tangents(), whole_recurrent_layers():
+        with contiguous_tangents(), whole_recurrent_layers(), linalg_checks_are_calls():
             return compiler(graph, inputs)
 
     return compiled
