@@ -252,7 +252,7 @@ def search_among(
     monkeypatch.setattr(Search, "_from", noted)
     monkeypatch.setattr(Search, "_starts", lambda _: iter(starts))
     planner = SimpleNamespace(
-        request=SimpleNamespace(budget_bytes=None), num_repeats=count_of,
+        request=SimpleNamespace(budget_bytes=None), num_repeats=count_of, is_rehearsing=True,
         way=lambda moves, rehearses: found[moves], is_full_untraced=lambda moves: False,
     )
     return Search(planner)  # type: ignore[arg-type]

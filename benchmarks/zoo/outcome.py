@@ -21,7 +21,7 @@ import packlight
 from benchmarks.common import same_bits
 from packlight.backend import PacklightBackend
 from packlight.capture.dropout import use_eager_dropout
-from packlight.torch_internals.recurrent import whole_recurrent_layers
+from packlight.torch_internals.aot import as_eager_runs_it
 
 Result = TypeVar("Result")
 
@@ -155,7 +155,7 @@ def traced(loss_fn: LossFn, fullgraph: bool = True) -> LossFn:
     )
 
     def backend(graph: fx.GraphModule, inputs: Any) -> Any:
-        with whole_recurrent_layers():
+        with as_eager_runs_it():
             return compiler(graph, inputs)
 
     compiled: LossFn = torch.compile(

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from packlight.torch_internals.checks import linalg_checks_are_calls
+from packlight.torch_internals.decomposed import margin_losses_as_they_are
 from packlight.torch_internals.recurrent import whole_recurrent_layers
 
 Compiled = Callable[..., Any]
@@ -39,10 +40,17 @@ def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
     )
 
     def compiled(graph: fx.GraphModule, inputs: Any) -> Any:
-        with contiguous_tangents(), whole_recurrent_layers(), linalg_checks_are_calls():
+        with contiguous_tangents(), as_eager_runs_it():
             return compiler(graph, inputs)
 
     return compiled
+
+
+@contextmanager
+def as_eager_runs_it() -> Iterator[None]:
+    """Trace what torch would trace as something else than eager PyTorch runs."""
+    with whole_recurrent_layers(), linalg_checks_are_calls(), margin_losses_as_they_are():
+        yield
 
 
 @contextmanager
