@@ -66,18 +66,24 @@ def made_traceable(model: nn.Module, error: GraphBreakError) -> bool:
     return True
 
 
+# Parts of names of operators that are traced as they are.
+NATIVE = ("upsample", "multi_margin_loss", "multilabel_margin_loss_forward")
+
+
 @contextmanager
-def native_upsampling() -> Iterator[None]:
-    """Trace upsampling as the calls that eager PyTorch makes.
+def native_calls() -> Iterator[None]:
+    """Trace upsampling and margin losses of several classes as the calls that eager PyTorch makes.
 
     Where tracing goes through Python's dispatcher, torch decomposes upsampling into indexing and
     arithmetic: for code generators, who fuse it. Run call by call that rounds otherwise and holds
-    several times what the kernel does.
+    several times what the kernel does. So does `multi_margin_loss`; and what
+    `multilabel_margin_loss` is decomposed to takes the places behind a row's -1, which are to be
+    left out, for class 0.
     """
     overloads = [
         getattr(packet, overload)
         for name in dir(torch.ops.aten)
-        if "upsample" in name
+        if any(part in name for part in NATIVE)
         for packet in [getattr(torch.ops.aten, name)]
         for overload in packet.overloads()
     ]

@@ -22,7 +22,7 @@ from packlight.capture.aot import mutations, written_back
 from packlight.capture.dropout import use_eager_dropout
 from packlight.capture.dynamo import (
     described_break,
-    native_upsampling,
+    native_calls,
     plain_errors,
     prepare_dynamo,
     specialize,
@@ -156,7 +156,7 @@ def compile_piece(
 
     shaped = None if shape is None else lambda step, read: shape(step, read, profiler)
     compiler = _PieceCompiler(host, measure, graph_break(), alone, shaped)
-    with native_upsampling():
+    with native_calls():
         compiled: Callable[..., Any] = aot_compiler(compiler.compile, compiler.partition)(
             module, inputs
         )

@@ -27,7 +27,7 @@ from packlight.capture.dynamo import (
     Returned,
     detach_all_but,
     made_traceable,
-    native_upsampling,
+    native_calls,
     plain_errors,
     prepare_dynamo,
     refuse_graph_break,
@@ -357,7 +357,7 @@ def _joint_graph(
         joints.append((joint, num_forward_outputs))
         raise _CapturedError
 
-    with native_upsampling(), numbers_stay_numbers(), suppress(_CapturedError):
+    with native_calls(), numbers_stay_numbers(), suppress(_CapturedError):
         aot_compiler(_as_it_is, take_joint)(module, inputs)
     return joints[-1] if joints else None
 

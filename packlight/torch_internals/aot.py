@@ -10,7 +10,6 @@ import torch
 from torch import fx
 
 from packlight.torch_internals.checks import linalg_checks_are_calls
-from packlight.torch_internals.decomposed import margin_losses_as_they_are
 from packlight.torch_internals.recurrent import whole_recurrent_layers
 
 Compiled = Callable[..., Any]
@@ -49,7 +48,7 @@ def aot_compiler(compile_one: Compiled, partition: Partition) -> Compiled:
 @contextmanager
 def as_eager_runs_it() -> Iterator[None]:
     """Trace what torch would trace as something else than eager PyTorch runs."""
-    with whole_recurrent_layers(), linalg_checks_are_calls(), margin_losses_as_they_are():
+    with whole_recurrent_layers(), linalg_checks_are_calls():
         yield
 
 
