@@ -345,6 +345,37 @@ def test_two_forwards_before_a_backward_share_the_budget() -> None:
     assert same(mine, eager)
 
 
+def test_a_backend_that_waits_for_the_end_of_a_step_keeps_nobody_from_updating_in_the_backward(
+) -> None:
+    waiting, other, batch = twins(Prints)
+    compiled = torch.compile(waiting, backend=PacklightBackend(progress=False))
+    for _ in range(2):  # the second one is recorded until an optimizer steps
+        loss_of(compiled, batch).backward()
+    moves = ("update-in-backward",)
+    step = packlight.fit(other, loss_of, sgd(other), batch, moves=moves, progress=False)
+    step(batch)
+    assert ("moves", "update-in-backward") in step.how_it_runs()
+
+
+def test_two_models_that_break_are_stepped_by_one_optimizer() -> None:
+    mine, other, batch = twins(Prints)
+    eager = copy.deepcopy(mine)
+    backends = [torch.compile(m, backend=PacklightBackend(progress=False)) for m in (mine, other)]
+    optimizer = torch.optim.SGD([*mine.parameters(), *other.parameters()], 0.05)
+    eager_optimizer = torch.optim.SGD(eager.parameters(), 0.05)
+    for number in range(3):
+        for compiled in backends:
+            seed(number)
+            loss_of(compiled, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        seed(number)
+        loss_of(eager, batch).backward()
+        eager_optimizer.step()
+        eager_optimizer.zero_grad()
+    assert same(mine, eager) and same(other, eager)
+
+
 def test_fullgraph_keeps_the_error() -> None:
     mine, _, batch = twins(Prints)
     net = torch.compile(mine, backend=PacklightBackend(progress=False), fullgraph=True)

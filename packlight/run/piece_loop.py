@@ -24,6 +24,7 @@ from packlight.capture.pieces import Piece
 from packlight.errors import InfeasibleBudgetError
 from packlight.run.pieces import Pieces, note_left_out
 from packlight.torch_internals.autograd import when_backward_ends
+from packlight.torch_internals.optimizers import BeforeAnyStep
 
 
 class PieceLoop:
@@ -54,7 +55,6 @@ class PieceLoop:
         # Whether a call of the function began the step, and no piece of it has run yet.
         self._is_called = False
         self._is_over = self._is_end_awaited = False
-        self._step_hook: Any = None
 
     @property
     def _gradient_bytes(self) -> int:
@@ -192,15 +192,13 @@ class PieceLoop:
         if self.pieces is not None and self._first is not None and not self._is_over:
             self._is_over = True
             self.pieces.end_sections()
-            if self.pieces.is_recording and self._step_hook is None:
+            if self.pieces.is_recording:
                 # A profiler is stopped outside of the backward, and soon: there can be only one.
-                self._step_hook = register_optimizer_step_pre_hook(lambda *_: self._finish())
+                _finish_before_a_step(self)
 
     def _finish(self) -> None:
         """End the step that is over, outside of its backward; plan its path, if it is new."""
-        hook, self._step_hook = self._step_hook, None
-        if hook is not None:
-            hook.remove()
+        _waiting.discard(self)
         pieces, was_over = self.pieces, self._is_over
         first, self._first, self._is_over = self._first, None, False
         if pieces is not None and first is not None:
@@ -209,3 +207,20 @@ class PieceLoop:
                     pieces.end_step()
             else:
                 pieces.leave_step()
+
+
+# Loops whose step is over and recorded; all are told of the next step of any optimizer. The hook is
+# never taken away: that must not happen while hooks are called.
+_waiting: weakref.WeakSet[PieceLoop] = weakref.WeakSet()
+_hooks: list[Any] = []
+
+
+def _finish_before_a_step(loop: PieceLoop) -> None:
+    _waiting.add(loop)
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(BeforeAnyStep(_a_step_begins)))
+
+
+def _a_step_begins() -> None:
+    for loop in list(_waiting):
+        loop._finish()

@@ -135,9 +135,9 @@ def _knowing_methods_by_name(wrap: Callable[..., Any]) -> Callable[..., Any]:
     variable = getattr(functions, "BoundBuiltinMethodVariable", None)
 
     def wrapped(self: Any, value: Any) -> Any:
-        container = getattr(value, "__self__", None)
-        is_method = isinstance(value, BuiltinMethodType) and type(container) in CONTAINERS
-        if variable is None or self.source is None or not is_method:
+        # Nothing is asked of other values: who knows what their attributes do.
+        container = value.__self__ if type(value) is BuiltinMethodType else None
+        if variable is None or self.source is None or type(container) not in CONTAINERS:
             return wrap(self, value)
         name = source.AttrSource(self.source, "__name__")
         guards.install_guard(name.make_guard(guards.GuardBuilder.EQUALS_MATCH))

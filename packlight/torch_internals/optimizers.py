@@ -19,11 +19,28 @@ def step_post_hooks(optimizer: torch.optim.Optimizer) -> list[Any]:
     return list(optimizer.__dict__.get(STEP_HOOKS[1], {}).values())
 
 
+class BeforeAnyStep:
+    """A hook of our own before whichever optimizer steps next: what it does needs no gradients.
+
+    Args:
+        call: called without arguments.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self.call = call
+
+    def __call__(self, *_: Any) -> None:
+        """Do it."""
+        self.call()
+
+
 def has_global_step_hooks() -> bool:
-    """Whether hooks are registered that run in every optimizer's step."""
-    return bool(
-        torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks
+    """Whether hooks of others are registered that run in every optimizer's step."""
+    registered = (
+        *torch_optimizer._global_optimizer_pre_hooks.values(),
+        *torch_optimizer._global_optimizer_post_hooks.values(),
     )
+    return any(not isinstance(hook, BeforeAnyStep) for hook in registered)
 
 
 def plain_step(optimizer_class: type[torch.optim.Optimizer]) -> Callable[..., Any]:
