@@ -81,7 +81,9 @@ def trained(pieces: str, norm: float | None, share: float | None, directory: str
     if share is not None:
         _, free = fitted(None)
         resident = free.way.memory.resident_bytes
-        budget = resident + int(share * (free.peak_bytes - resident))
+        largest = torch.tensor(resident + int(share * (free.peak_bytes - resident)))
+        dist.all_reduce(largest, dist.ReduceOp.MAX)  # all ranks name one budget
+        budget = int(largest)
     model, step = fitted(budget)
     losses = [float(step(batch)) for batch in own[:-1]]
     measured = step.measured(own[-1])
