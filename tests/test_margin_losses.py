@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 
 import packlight
 from packlight.backend import PacklightBackend
+from tests.oracles.eager_loop import assert_same_bits, twins
 
 ROWS, CLASSES = 6, 5
 # Behind the first -1, places count for nothing: they are no class 0.
@@ -34,21 +34,18 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_updates_are_eagers(name: str) -> None:
     torch.manual_seed(0)
-    mine, batches = nn.Linear(4, CLASSES), torch.randn(3, ROWS, 4)
-    eager = copy.deepcopy(mine)
+    batches = torch.randn(3, ROWS, 4)
 
     def loss_fn(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return LOSSES[name](model(x))
 
-    step = packlight.fit(mine, loss_fn, sgd(mine), batches[0], moves=(), progress=False)
-    optimizer = sgd(eager)
+    mine, eager = twins(nn.Linear(4, CLASSES), loss_fn, sgd)
+    step = packlight.fit(
+        mine.model, loss_fn, mine.optimizer, batches[0], moves=(), progress=False
+    )
     for x in batches:
-        optimizer.zero_grad()
-        expected = loss_fn(eager, x)
-        expected.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        assert step(x).item() == expected.item()
-    assert torch.equal(mine.weight, eager.weight)
+        assert step(x).item() == eager.step(x).item()
+    assert_same_bits(mine, eager)
 
 
 def test_the_backends_gradients_are_eagers_and_other_backends_stay_as_they_were() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import packlight
-from tests.oracles.eager_loop import without_one_dnn
+from tests.oracles.eager_loop import Training, without_one_dnn
 
 LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 TWO_WAYS = {"batch_first": True, "bidirectional": True}
@@ -42,16 +42,10 @@ def loss_fn(model: nn.Module, x: torch.Tensor) -> Any:
 
 
 def eager_losses(model: nn.Module, x: torch.Tensor) -> list[float]:
-    optimizer, losses = torch.optim.SGD(model.parameters(), 0.5), []
+    training = Training(model, torch.optim.SGD(model.parameters(), 0.5), loss_fn)
     torch.manual_seed(1)
     with without_one_dnn():
-        for _ in range(3):
-            optimizer.zero_grad()
-            loss = loss_fn(model, x)
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-    return losses
+        return [training.step(x).item() for _ in range(3)]
 
 
 @pytest.mark.parametrize("options", [{}, TWO_WAYS, {"packs": True}], ids=["", "two ways", "packed"])
